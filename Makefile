@@ -1,0 +1,36 @@
+# Every target prepares the virtual environment that it needs and can be repeated.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+STAGES ?= cold_start
+ARGS ?=
+export VENV STAGES
+WITH_VENV := PATH="$(abspath $(VENV))/bin:$$PATH"
+
+.PHONY: help quickstart test style quality setup clean
+
+help: ## list the targets
+	@echo 'make TARGET [ARGS="further arguments"]'
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 14
+
+quickstart: setup ## train a tiny video reward model on this machine and show how well it judges unseen videos
+	@$(WITH_VENV) bash cold_start/quickstart.sh $(ARGS)
+
+test: setup ## run the tests (ARGS="-k losses" selects some, ARGS="-m slow" runs the long ones)
+	@$(WITH_VENV) python -m pytest $(ARGS)
+
+quality: setup ## check style and formatting without changing a file
+	@$(WITH_VENV) ruff check .
+	@$(WITH_VENV) ruff format --check .
+
+style: setup ## format the code and fix what can be fixed
+	@$(WITH_VENV) ruff check --fix .
+	@$(WITH_VENV) ruff format .
+
+setup: ## prepare the virtual environment (VENV=.venv, STAGES="cold_start", MACHINE=cpu|gpu)
+	@bash .ci/setup_env.sh
+
+clean: ## remove caches; the environment and everything trained stay
+	@rm -rf .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -not -path '*/.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,202 @@
+"""Files of a stage 1 checkpoint: writing them, and loading them into a model that scores.
+
+    checkpoint-N/
+        adapter_model.safetensors  adapter_config.json   LoRA and the <Reward> row, in PEFT's own layout
+        tuned_weights.safetensors                        every other tuned weight, under its Hugging Face name
+        rm_head.pth                                      {"rm_head.weight": fp32 [1, hidden]}
+        reward_config.json                               base model, reward mode, video budget, format prompt
+        tokenizer, image and video preprocessors, chat template
+        trainer_state.json  deepspeed/                   for resuming
+
+A merged model holds Hugging Face weights instead of the first two files and is loaded by the same function.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
+
+from arguments import RewardTokenMode
+from model_qwen3 import EMBEDDING_MODULE, PEFT_PREFIX, RewardModel, hub_name, initial_reward_embedding, load_backbone
+from scored_sequence import DEFAULT_FORMAT_PROMPT, SequenceBuilder, reward_token_id
+from vision_process import VideoBudget
+
+HEAD_FILE = "rm_head.pth"
+CONFIG_FILE = "reward_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+TUNED_FILE = "tuned_weights.safetensors"
+STATE_FILE = "trainer_state.json"
+HEAD_KEY = "rm_head.weight"
+HEAD_KEYS = (HEAD_KEY, f"{PEFT_PREFIX}{HEAD_KEY}")
+ROW_KEY = "reward_embedding"
+PEFT_ROW_KEY = f"{PEFT_PREFIX}model.language_model.{EMBEDDING_MODULE}.token_adapter.trainable_tokens_delta"
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What scoring must know beside the weights. `base_model` is None when the weights are merged."""
+
+    base_model: str | None
+    reward_token: RewardTokenMode = "special"
+    video: VideoBudget = field(default_factory=VideoBudget)
+    format_prompt: str = DEFAULT_FORMAT_PROMPT
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / CONFIG_FILE, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> "RewardConfig":
+        values = json.loads((folder / CONFIG_FILE).read_text())
+        return cls(**{**values, "video": VideoBudget(**values["video"])})
+
+
+def stored_video_budget(path: str) -> VideoBudget | None:
+    """The budget that a base model or checkpoint folder was made for; None where it names none."""
+    file = Path(path) / CONFIG_FILE
+    return VideoBudget(**json.loads(file.read_text())["video"]) if file.is_file() else None
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def save_reward_files(
+    folder: Path, *, model: RewardModel, weights: dict[str, torch.Tensor], processor, config: RewardConfig
+) -> None:
+    """Write everything of a checkpoint but the trainer's state.
+
+    `weights`: the trained parameters of `model` by name, whole (not partitioned), on any device.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_head(folder / HEAD_FILE, weights["rm_head.weight"])
+    tuned = {hub_name(n): t for n, t in weights.items() if n.startswith("backbone.") and "lora_" not in n}
+    save_file({**tuned, ROW_KEY: weights[ROW_KEY]}, folder / TUNED_FILE, metadata={"format": "pt"})
+    if isinstance(model.backbone, PeftModel):
+        _save_adapter(folder, model.backbone, weights, processor)
+    processor.save_pretrained(folder)
+    config.save(folder)
+
+
+def _save_adapter(folder: Path, backbone: PeftModel, weights: dict[str, torch.Tensor], processor) -> None:
+    lora = {name.removeprefix("backbone."): tensor for name, tensor in weights.items() if "lora_" in name}
+    adapter = get_peft_model_state_dict(backbone, state_dict=lora, save_embedding_layers=False)
+    adapter[PEFT_ROW_KEY] = weights[ROW_KEY].unsqueeze(0)
+    save_file(adapter, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    config = copy.deepcopy(backbone.peft_config[backbone.active_adapter])
+    config.trainable_token_indices = {EMBEDDING_MODULE: [reward_token_id(processor.tokenizer)]}
+    config.inference_mode = True
+    config.save_pretrained(folder)
+
+
+def save_head(path: Path, weight: torch.Tensor) -> None:
+    """Write a head as `{"rm_head.weight": fp32 [1, hidden]}`."""
+    torch.save({HEAD_KEY: weight.detach().float().cpu().clone()}, path)
+
+
+def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
+    """Read a head, fp32 [1, hidden_size], in any of the three layouts in the wild. Raises ValueError otherwise."""
+    if not os.path.isfile(path):
+        raise ValueError(f"no reward head at {path}")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for candidate in (state, state.get("model", {})):
+        for key in HEAD_KEYS:
+            if key in candidate:
+                weight = candidate[key].float()
+                if weight.shape != (1, hidden_size):
+                    raise ValueError(f"{path}: head of shape {tuple(weight.shape)}, not (1, {hidden_size}) as needed")
+                return weight
+    raise ValueError(f"{path}: no {' or '.join(HEAD_KEYS)} in it, only {', '.join(map(str, state))}")
+
+
+@dataclass(frozen=True)
+class LoadedReward:
+    """A model ready to score, merged and in evaluation mode, with what builds its sequences."""
+
+    model: RewardModel
+    builder: SequenceBuilder
+    config: RewardConfig
+
+
+def is_reward_checkpoint(path: str) -> bool:
+    """Whether a folder holds a reward model of this project."""
+    return (Path(path) / HEAD_FILE).is_file()
+
+
+def build_reward_model(path: str, processor, *, reward_token: RewardTokenMode, dtype: torch.dtype) -> RewardModel:
+    """The model that training starts from: a plain Qwen3-VL with a fresh head, or an earlier reward checkpoint.
+
+    `processor`: the model's own, with `<Reward>` added.
+    """
+    if is_reward_checkpoint(path):
+        return load_reward_model(path, dtype=dtype).model
+    backbone = load_backbone(path, dtype=dtype, num_tokens=len(processor.tokenizer))
+    row = initial_reward_embedding(backbone, reward_token_id(processor.tokenizer))
+    return RewardModel(backbone, reward_embedding=row, reward_token=reward_token)
+
+
+def load_reward_model(
+    path: str | os.PathLike,
+    *,
+    base_model: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> LoadedReward:
+    """Load `checkpoint-N/` or a merged model; adapter and tuned weights are merged into the backbone.
+
+    `base_model` overrides where the base is looked for. Raises ValueError naming what is missing.
+    """
+    folder = Path(path)
+    for name in (HEAD_FILE, CONFIG_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is not a reward checkpoint: it holds no {name}")
+    config = RewardConfig.load(folder)
+    source = str(folder) if config.base_model is None else _find_base(base_model or config.base_model, folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    token_id = reward_token_id(processor.tokenizer)
+    backbone = load_backbone(source, dtype=dtype, num_tokens=len(processor.tokenizer))
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
+        backbone = PeftModel.from_pretrained(backbone, str(folder)).merge_and_unload()
+    rows = backbone.get_input_embeddings().weight
+    if (folder / TUNED_FILE).is_file():
+        tuned = load_file(folder / TUNED_FILE)
+        row = tuned.pop(ROW_KEY)
+        with torch.no_grad():
+            rows[token_id] = row.to(rows.dtype)
+        _load_tuned(backbone, tuned, folder / TUNED_FILE)
+    else:
+        row = rows[token_id]
+    model = RewardModel(backbone, reward_embedding=row, reward_token=config.reward_token)
+    head = load_head(folder / HEAD_FILE, hidden_size=model.rm_head.in_features)
+    model.rm_head.load_state_dict({"weight": head})
+    model.requires_grad_(False).eval().to(device)
+    return LoadedReward(model, SequenceBuilder(processor, format_prompt=config.format_prompt), config)
+
+
+def save_merged(folder: Path, loaded: LoadedReward) -> None:
+    """Write a plain Hugging Face model (the `<Reward>` row inside the embedding) with head, processor and config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    loaded.model.generator.save_pretrained(folder)
+    loaded.builder.processor.save_pretrained(folder)
+    save_head(folder / HEAD_FILE, loaded.model.rm_head.weight)
+    dataclasses.replace(loaded.config, base_model=None).save(folder)
+
+
+def _find_base(base_model: str, folder: Path) -> str:
+    if os.path.isabs(base_model) and not os.path.isdir(base_model):
+        raise ValueError(f"{folder} was trained from {base_model}, which is gone; name its place with --base_model")
+    return base_model
+
+
+def _load_tuned(backbone: torch.nn.Module, tuned: dict[str, torch.Tensor], file: Path) -> None:
+    result = backbone.load_state_dict(tuned, strict=False)
+    if result.unexpected_keys:
+        raise ValueError(f"{file} does not fit the base model: it has no {', '.join(result.unexpected_keys[:3])}")

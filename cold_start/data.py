@@ -1,0 +1,176 @@
+"""From a preference pair to a packed batch, and the order in which pairs come.
+
+A video that does not decode drops its whole pair, which is listed; it is never replaced by another.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from losses import PairLabels
+from preference_csv import INVALID_LABEL, PREFERENCES, PreferencePair
+from scored_sequence import PackedSequences, ScoredSequence, SequenceBuilder, pack_sequences
+from vision_process import VideoBudget, VideoError, VideoFrames, load_video
+
+
+@dataclass(frozen=True)
+class PairDraw:
+    """One visit of a pair: its index in the list of pairs, and whether its CoTs are masked this time."""
+
+    index: int
+    is_masked: bool
+
+
+class MicroBatchSampler(Sampler[list[PairDraw]]):
+    """The micro-batches of one rank, in order, from `start_step` to `num_steps`.
+
+    An optimizer step takes the next `pairs_per_step` pairs of the epoch's shuffled order, whatever the number of ranks
+    and micro-batches they are spread over; the last step of an epoch takes what is left, so that some of its
+    micro-batches are short or empty. Order and masking depend on seed, epoch and pair only: a resumed run goes on as
+    the uninterrupted one would have.
+    """
+
+    def __init__(
+        self,
+        num_pairs: int,
+        *,
+        batch_size: int,
+        accumulation_steps: int,
+        rank: int,
+        world_size: int,
+        num_steps: int,
+        start_step: int = 0,
+        mask_probability: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.num_pairs = num_pairs
+        self.batch_size = batch_size
+        self.accumulation_steps = accumulation_steps
+        self.rank = rank
+        self.world_size = world_size
+        self.num_steps = num_steps
+        self.start_step = start_step
+        self.mask_probability = mask_probability
+        self.seed = seed
+
+    @property
+    def pairs_per_step(self) -> int:
+        return self.batch_size * self.accumulation_steps * self.world_size
+
+    def __len__(self) -> int:
+        return (self.num_steps - self.start_step) * self.accumulation_steps
+
+    def __iter__(self) -> Iterator[list[PairDraw]]:
+        steps_per_epoch = math.ceil(self.num_pairs / self.pairs_per_step)
+        for step in range(self.start_step, self.num_steps):
+            epoch, step_in_epoch = divmod(step, steps_per_epoch)
+            order = list(range(self.num_pairs))
+            random.Random(f"order {self.seed} {epoch}").shuffle(order)
+            first = step_in_epoch * self.pairs_per_step
+            for micro_step in range(self.accumulation_steps):
+                begin = first + (micro_step * self.world_size + self.rank) * self.batch_size
+                end = min(begin + self.batch_size, first + self.pairs_per_step)
+                yield [PairDraw(index, self._is_masked(epoch, index)) for index in order[begin:end]]
+
+    def _is_masked(self, epoch: int, index: int) -> bool:
+        return random.Random(f"mask {self.seed} {epoch} {index}").random() < self.mask_probability
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A pair with both sequences built; `index` is its place in the list of pairs."""
+
+    index: int
+    sequence_a: ScoredSequence
+    sequence_b: ScoredSequence
+    label: str
+    score_a: float
+    score_b: float
+
+
+@dataclass(frozen=True)
+class PairFailure:
+    """A pair that was dropped because a video did not decode."""
+
+    row: int
+    message: str
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """A packed micro-batch of P pairs.
+
+    `packed` holds 2P sequences; `a_sequences` and `b_sequences`, int64 [P], say which are the two of each pair.
+    `pair_indices`: int64 [P]. `failures`: pairs that were dropped. A batch without pairs holds one placeholder pair
+    with an invalid label, so that every rank runs a forward pass, and contributes nothing.
+    """
+
+    packed: PackedSequences
+    a_sequences: torch.Tensor
+    b_sequences: torch.Tensor
+    labels: PairLabels
+    pair_indices: torch.Tensor
+    failures: tuple[PairFailure, ...] = ()
+
+
+class PairDataset(Dataset):
+    """Decodes and tokenises pairs; indexed by PairDraw."""
+
+    def __init__(self, pairs: Sequence[PreferencePair], builder: SequenceBuilder, budget: VideoBudget) -> None:
+        self.pairs = pairs
+        self.builder = builder
+        self.budget = budget
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, draw: PairDraw) -> EncodedPair | PairFailure:
+        pair = self.pairs[draw.index]
+        try:
+            sequences = [
+                self._build(pair.problem, video, "" if draw.is_masked else cot)
+                for video, cot in ((pair.video_a, pair.cot_a), (pair.video_b, pair.cot_b))
+            ]
+        except VideoError as error:
+            return PairFailure(row=pair.row, message=str(error))
+        return EncodedPair(draw.index, *sequences, label=pair.label, score_a=pair.score_a, score_b=pair.score_b)
+
+    def _build(self, problem: str, video: str, cot: str) -> ScoredSequence:
+        frames = load_video(video, self.budget, size_factor=self.builder.size_factor)
+        return self.builder.build(self.builder.encode_prompt(problem, frames), self.builder.encode_cot(cot))
+
+    def placeholder(self) -> EncodedPair:
+        """A pair of blank clips that no loss counts."""
+        side = self.builder.size_factor * 2
+        blank = torch.zeros(self.budget.min_frames, 3, side, side, dtype=torch.uint8)
+        frames = VideoFrames(blank, self.budget.fps, tuple(range(len(blank))), len(blank))
+        sequence = self.builder.build(self.builder.encode_prompt("", frames))
+        return EncodedPair(-1, sequence, sequence, label=INVALID_LABEL, score_a=math.nan, score_b=math.nan)
+
+    def collate(self, items: Sequence[EncodedPair | PairFailure]) -> PairBatch:
+        """Pack the pairs of a micro-batch."""
+        failures = tuple(item for item in items if isinstance(item, PairFailure))
+        encoded = [item for item in items if isinstance(item, EncodedPair)] or [self.placeholder()]
+        packed = pack_sequences([sequence for pair in encoded for sequence in (pair.sequence_a, pair.sequence_b)])
+        return PairBatch(
+            packed=packed,
+            a_sequences=torch.arange(0, 2 * len(encoded), 2),
+            b_sequences=torch.arange(1, 2 * len(encoded), 2),
+            labels=build_labels(encoded),
+            pair_indices=torch.tensor([pair.index for pair in encoded]),
+            failures=failures,
+        )
+
+
+def build_labels(pairs: Sequence[PreferencePair | EncodedPair]) -> PairLabels:
+    """Labels of pairs as tensors."""
+    return PairLabels(
+        preference=torch.tensor([float(PREFERENCES.get(pair.label, 0)) for pair in pairs]),
+        is_valid=torch.tensor([pair.label != INVALID_LABEL for pair in pairs]),
+        score_a=torch.tensor([pair.score_a for pair in pairs]),
+        score_b=torch.tensor([pair.score_b for pair in pairs]),
+    )

@@ -1,0 +1,112 @@
+"""DeepSpeed around the reward model: configuration, optimizer, whole weights out of partitioned ones, safe steps."""
+
+import json
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from transformers import get_scheduler
+
+from arguments import TrainingArguments
+from model_qwen3 import RewardModel, parameter_groups
+
+RUNTIME_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not finite; the message names the step. The weights are those of the step before."""
+
+
+def read_deepspeed_config(path: str, arguments: TrainingArguments) -> dict:
+    """The user's JSON completed with batch sizes and clipping. Raises ValueError on what contradicts the flags."""
+    if not Path(path).is_file():
+        raise ValueError(f"--deepspeed {path}: no such file")
+    config = json.loads(Path(path).read_text())
+    for name in ("bf16", "fp16", "torch_autocast"):
+        if config.get(name, {}).get("enabled") not in (None, False):
+            raise ValueError(f"{path}: remove {name!r}; precision is set with --bf16 True or False")
+    for name in ("optimizer", "scheduler"):
+        if name in config:
+            raise ValueError(f"{path}: remove {name!r}; it is set with the learning rate flags")
+    for name in RUNTIME_KEYS:
+        if config.get(name, "auto") != "auto":
+            raise ValueError(f"{path}: remove {name!r}; it is set with the training flags")
+    config.pop("train_batch_size", None)
+    config["train_micro_batch_size_per_gpu"] = arguments.per_device_train_batch_size
+    config["gradient_accumulation_steps"] = arguments.gradient_accumulation_steps
+    config["gradient_clipping"] = arguments.max_grad_norm
+    if get_accelerator().device_name() == "cpu":
+        config.get("zero_optimization", {})["overlap_comm"] = False  # streams exist on accelerators only
+    return config
+
+
+def zero_stage(config: dict) -> int:
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def build_engine(model: RewardModel, arguments: TrainingArguments, *, num_steps: int):
+    """Wrap the model in a DeepSpeed engine with AdamW, one learning rate per part, and a schedule over `num_steps`."""
+    base = arguments.learning_rate
+    learning_rates = {
+        "base": base,
+        "merger": base if arguments.merger_lr is None else arguments.merger_lr,
+        "vision": base if arguments.vision_lr is None else arguments.vision_lr,
+        "token": base if arguments.special_token_lr is None else arguments.special_token_lr,
+        "head": base if arguments.rm_head_lr is None else arguments.rm_head_lr,
+    }
+    device = torch.device(get_accelerator().current_device_name())
+    model.to(device)
+    groups = parameter_groups(model, learning_rates, weight_decay=arguments.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=base, fused=device.type == "cuda")
+    scheduler = get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=round(arguments.warmup_ratio * num_steps),
+        num_training_steps=num_steps,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=read_deepspeed_config(arguments.deepspeed, arguments),
+    )
+    return engine
+
+
+def step_engine(engine, *, step: int) -> float:
+    """Optimizer step at the accumulation boundary; returns the gradient norm before clipping.
+
+    Raises NonFiniteError before any weight changes. ZeRO checks the norm itself and then skips the update; without
+    ZeRO it is checked here.
+    """
+    if not engine.zero_optimization():
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        _require_finite(norm, step)
+        engine.step()
+        return norm
+    engine.step()
+    norm = float(engine.get_global_grad_norm())
+    _require_finite(norm, step)
+    return norm
+
+
+def _require_finite(norm: float, step: int) -> None:
+    if not torch.isfinite(torch.tensor(norm)) or norm < 0:
+        raise NonFiniteError(f"gradient norm is not finite at step {step}; lower the learning rate or check its data")
+
+
+def gather_trained_weights(engine) -> dict[str, torch.Tensor]:
+    """Trained parameters by name, whole, on the CPU; filled on rank 0 only. A collective: call it on every rank."""
+    names, parameters = zip(*engine.module.trainable_parameters(), strict=True)
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+        if engine.global_rank != 0:
+            return {}
+        return {name: p.detach().cpu().clone() for name, p in zip(names, parameters, strict=True)}

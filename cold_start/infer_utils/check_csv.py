@@ -1,0 +1,55 @@
+"""Check a preference CSV before training: `python -m infer_utils.check_csv data.csv [--decode] [--model PATH]`.
+
+Lists every fault with its row: columns, labels, scores, paths, empty CoTs, missing, empty, truncated or too short
+videos and, with a model's processor, reserved tokens and over-long sequences. Exits with 1 when there are any.
+"""
+
+import argparse
+import sys
+
+from transformers import AutoProcessor
+
+from checkpoint import stored_video_budget
+from model_qwen3 import add_reward_token
+from preference_csv import CsvError, CsvNeeds, require_clean, scan_rows, scan_sequences, scan_videos
+from scored_sequence import SequenceBuilder
+from vision_process import VideoBudget
+
+
+def check(options: argparse.Namespace) -> str:
+    """A one-line summary of a sound CSV. Raises CsvError that lists the faults of any other."""
+    needs = CsvNeeds(eval_dim=options.eval_dim, scores=options.needs_scores, cots=not options.no_cots)
+    pairs, problems = scan_rows(options.csv, needs)
+    budget = (stored_video_budget(options.model) if options.model else None) or VideoBudget()
+    headers, video_problems = scan_videos(pairs, budget, should_decode=options.decode)
+    problems += video_problems
+    if options.model:
+        processor = AutoProcessor.from_pretrained(options.model)
+        add_reward_token(processor)
+        builder = SequenceBuilder(processor)
+        problems += scan_sequences(pairs, headers, builder, budget, max_length=options.max_length)
+    require_clean(options.csv, problems)
+    labels = [pair.label for pair in pairs]
+    counts = ", ".join(f"{labels.count(label)} {label}" for label in dict.fromkeys(sorted(labels)))
+    return f"{options.csv}: {len(pairs)} pairs ({counts}), {len(headers)} videos, no fault"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("csv")
+    parser.add_argument("--eval_dim", default="GSB", help="label column")
+    parser.add_argument("--needs_scores", action="store_true", help="require MOS columns (margin, scaled, reg)")
+    parser.add_argument("--no_cots", action="store_true", help="do not require CoTs (training with --drop_prob 1)")
+    parser.add_argument("--decode", action="store_true", help="decode all frames that training uses")
+    parser.add_argument("--model", help="base model: also check lengths and reserved tokens")
+    parser.add_argument("--max_length", type=int, default=8192, help="most tokens of a sequence")
+    try:
+        sys.stdout.write(check(parser.parse_args()) + "\n")
+    except CsvError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Scoring from Python.
+
+from infer_utils import RewardScorer
+scorer = RewardScorer.from_pretrained("output/checkpoint-100")
+rewards = scorer.score(["a.mp4", "b.mp4"], prompts=["a red circle moves left"] * 2, cots=[cot_a, cot_b])
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import LoadedReward, load_reward_model
+from scored_sequence import EncodedPrompt, judge_problem, pack_sequences
+from vision_process import load_video
+
+MAX_COT_TOKENS = 4096
+REPETITION_PENALTY = 1.05
+
+
+@dataclass(frozen=True)
+class Cot:
+    """A chain of thought: its token ids as generated (without EOS), and their text."""
+
+    ids: tuple[int, ...]
+    text: str
+
+
+class RewardScorer:
+    """A loaded reward model that scores videos."""
+
+    def __init__(self, loaded: LoadedReward) -> None:
+        self.model = loaded.model
+        self.builder = loaded.builder
+        self.config = loaded.config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        base_model: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "RewardScorer":
+        """Load `checkpoint-N/` or a merged model. Default: bf16 on a GPU, fp32 on a CPU."""
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        return cls(load_reward_model(path, base_model=base_model, dtype=dtype, device=device))
+
+    def encode(
+        self, videos: Sequence[str | os.PathLike], prompts: Sequence[str], *, problems: Sequence[str] | None = None
+    ) -> list[EncodedPrompt]:
+        """Decode videos and tokenise prompts once, for several scorings. Raises VideoError naming a bad file.
+
+        `prompts`: the text prompts of the videos, put into the built-in judge prompt; `problems`: whole problem texts
+        that take its place.
+        """
+        texts = problems if problems is not None else [judge_problem(prompt) for prompt in prompts]
+        factor = self.builder.size_factor
+        return [
+            self.builder.encode_prompt(text, load_video(video, self.config.video, size_factor=factor))
+            for video, text in zip(videos, texts, strict=True)
+        ]
+
+    def score(
+        self,
+        videos: Sequence[str | os.PathLike],
+        prompts: Sequence[str],
+        cots: Sequence[str | Cot] | None = None,
+        *,
+        batch_size: int = 8,
+    ) -> list[float]:
+        """Rewards of (video, prompt, CoT); without `cots` the CoT is masked."""
+        return self.score_encoded(self.encode(videos, prompts), cots, batch_size=batch_size)
+
+    @torch.no_grad()
+    def score_encoded(
+        self, encoded: Sequence[EncodedPrompt], cots: Sequence[str | Cot] | None = None, *, batch_size: int = 8
+    ) -> list[float]:
+        """Rewards of prompts from `encode`, `batch_size` sequences in one packed forward."""
+        cots = [""] * len(encoded) if cots is None else cots
+        sequences = [
+            self.builder.build(prompt, cot.ids if isinstance(cot, Cot) else self.builder.encode_cot(cot))
+            for prompt, cot in zip(encoded, cots, strict=True)
+        ]
+        rewards: list[float] = []
+        for start in range(0, len(sequences), batch_size):
+            batch = pack_sequences(sequences[start : start + batch_size]).to(self.model.device)
+            rewards += self.model(batch).tolist()
+        return rewards
+
+    @torch.no_grad()
+    def write_cots(
+        self,
+        encoded: Sequence[EncodedPrompt],
+        *,
+        batch_size: int = 32,
+        max_new_tokens: int = MAX_COT_TOKENS,
+        repetition_penalty: float = REPETITION_PENALTY,
+    ) -> list[Cot]:
+        """Let the model write its own CoTs, greedily. It cannot write `<Reward>`, image or video tokens."""
+        processor, tokenizer = self.builder.processor, self.builder.tokenizer
+        suppressed = [self.builder.reward_token_id, processor.video_token_id, processor.image_token_id]
+        cots: list[Cot] = []
+        with _stock_text_attention(self.model):
+            for start in tqdm(range(0, len(encoded), batch_size), desc="writing CoTs", leave=False):
+                inputs = self._left_padded(encoded[start : start + batch_size])
+                output = self.model.generator.generate(
+                    **inputs,
+                    do_sample=False,
+                    max_new_tokens=max_new_tokens,
+                    repetition_penalty=repetition_penalty,
+                    suppress_tokens=suppressed,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+                for row in output[:, inputs["input_ids"].shape[1] :].tolist():
+                    ids = row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
+                    cots.append(Cot(tuple(ids), tokenizer.decode(ids)))
+        return cots
+
+    def _left_padded(self, encoded: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
+        """Inputs of `generate` for prompts of different lengths."""
+        longest = max(prompt.input_ids.numel() for prompt in encoded)
+        input_ids = torch.full((len(encoded), longest), self.builder.tokenizer.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(encoded):
+            input_ids[row, longest - prompt.input_ids.numel() :] = prompt.input_ids
+            attention_mask[row, longest - prompt.input_ids.numel() :] = 1
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "mm_token_type_ids": (input_ids == self.builder.processor.video_token_id).int() * 2,
+            "pixel_values_videos": torch.cat([prompt.pixel_values for prompt in encoded]),
+            "video_grid_thw": torch.tensor([prompt.grid_thw for prompt in encoded]),
+        }
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+
+
+@contextmanager
+def _stock_text_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Generation runs on a padded batch with a cache: SDPA instead of packed attention in the text model."""
+    config = model.qwen.config.text_config
+    packed, config._attn_implementation = config._attn_implementation, "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = packed

@@ -1,0 +1,121 @@
+"""Losses on the rewards of preference pairs.
+
+Each loss returns a sum and the number of pairs in it; the caller divides by the number over all ranks and accumulation
+steps, so that neither micro-batching nor the number of ranks changes the gradient. Pairs that a loss cannot use leave
+the sum and the count alike; a sum without pairs is a zero that is still attached to the graph.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+
+LossType = Literal["bt", "btt", "margin", "constant_margin", "scaled", "reg"]
+LOSS_TYPES: tuple[str, ...] = get_args(LossType)
+SCORE_LOSSES = frozenset({"margin", "scaled", "reg"})  # these need MOS scores
+TIE_LOSSES = frozenset({"btt", "reg"})  # these learn from ties
+
+TIE_K = 5.0  # theta of the Rao-Kupper model: larger means more ties
+CONSTANT_MARGIN = 0.57
+SCORE_CENTER = 3.0  # middle of the 1..5 opinion scale
+
+
+@dataclass(frozen=True)
+class PairLabels:
+    """Labels of P pairs, all tensors of shape [P].
+
+    `preference`: float32, +1 when A is better, -1 when B is, 0 for a tie. `is_valid`: bool, False leaves a pair out of
+    everything. `score_a`, `score_b`: float32 opinion scores on 1..5, NaN where the data has none.
+    """
+
+    preference: torch.Tensor
+    is_valid: torch.Tensor
+    score_a: torch.Tensor
+    score_b: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "PairLabels":
+        return PairLabels(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+
+    def contributes(self, loss_type: LossType) -> torch.Tensor:
+        """bool [P]: which pairs a loss uses."""
+        usable = self.is_valid if loss_type in TIE_LOSSES else self.is_valid & (self.preference != 0)
+        if loss_type in SCORE_LOSSES:
+            usable = usable & self.score_a.isfinite() & self.score_b.isfinite()
+        return usable
+
+
+def compute_pair_loss(
+    rewards_a: torch.Tensor, rewards_b: torch.Tensor, labels: PairLabels, *, loss_type: LossType
+) -> torch.Tensor:
+    """Sum of the pair losses over the pairs that contribute; rewards float32 [P], returns a scalar.
+
+    With d = chosen reward - rejected reward and m = chosen score - rejected score:
+    `bt` -logsigmoid(d) (Bradley and Terry 1952); `btt` with ties (Rao and Kupper 1967), k = 5: -logsigmoid(d - log k)
+    for a preference, -logsigmoid(d - log k) - logsigmoid(-d - log k) - log(k^2 - 1) for a tie; `margin`
+    -logsigmoid(d - m); `constant_margin` -logsigmoid(d - 0.57); `scaled` -m logsigmoid(d); `reg` the mean over the two
+    videos of (reward - (score - 3))^2.
+    """
+    used = labels.contributes(loss_type)
+    # Unused pairs get a zero difference and a zero weight, so that NaN scores cannot leak through 0 * NaN.
+    preference = torch.where(used, labels.preference, 0.0)
+    score_a = torch.where(used, labels.score_a, SCORE_CENTER)
+    score_b = torch.where(used, labels.score_b, SCORE_CENTER)
+    difference = preference * (rewards_a - rewards_b)
+    margin = preference * (score_a - score_b)
+    if loss_type == "bt":
+        losses = -F.logsigmoid(difference)
+    elif loss_type == "btt":
+        losses = _tie_aware_losses(rewards_a - rewards_b, preference)
+    elif loss_type == "margin":
+        losses = -F.logsigmoid(difference - margin)
+    elif loss_type == "constant_margin":
+        losses = -F.logsigmoid(difference - CONSTANT_MARGIN)
+    elif loss_type == "scaled":
+        losses = -margin * F.logsigmoid(difference)
+    elif loss_type == "reg":
+        targets = (score_a - SCORE_CENTER, score_b - SCORE_CENTER)
+        losses = ((rewards_a - targets[0]).square() + (rewards_b - targets[1]).square()) / 2
+    else:
+        raise ValueError(f"unknown loss_type {loss_type!r}; choose one of {', '.join(LOSS_TYPES)}")
+    return (losses * used).sum()
+
+
+def _tie_aware_losses(difference: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
+    """Rao-Kupper losses [P] for reward differences A - B and preferences +1, -1 or 0 (tie)."""
+    log_k = math.log(TIE_K)
+    preferred = -F.logsigmoid(preference * difference - log_k)
+    tied = -F.logsigmoid(difference - log_k) - F.logsigmoid(-difference - log_k) - math.log(TIE_K**2 - 1)
+    return torch.where(preference == 0, tied, preferred)
+
+
+@dataclass(frozen=True)
+class PairMetrics:
+    """Sums over pairs, to be added up over micro-batches and ranks; `means` turns them into what people read."""
+
+    num_decided: float  # valid, non-tied pairs
+    num_correct: float  # of these, reward of the chosen video above that of the rejected
+    chosen_reward: float
+    rejected_reward: float
+
+    def means(self) -> dict[str, float]:
+        """accuracy, chosen_reward, rejected_reward, margin; empty when no pair was decided."""
+        if self.num_decided == 0:
+            return {}
+        return {
+            "accuracy": self.num_correct / self.num_decided,
+            "chosen_reward": self.chosen_reward / self.num_decided,
+            "rejected_reward": self.rejected_reward / self.num_decided,
+            "margin": (self.chosen_reward - self.rejected_reward) / self.num_decided,
+        }
+
+
+def compute_pair_sums(rewards_a: torch.Tensor, rewards_b: torch.Tensor, labels: PairLabels) -> torch.Tensor:
+    """float64 [4]: the fields of PairMetrics in order. An equal pair of rewards counts as wrong."""
+    decided = labels.is_valid & (labels.preference != 0)
+    a_chosen = labels.preference > 0
+    chosen = torch.where(a_chosen, rewards_a, rewards_b).double()
+    rejected = torch.where(a_chosen, rewards_b, rewards_a).double()
+    columns = torch.stack([torch.ones_like(chosen), (chosen > rejected).double(), chosen, rejected])
+    return torch.where(decided, columns, 0.0).sum(dim=1)

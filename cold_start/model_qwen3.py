@@ -1,0 +1,209 @@
+"""Qwen3-VL as a reward model: `<Reward>` row, linear head, LoRA, and one packed forward without vocabulary logits.
+
+The `<Reward>` row is a parameter of its own, put in place of the embedding at the one position where the token stands.
+PEFT's trainable-token layer computes the same, but copies the whole embedding matrix in each forward and builds a
+dense gradient of its size in each backward. Checkpoints store the row where PEFT looks for it (see checkpoint.py).
+
+Precision: frozen weights are kept in the compute dtype, everything trained is fp32 (its own master copy) and enters
+matrix products through autocast. The head always computes in fp32.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, Qwen3VLForConditionalGeneration
+
+from arguments import ModelArguments, RewardTokenMode
+from attention import use_packed_attention
+from scored_sequence import REWARD_TOKEN, PackedSequences, reward_token_id
+
+logger = logging.getLogger(__name__)
+
+LANGUAGE_LINEARS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+VISION_LINEARS = r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc(1|2))"
+EMBEDDING_MODULE = "embed_tokens"
+EMBEDDING_ROWS_MULTIPLE = 64
+PEFT_PREFIX = "base_model.model."
+
+
+class RewardModel(nn.Module):
+    """A Qwen3-VL backbone with the `<Reward>` row and the reward head.
+
+    `backbone`: Qwen3VLForConditionalGeneration, or a PEFT model around it. `reward_embedding`: fp32 [hidden].
+    `rm_head`: bias-free Linear(hidden, 1) in fp32. `autocast_dtype`: of matrix products, None for the weights' own.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        reward_embedding: torch.Tensor,
+        reward_token: RewardTokenMode = "special",
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.reward_token = reward_token
+        self.autocast_dtype = autocast_dtype
+        hidden_size = self.qwen.config.text_config.hidden_size
+        self.reward_embedding = nn.Parameter(reward_embedding.detach().float().clone())
+        self.rm_head = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
+        nn.init.normal_(self.rm_head.weight, std=1.0 / (hidden_size + 1) ** 0.5)
+
+    @property
+    def generator(self) -> Qwen3VLForConditionalGeneration:
+        """The model with its language head, LoRA layers included."""
+        return self.backbone.get_base_model() if hasattr(self.backbone, "get_base_model") else self.backbone
+
+    @property
+    def qwen(self) -> nn.Module:
+        """The model without the language head (Qwen3VLModel)."""
+        return self.generator.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.rm_head.weight.device
+
+    def forward(self, batch: PackedSequences) -> torch.Tensor:
+        """Rewards, float32 [num_sequences]."""
+        autocast = torch.autocast(
+            self.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=self.autocast_dtype is not None
+        )
+        with autocast:
+            hidden = self.compute_hidden_states(batch)
+        with torch.autocast(self.device.type, enabled=False):
+            pooled = _pool(hidden, batch, self.reward_token)
+            return F.linear(pooled, self.rm_head.weight.float()).squeeze(-1)
+
+    def compute_hidden_states(self, batch: PackedSequences) -> torch.Tensor:
+        """Final normed hidden states of a packed row, [T, hidden]. The vision tower runs once over all videos."""
+        qwen = self.qwen
+        embeddings = qwen.get_input_embeddings()(batch.input_ids)
+        row = self.reward_embedding.to(embeddings.dtype).expand(batch.num_sequences, -1)
+        embeddings = embeddings.index_copy(0, batch.reward_positions, row)
+        vision = qwen.get_video_features(
+            batch.pixel_values, batch.video_grid_thw.to(batch.input_ids.device), return_dict=True
+        )
+        is_video = batch.input_ids == qwen.config.video_token_id
+        video_embeddings = torch.cat(vision.pooler_output).to(embeddings.dtype)
+        embeddings = embeddings.masked_scatter(is_video.unsqueeze(-1), video_embeddings)
+        output = qwen.language_model(
+            inputs_embeds=embeddings.unsqueeze(0),
+            position_ids=batch.position_ids.unsqueeze(1),
+            visual_pos_masks=is_video.unsqueeze(0),
+            deepstack_visual_embeds=[torch.cat(features) for features in vision.deepstack_features],
+            cu_seq_lens_q=batch.cu_seq_lens,
+            max_length_q=batch.max_seq_len,
+            use_cache=False,
+        )
+        return output.last_hidden_state.squeeze(0)
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that receive gradients."""
+        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+
+def _pool(hidden: torch.Tensor, batch: PackedSequences, mode: RewardTokenMode) -> torch.Tensor:
+    """fp32 [num_sequences, hidden]: the state that the head reads."""
+    if mode == "special":
+        return hidden[batch.reward_positions].float()
+    if mode == "last":
+        return hidden[batch.cu_seq_lens[1:].long() - 1].float()
+    lengths = torch.diff(batch.cu_seq_lens).long()
+    owner = torch.repeat_interleave(torch.arange(batch.num_sequences, device=hidden.device), lengths)
+    sums = hidden.new_zeros(batch.num_sequences, hidden.shape[-1], dtype=torch.float32)
+    return sums.index_add(0, owner, hidden.float()) / lengths.unsqueeze(-1)
+
+
+def require_qwen3_vl(path: str) -> None:
+    """Raise ValueError unless `path` (a folder or a hub name) holds a Qwen3-VL model; reads its config only."""
+    try:
+        model_type = AutoConfig.from_pretrained(path).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no model that transformers can load: {str(error).splitlines()[0]}") from error
+    if model_type != "qwen3_vl":
+        raise ValueError(f"{path} is a {model_type!r} checkpoint; this project needs a Qwen3-VL one (qwen3_vl)")
+
+
+def add_reward_token(processor) -> int:
+    """Add `<Reward>` to the tokenizer unless it is there; returns its id."""
+    processor.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
+    return reward_token_id(processor.tokenizer)
+
+
+def load_backbone(path: str, *, dtype: torch.dtype, num_tokens: int) -> Qwen3VLForConditionalGeneration:
+    """Load Qwen3-VL with packed attention and at least `num_tokens` embedding rows (it never shrinks)."""
+    require_qwen3_vl(path)
+    backbone = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype)
+    use_packed_attention(backbone.config)
+    if backbone.get_input_embeddings().num_embeddings < num_tokens:
+        backbone.resize_token_embeddings(num_tokens, pad_to_multiple_of=EMBEDDING_ROWS_MULTIPLE, mean_resizing=False)
+    return backbone
+
+
+def initial_reward_embedding(backbone: Qwen3VLForConditionalGeneration, token_id: int) -> torch.Tensor:
+    """Mean of the embeddings of the tokens before `<Reward>`, fp32 [hidden]: where its untrained row starts."""
+    return backbone.get_input_embeddings().weight[:token_id].float().mean(dim=0)
+
+
+def prepare_for_training(
+    model: RewardModel, arguments: ModelArguments, *, autocast_dtype: torch.dtype | None = None
+) -> RewardModel:
+    """Freeze everything, then add LoRA and free what the arguments ask for; trained weights become fp32. In place."""
+    model.autocast_dtype = autocast_dtype
+    model.backbone.requires_grad_(False)
+    if arguments.uses_lora:
+        targets = f"({LANGUAGE_LINEARS})|({VISION_LINEARS})" if arguments.vision_lora else LANGUAGE_LINEARS
+        config = LoraConfig(
+            r=arguments.lora_r,
+            lora_alpha=arguments.lora_alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules=targets,
+        )
+        model.backbone = get_peft_model(model.backbone, config)
+    elif not arguments.freeze_llm:
+        model.qwen.language_model.requires_grad_(True)
+        model.qwen.get_input_embeddings().requires_grad_(False)
+    for name, parameter in model.qwen.visual.named_parameters():
+        if "lora_" not in name:
+            wanted = arguments.tune_merger if "merger" in name else not arguments.freeze_vision_tower
+            parameter.requires_grad_(wanted)
+    for _, parameter in model.trainable_parameters():
+        parameter.data = parameter.data.float()
+    if arguments.gradient_checkpointing:
+        model.generator.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def parameter_groups(model: RewardModel, learning_rates: dict[str, float], *, weight_decay: float) -> list[dict]:
+    """AdamW groups by part (`base`, `merger`, `vision`, `token`, `head`); vectors are not decayed."""
+    groups: dict[tuple[str, bool], dict] = {}
+    for name, parameter in model.trainable_parameters():
+        part = part_of(name)
+        decayed = weight_decay > 0 and parameter.ndim > 1
+        group = groups.setdefault(
+            (part, decayed),
+            {"name": part, "lr": learning_rates[part], "weight_decay": weight_decay * decayed, "params": []},
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def part_of(name: str) -> str:
+    """Which learning rate a parameter of RewardModel has."""
+    if name == "reward_embedding":
+        return "token"
+    if name.startswith("rm_head."):
+        return "head"
+    if ".visual." in name:
+        return "merger" if "merger" in name else "vision"
+    return "base"
+
+
+def hub_name(name: str) -> str:
+    """Name that a backbone parameter of RewardModel has in a plain Hugging Face checkpoint."""
+    return name.removeprefix("backbone.").removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Stage 1: trains a reward model on preference pairs with DeepSpeed, on every GPU of the machine or on its CPU.
+#
+#   bash train.sh                                   the shipped example
+#   DATA=my.csv OUTPUT_DIR=output/mine bash train.sh
+#   DATA=my.csv bash train.sh --loss_type btt --num_train_epochs 2      any flag of train_reward.py
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+num_gpus() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true; }
+NUM_GPUS="${NUM_GPUS:-$(num_gpus)}"
+
+DATA="${DATA:-datasets/train/example.csv}"        # training CSV, see datasets/train/README.md
+EVAL_DATA="${EVAL_DATA:-}"                        # held-out CSV of the same form; empty: no evaluation
+OUTPUT_DIR="${OUTPUT_DIR:-output}"                # checkpoint-N/ folders and logs
+DS_CONFIG="${DS_CONFIG:-ds_config/zero2.json}"    # zero0, zero2 or zero3
+MASTER_PORT="${MASTER_PORT:-29500}"
+
+if [[ "${NUM_GPUS:-0}" -gt 0 ]]; then
+  MODEL_PATH="${MODEL_PATH:-Qwen/Qwen3-VL-8B-Instruct}"
+  PROCESSES="$NUM_GPUS"
+  BF16="${BF16:-True}"
+else
+  MODEL_PATH="${MODEL_PATH:-model/tiny_base}"     # an 8B model is too large for a CPU: the shipped tiny one stands in
+  PROCESSES="${NUM_PROCESSES:-1}"
+  BF16="${BF16:-False}"
+  export DS_ACCELERATOR=cpu
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(nproc) + PROCESSES - 1) / PROCESSES ))}"
+fi
+echo "stage 1: $MODEL_PATH on $DATA -> $OUTPUT_DIR ($PROCESSES process(es), ${NUM_GPUS:-0} GPU(s))"
+
+arguments=(
+  --deepspeed "$DS_CONFIG"
+  --model_name_or_path "$MODEL_PATH"
+  --meta_data "$DATA"
+  --output_dir "$OUTPUT_DIR"
+  --eval_dim GSB
+  --loss_type bt
+  --reward_token special
+  --enable_drop True
+  --drop_prob 0.5
+  --lora_enable True
+  --lora_r 64
+  --lora_alpha 128
+  --freeze_vision_tower False
+  --tune_merger True
+  --learning_rate 2e-6
+  --merger_lr 2e-6
+  --vision_lr 2e-6
+  --special_token_lr 2e-6
+  --lr_scheduler_type constant_with_warmup
+  --warmup_ratio 0.05
+  --num_train_epochs 4
+  --per_device_train_batch_size 1
+  --gradient_accumulation_steps 4
+  --gradient_checkpointing True
+  --bf16 "$BF16"
+  --logging_epochs 0.01
+  --eval_epochs 0.25
+  --save_epochs 0.5
+  --report_to tensorboard
+)
+[[ -z "$EVAL_DATA" ]] || arguments+=(--meta_data_test "$EVAL_DATA")
+
+exec deepspeed --log_level warning --num_gpus "$PROCESSES" --master_port "$MASTER_PORT" train_reward.py "${arguments[@]}" "$@"

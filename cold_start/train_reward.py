@@ -1,0 +1,76 @@
+"""Stage 1, discriminative cold start: trains a reward model on preference pairs. `bash train.sh` launches it."""
+
+import sys
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from transformers import AutoProcessor, HfArgumentParser, set_seed
+
+from arguments import DataArguments, ModelArguments, TrainingArguments, validate_all
+from checkpoint import LoadedReward, build_reward_model
+from data import PairDataset
+from engine import NonFiniteError, build_engine, read_deepspeed_config
+from model_qwen3 import add_reward_token, prepare_for_training, require_qwen3_vl
+from preflight import build_config, load_checked_pairs, prepare_output
+from scored_sequence import SequenceBuilder
+from trainer_qwen3 import RewardTrainer, Schedule
+from utils import is_main_process, setup_logging
+
+
+def train(model_arguments: ModelArguments, data_arguments: DataArguments, arguments: TrainingArguments) -> None:
+    """Check everything that costs nothing, then load, wrap and train."""
+    set_seed(arguments.seed)
+    read_deepspeed_config(arguments.deepspeed, arguments)
+    resume_from = prepare_output(arguments)
+    require_qwen3_vl(model_arguments.model_name_or_path)
+    processor = AutoProcessor.from_pretrained(model_arguments.model_name_or_path)
+    add_reward_token(processor)
+    config = build_config(model_arguments, data_arguments)
+    builder = SequenceBuilder(processor, format_prompt=config.format_prompt)
+    datasets = {}
+    for name, path in (("train", data_arguments.meta_data), ("eval", data_arguments.meta_data_test)):
+        if path:
+            needs_scores = arguments.needs_scores
+            pairs = load_checked_pairs(path, builder, config.video, data=data_arguments, needs_scores=needs_scores)
+            datasets[name] = PairDataset(pairs, builder, config.video)
+
+    compute_dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    model = build_reward_model(
+        model_arguments.model_name_or_path, processor, reward_token=config.reward_token, dtype=compute_dtype
+    )
+    prepare_for_training(model, model_arguments, autocast_dtype=torch.bfloat16 if arguments.bf16 else None)
+    schedule = Schedule.build(len(datasets["train"]), arguments.pairs_per_step(dist.get_world_size()), arguments)
+    trainer = RewardTrainer(
+        build_engine(model, arguments, num_steps=schedule.num_steps),
+        LoadedReward(model, builder, config),
+        train_data=datasets["train"],
+        eval_data=datasets.get("eval"),
+        arguments=arguments,
+        data_arguments=data_arguments,
+        schedule=schedule,
+    )
+    if resume_from is not None:
+        trainer.resume(resume_from)
+    trainer.train()
+
+
+def main() -> None:
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    model_arguments, data_arguments, arguments = parser.parse_args_into_dataclasses()
+    try:
+        validate_all(model_arguments, data_arguments, arguments)
+        deepspeed.init_distributed(verbose=False)
+        setup_logging()
+        train(model_arguments, data_arguments, arguments)
+    except (ValueError, NonFiniteError) as error:
+        if is_main_process():
+            sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,377 @@
+"""Stage 1 training: Bradley-Terry and its relatives on pairs of scored sequences.
+
+One optimizer step, as the algorithm: take the step's micro-batches; count the pairs that the loss uses over all ranks
+and micro-batches; one packed forward per micro-batch for A and B together; its loss over that global count; backward;
+check; step. The gradient therefore depends on the pairs alone, not on micro-batching, padding or the number of ranks.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from arguments import DataArguments, TrainingArguments
+from checkpoint import STATE_FILE, LoadedReward, load_reward_model, save_merged, save_reward_files, write_json
+from data import MicroBatchSampler, PairBatch, PairDataset, PairDraw, PairFailure
+from engine import NonFiniteError, gather_trained_weights, step_engine
+from losses import PairMetrics, compute_pair_loss, compute_pair_sums
+from utils import Tracker, is_main_process
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_PREFIX = "checkpoint-"
+TEMPORARY_PREFIX = "tmp-checkpoint-"
+DEEPSPEED_FOLDER = "deepspeed"
+DEEPSPEED_TAG = "state"
+FULL_MODEL_FOLDER = "full_model"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When things happen, in optimizer steps."""
+
+    steps_per_epoch: int
+    num_steps: int
+    logging_steps: int
+    eval_steps: int
+    save_steps: int
+
+    @classmethod
+    def build(cls, num_pairs: int, pairs_per_step: int, arguments: TrainingArguments) -> "Schedule":
+        steps_per_epoch = math.ceil(num_pairs / pairs_per_step)
+        num_steps = max(1, round(arguments.num_train_epochs * steps_per_epoch))
+        if arguments.max_steps > 0:
+            num_steps = min(num_steps, arguments.max_steps)
+
+        def every(epochs: float) -> int:
+            return max(1, round(epochs * steps_per_epoch))
+
+        return cls(
+            steps_per_epoch=steps_per_epoch,
+            num_steps=num_steps,
+            logging_steps=every(arguments.logging_epochs),
+            eval_steps=every(arguments.eval_epochs),
+            save_steps=every(arguments.save_epochs),
+        )
+
+
+class RewardTrainer:
+    """Trains the model inside a DeepSpeed engine.
+
+    `reward`: the model being trained with its sequence builder and reward config. `train_data`, `eval_data`: datasets
+    of pairs; without `eval_data` nothing is evaluated.
+    """
+
+    def __init__(
+        self,
+        engine,
+        reward: LoadedReward,
+        *,
+        train_data: PairDataset,
+        eval_data: PairDataset | None,
+        arguments: TrainingArguments,
+        data_arguments: DataArguments,
+        schedule: Schedule,
+    ) -> None:
+        self.engine = engine
+        self.reward = reward
+        self.train_data = train_data
+        self.eval_data = eval_data
+        self.arguments = arguments
+        self.data_arguments = data_arguments
+        self.schedule = schedule
+        self.output_dir = Path(arguments.output_dir)
+        self.global_step = 0
+        self.log_history: list[dict] = []
+        self.failures: dict[int, PairFailure] = {}
+        self.tracker = Tracker(
+            self.output_dir,
+            report_to=arguments.report_to,
+            run_name=arguments.run_name,
+            config=dataclasses.asdict(arguments) | dataclasses.asdict(data_arguments),
+        )
+
+    def train(self) -> None:
+        """Run to the last step, logging, evaluating and saving on the way; the last step always saves."""
+        schedule, window = self.schedule, _LogWindow(self.engine.device)
+        progress = tqdm(
+            total=schedule.num_steps, initial=self.global_step, desc="train", disable=not is_main_process()
+        )
+        for micro_batches in self._steps():
+            num_pairs = self._count_contributing_pairs(micro_batches)
+            sums = sum(self._forward_backward(batch, num_pairs, i) for i, batch in enumerate(micro_batches))
+            sums = self._reduce_and_check(sums)
+            grad_norm = step_engine(self.engine, step=self.global_step + 1)
+            self.global_step += 1
+            window.add(sums, num_pairs=num_pairs, grad_norm=grad_norm)
+            progress.update()
+            if self._is_due(schedule.logging_steps):
+                progress.set_postfix(self._log(window.means() | self._learning_rates()))
+            if self.eval_data is not None and self._is_due(schedule.eval_steps):
+                self._log(self.evaluate())
+            if self._is_due(schedule.save_steps):
+                self.save_checkpoint()
+        progress.close()
+        self._report_failures()
+        self.tracker.close()
+
+    def _steps(self) -> Iterator[list[PairBatch]]:
+        """The micro-batches of this rank, one list per optimizer step, decoded ahead by worker processes."""
+        arguments = self.arguments
+        sampler = MicroBatchSampler(
+            len(self.train_data),
+            batch_size=arguments.per_device_train_batch_size,
+            accumulation_steps=arguments.gradient_accumulation_steps,
+            rank=self.engine.global_rank,
+            world_size=self.engine.world_size,
+            num_steps=self.schedule.num_steps,
+            start_step=self.global_step,
+            mask_probability=self.data_arguments.mask_probability,
+            seed=arguments.seed,
+        )
+        batches = iter(self._loader(self.train_data, sampler))
+        for _ in range(self.global_step, self.schedule.num_steps):
+            micro_batches = [next(batches) for _ in range(arguments.gradient_accumulation_steps)]
+            for batch in micro_batches:
+                self._note_failures(batch)
+            yield micro_batches
+
+    def _loader(self, data: PairDataset, batches) -> DataLoader:
+        return DataLoader(
+            data,
+            batch_sampler=batches,
+            collate_fn=data.collate,
+            num_workers=self.data_arguments.dataloader_num_workers,
+            pin_memory=self.engine.device.type == "cuda",
+        )
+
+    def _count_contributing_pairs(self, micro_batches: list[PairBatch]) -> float:
+        """Pairs that the loss uses in this step, over all ranks and micro-batches."""
+        loss_type = self.arguments.loss_type
+        count = sum(int(batch.labels.contributes(loss_type).sum()) for batch in micro_batches)
+        return float(_all_reduce(torch.tensor([float(count)], device=self.engine.device)))
+
+    def _forward_backward(self, batch: PairBatch, num_pairs: float, micro_step: int) -> torch.Tensor:
+        """One packed forward and backward. Returns the local loss sum and pair sums, float64 [5]."""
+        is_boundary = micro_step == self.arguments.gradient_accumulation_steps - 1
+        loss_sum, pair_sums = self._compute_loss(batch)
+        # DeepSpeed averages gradients over ranks; the global count already accounts for all of them.
+        loss = loss_sum * self.engine.world_size / max(num_pairs, 1.0)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not is_boundary:
+            self.engine.step()
+        return torch.cat([loss_sum.detach().double().view(1), pair_sums.detach()])
+
+    def _compute_loss(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = batch.labels.to(self.engine.device)
+        rewards = self.engine(batch.packed.to(self.engine.device))
+        rewards_a = rewards[batch.a_sequences.to(rewards.device)]
+        rewards_b = rewards[batch.b_sequences.to(rewards.device)]
+        loss_sum = compute_pair_loss(rewards_a, rewards_b, labels, loss_type=self.arguments.loss_type)
+        return loss_sum, compute_pair_sums(rewards_a.detach(), rewards_b.detach(), labels)
+
+    def _reduce_and_check(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over ranks. Raises NonFiniteError on every rank, before the optimizer step."""
+        sums = _all_reduce(sums)
+        if not bool(sums.isfinite().all()):
+            raise NonFiniteError(f"loss is not finite at step {self.global_step + 1}; the last checkpoint is intact")
+        return sums
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss and pair metrics on the held-out pairs, with the CSV's CoTs (`eval/`) and with them masked."""
+        was_training = self.engine.training
+        self.engine.eval()
+        metrics: dict[str, float] = {}
+        for prefix, is_masked in (("eval", False), ("eval_masked", True)):
+            sums, num_pairs = torch.zeros(5, dtype=torch.float64, device=self.engine.device), 0.0
+            batches = self._loader(self.eval_data, self._eval_batches(is_masked))
+            for batch in tqdm(batches, desc=prefix, leave=False, disable=not is_main_process()):
+                self._note_failures(batch)
+                loss_sum, pair_sums = self._compute_loss(batch)
+                sums += torch.cat([loss_sum.double().view(1), pair_sums])
+                num_pairs += int(batch.labels.contributes(self.arguments.loss_type).sum())
+            totals = _all_reduce(torch.cat([sums, sums.new_tensor([num_pairs])])).tolist()
+            metrics[f"{prefix}/loss"] = totals[0] / max(totals[5], 1.0)
+            metrics |= {f"{prefix}/{name}": value for name, value in PairMetrics(*totals[1:5]).means().items()}
+        self.engine.train(was_training)
+        return metrics
+
+    def _eval_batches(self, is_masked: bool) -> list[list[PairDraw]]:
+        """This rank's share of the evaluation; every rank has the same number of batches, the last may be empty."""
+        size, world = self.arguments.per_device_eval_batch_size, self.engine.world_size
+        num_rounds = math.ceil(len(self.eval_data) / (size * world))
+        starts = [(i * world + self.engine.global_rank) * size for i in range(num_rounds)]
+        total = len(self.eval_data)
+        return [[PairDraw(i, is_masked) for i in range(start, min(start + size, total))] for start in starts]
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoint-N/` under a temporary name and rename it: it is complete or absent."""
+        folder = self.output_dir / f"{CHECKPOINT_PREFIX}{self.global_step}"
+        temporary = self.output_dir / f"{TEMPORARY_PREFIX}{self.global_step}"
+        weights = gather_trained_weights(self.engine)
+        if is_main_process():
+            reward = self.reward
+            save_reward_files(
+                temporary,
+                model=self.engine.module,
+                weights=weights,
+                processor=reward.builder.processor,
+                config=reward.config,
+            )
+            write_json(temporary / STATE_FILE, self._state())
+            if self.arguments.save_full_model:
+                dtype = torch.bfloat16 if self.arguments.bf16 else torch.float32
+                save_merged(temporary / FULL_MODEL_FOLDER, load_reward_model(temporary, dtype=dtype))
+        _barrier()
+        if not self.arguments.save_only_model:
+            folder_of_state = temporary / DEEPSPEED_FOLDER
+            self.engine.save_checkpoint(
+                str(folder_of_state), tag=DEEPSPEED_TAG, save_latest=False, exclude_frozen_parameters=True
+            )
+            torch.save(_random_state(), folder_of_state / f"random_state_{self.engine.global_rank}.pt")
+        _barrier()
+        if is_main_process():
+            temporary.rename(folder)
+            self._remove_old_checkpoints()
+            logger.info("saved %s", folder)
+        _barrier()
+
+    def resume(self, folder: Path) -> None:
+        """Continue from `checkpoint-N/`: weights, optimizer, schedule, data order and random states."""
+        if not (folder / DEEPSPEED_FOLDER).is_dir():
+            raise ValueError(f"{folder} holds no optimizer state (--save_only_model?); it cannot be resumed from")
+        state = json.loads((folder / STATE_FILE).read_text())
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise ValueError(f"cannot resume from {folder}: {name} was {state[name]}, now it is {value}")
+        state_folder = folder / DEEPSPEED_FOLDER
+        self.engine.load_checkpoint(str(state_folder), tag=DEEPSPEED_TAG, load_module_strict=False)
+        random_state = state_folder / f"random_state_{self.engine.global_rank}.pt"
+        _restore_random_state(torch.load(random_state, weights_only=True))
+        self.global_step, self.log_history = state["global_step"], state["log_history"]
+        logger.info("resumed from %s", folder)
+
+    def _identity(self) -> dict:
+        """What must be the same for a resumed run to equal an uninterrupted one."""
+        return {
+            "num_pairs": len(self.train_data),
+            "pairs_per_step": self.arguments.pairs_per_step(self.engine.world_size),
+            "world_size": self.engine.world_size,
+            "seed": self.arguments.seed,
+            "mask_probability": self.data_arguments.mask_probability,
+            "loss_type": self.arguments.loss_type,
+        }
+
+    def _state(self) -> dict:
+        epoch = self.global_step / self.schedule.steps_per_epoch
+        return {"global_step": self.global_step, "epoch": epoch, **self._identity(), "log_history": self.log_history}
+
+    def _remove_old_checkpoints(self) -> None:
+        limit = self.arguments.save_total_limit
+        if limit is not None:
+            for old in list_checkpoints(self.output_dir)[:-limit]:
+                shutil.rmtree(old)
+
+    def _is_due(self, interval: int) -> bool:
+        return self.global_step % interval == 0 or self.global_step == self.schedule.num_steps
+
+    def _learning_rates(self) -> dict[str, float]:
+        return {f"lr/{group['name']}": group["lr"] for group in self.engine.basic_optimizer.param_groups}
+
+    def _log(self, values: dict[str, float]) -> dict[str, str]:
+        """Record scalars; returns the few that the progress bar shows."""
+        epoch = self.global_step / self.schedule.steps_per_epoch
+        values = {"epoch": round(epoch, 4), **values}
+        self.log_history.append({"step": self.global_step, **values})
+        self.tracker.log(values, step=self.global_step)
+        if any(name.startswith("eval") for name in values):
+            logger.info("step %d: %s", self.global_step, json.dumps({k: round(v, 4) for k, v in values.items()}))
+        return {name.rsplit("/", 1)[-1]: f"{values[name]:.3f}" for name in ("loss", "accuracy") if name in values}
+
+    def _note_failures(self, batch: PairBatch) -> None:
+        for failure in batch.failures:
+            if failure.row not in self.failures:
+                self.failures[failure.row] = failure
+                logger.warning("pair of row %d dropped: %s", failure.row, failure.message)
+
+    def _report_failures(self) -> None:
+        gathered: list[dict[int, PairFailure]] = [self.failures]
+        if dist.is_initialized():
+            gathered = [{} for _ in range(self.engine.world_size)]
+            dist.all_gather_object(gathered, self.failures)
+        failures = {row: failure for part in gathered for row, failure in part.items()}
+        if failures:
+            rows = ", ".join(str(row) for row in sorted(failures))
+            logger.warning("%d pair(s) were dropped because a video did not decode: rows %s", len(failures), rows)
+
+
+class _LogWindow:
+    """Sums since the last log line, turned into means over pairs and steps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        self.num_pairs = 0.0
+        self.grad_norms: deque[float] = deque()
+        self.start = time.perf_counter()
+
+    def add(self, sums: torch.Tensor, *, num_pairs: float, grad_norm: float) -> None:
+        self.sums += sums
+        self.num_pairs += num_pairs
+        self.grad_norms.append(grad_norm)
+
+    def means(self) -> dict[str, float]:
+        """Means since the last call, which starts a new window."""
+        loss_sum, *pair_sums = self.sums.tolist()
+        seconds = time.perf_counter() - self.start
+        values = {"loss": loss_sum / max(self.num_pairs, 1.0), **PairMetrics(*pair_sums).means()}
+        values["grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
+        values["seconds_per_step"] = seconds / len(self.grad_norms)
+        values["pairs_per_second"] = self.num_pairs / seconds
+        self._reset()
+        return values
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints in a folder, oldest first."""
+    found = [path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if (path / STATE_FILE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
+
+
+def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,61 @@
+"""Logging, experiment tracking and small helpers of the training script."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+import transformers
+
+
+def is_main_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def setup_logging() -> None:
+    """Log to stderr: everything of ours on the main process, warnings only on the others."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    level = logging.INFO if is_main_process() else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    for name in ("__main__", "trainer_qwen3", "checkpoint", "data", "infer_utils"):
+        logging.getLogger(name).setLevel(level)
+
+
+class Tracker:
+    """Writes scalars to `train_log.jsonl` and to tensorboard or wandb, on the main process only."""
+
+    def __init__(self, folder: Path, *, report_to: str, run_name: str | None, config: dict) -> None:
+        self._file = self._writer = self._run = None
+        if not is_main_process():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "train_log.jsonl").open("a", buffering=1)
+        if report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "runs"))
+        elif report_to == "wandb":
+            import wandb
+
+            self._run = wandb.init(project="descore", name=run_name or folder.name, dir=str(folder), config=config)
+
+    def log(self, values: dict[str, float], *, step: int) -> None:
+        """Record scalars of one optimizer step."""
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+        if self._run is not None:
+            self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+        if self._run is not None:
+            self._run.finish()
