@@ -184,6 +184,9 @@ def load_reward_model(
 def save_merged(folder: Path, loaded: LoadedReward) -> None:
     """Write a plain Hugging Face model (the `<Reward>` row inside the embedding) with head, processor and config."""
     folder.mkdir(parents=True, exist_ok=True)
+    rows = loaded.model.qwen.get_input_embeddings().weight
+    with torch.no_grad():
+        rows[loaded.builder.reward_token_id] = loaded.model.reward_embedding.to(rows.dtype)
     loaded.model.generator.save_pretrained(folder)
     loaded.builder.processor.save_pretrained(folder)
     save_head(folder / HEAD_FILE, loaded.model.rm_head.weight)

@@ -14,7 +14,8 @@ from engine import NonFiniteError, build_engine, read_deepspeed_config
 from model_qwen3 import add_reward_token, prepare_for_training, require_qwen3_vl
 from preflight import build_config, load_checked_pairs, prepare_output
 from scored_sequence import SequenceBuilder
-from trainer_qwen3 import RewardTrainer, Schedule
+from trainer_qwen3 import RewardTrainer
+from training_log import Schedule
 from utils import is_main_process, setup_logging
 
 

@@ -10,14 +10,10 @@ import json
 import logging
 import math
 import shutil
-import time
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -26,7 +22,16 @@ from checkpoint import STATE_FILE, LoadedReward, load_reward_model, save_merged,
 from data import MicroBatchSampler, PairBatch, PairDataset, PairDraw, PairFailure
 from engine import NonFiniteError, gather_trained_weights, step_engine
 from losses import PairMetrics, compute_pair_loss, compute_pair_sums
-from utils import Tracker, is_main_process
+from training_log import LogWindow, Schedule
+from utils import (
+    Tracker,
+    all_reduce_sum,
+    barrier,
+    gather_objects,
+    get_random_state,
+    is_main_process,
+    set_random_state,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,35 +40,6 @@ TEMPORARY_PREFIX = "tmp-checkpoint-"
 DEEPSPEED_FOLDER = "deepspeed"
 DEEPSPEED_TAG = "state"
 FULL_MODEL_FOLDER = "full_model"
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When things happen, in optimizer steps."""
-
-    steps_per_epoch: int
-    num_steps: int
-    logging_steps: int
-    eval_steps: int
-    save_steps: int
-
-    @classmethod
-    def build(cls, num_pairs: int, pairs_per_step: int, arguments: TrainingArguments) -> "Schedule":
-        steps_per_epoch = math.ceil(num_pairs / pairs_per_step)
-        num_steps = max(1, round(arguments.num_train_epochs * steps_per_epoch))
-        if arguments.max_steps > 0:
-            num_steps = min(num_steps, arguments.max_steps)
-
-        def every(epochs: float) -> int:
-            return max(1, round(epochs * steps_per_epoch))
-
-        return cls(
-            steps_per_epoch=steps_per_epoch,
-            num_steps=num_steps,
-            logging_steps=every(arguments.logging_epochs),
-            eval_steps=every(arguments.eval_epochs),
-            save_steps=every(arguments.save_epochs),
-        )
 
 
 class RewardTrainer:
@@ -104,7 +80,7 @@ class RewardTrainer:
 
     def train(self) -> None:
         """Run to the last step, logging, evaluating and saving on the way; the last step always saves."""
-        schedule, window = self.schedule, _LogWindow(self.engine.device)
+        schedule, window = self.schedule, LogWindow(self.engine.device)
         progress = tqdm(
             total=schedule.num_steps, initial=self.global_step, desc="train", disable=not is_main_process()
         )
@@ -160,7 +136,7 @@ class RewardTrainer:
         """Pairs that the loss uses in this step, over all ranks and micro-batches."""
         loss_type = self.arguments.loss_type
         count = sum(int(batch.labels.contributes(loss_type).sum()) for batch in micro_batches)
-        return float(_all_reduce(torch.tensor([float(count)], device=self.engine.device)))
+        return float(all_reduce_sum(torch.tensor([float(count)], device=self.engine.device)))
 
     def _forward_backward(self, batch: PairBatch, num_pairs: float, micro_step: int) -> torch.Tensor:
         """One packed forward and backward. Returns the local loss sum and pair sums, float64 [5]."""
@@ -183,7 +159,7 @@ class RewardTrainer:
 
     def _reduce_and_check(self, sums: torch.Tensor) -> torch.Tensor:
         """Sums over ranks. Raises NonFiniteError on every rank, before the optimizer step."""
-        sums = _all_reduce(sums)
+        sums = all_reduce_sum(sums)
         if not bool(sums.isfinite().all()):
             raise NonFiniteError(f"loss is not finite at step {self.global_step + 1}; the last checkpoint is intact")
         return sums
@@ -202,7 +178,7 @@ class RewardTrainer:
                 loss_sum, pair_sums = self._compute_loss(batch)
                 sums += torch.cat([loss_sum.double().view(1), pair_sums])
                 num_pairs += int(batch.labels.contributes(self.arguments.loss_type).sum())
-            totals = _all_reduce(torch.cat([sums, sums.new_tensor([num_pairs])])).tolist()
+            totals = all_reduce_sum(torch.cat([sums, sums.new_tensor([num_pairs])])).tolist()
             metrics[f"{prefix}/loss"] = totals[0] / max(totals[5], 1.0)
             metrics |= {f"{prefix}/{name}": value for name, value in PairMetrics(*totals[1:5]).means().items()}
         self.engine.train(was_training)
@@ -234,19 +210,19 @@ class RewardTrainer:
             if self.arguments.save_full_model:
                 dtype = torch.bfloat16 if self.arguments.bf16 else torch.float32
                 save_merged(temporary / FULL_MODEL_FOLDER, load_reward_model(temporary, dtype=dtype))
-        _barrier()
+        barrier()
         if not self.arguments.save_only_model:
             folder_of_state = temporary / DEEPSPEED_FOLDER
             self.engine.save_checkpoint(
                 str(folder_of_state), tag=DEEPSPEED_TAG, save_latest=False, exclude_frozen_parameters=True
             )
-            torch.save(_random_state(), folder_of_state / f"random_state_{self.engine.global_rank}.pt")
-        _barrier()
+            torch.save(get_random_state(), folder_of_state / f"random_state_{self.engine.global_rank}.pt")
+        barrier()
         if is_main_process():
             temporary.rename(folder)
             self._remove_old_checkpoints()
             logger.info("saved %s", folder)
-        _barrier()
+        barrier()
 
     def resume(self, folder: Path) -> None:
         """Continue from `checkpoint-N/`: weights, optimizer, schedule, data order and random states."""
@@ -259,7 +235,7 @@ class RewardTrainer:
         state_folder = folder / DEEPSPEED_FOLDER
         self.engine.load_checkpoint(str(state_folder), tag=DEEPSPEED_TAG, load_module_strict=False)
         random_state = state_folder / f"random_state_{self.engine.global_rank}.pt"
-        _restore_random_state(torch.load(random_state, weights_only=True))
+        set_random_state(torch.load(random_state, weights_only=True))
         self.global_step, self.log_history = state["global_step"], state["log_history"]
         logger.info("resumed from %s", folder)
 
@@ -307,71 +283,13 @@ class RewardTrainer:
                 logger.warning("pair of row %d dropped: %s", failure.row, failure.message)
 
     def _report_failures(self) -> None:
-        gathered: list[dict[int, PairFailure]] = [self.failures]
-        if dist.is_initialized():
-            gathered = [{} for _ in range(self.engine.world_size)]
-            dist.all_gather_object(gathered, self.failures)
-        failures = {row: failure for part in gathered for row, failure in part.items()}
-        if failures:
-            rows = ", ".join(str(row) for row in sorted(failures))
-            logger.warning("%d pair(s) were dropped because a video did not decode: rows %s", len(failures), rows)
-
-
-class _LogWindow:
-    """Sums since the last log line, turned into means over pairs and steps."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
-        self.num_pairs = 0.0
-        self.grad_norms: deque[float] = deque()
-        self.start = time.perf_counter()
-
-    def add(self, sums: torch.Tensor, *, num_pairs: float, grad_norm: float) -> None:
-        self.sums += sums
-        self.num_pairs += num_pairs
-        self.grad_norms.append(grad_norm)
-
-    def means(self) -> dict[str, float]:
-        """Means since the last call, which starts a new window."""
-        loss_sum, *pair_sums = self.sums.tolist()
-        seconds = time.perf_counter() - self.start
-        values = {"loss": loss_sum / max(self.num_pairs, 1.0), **PairMetrics(*pair_sums).means()}
-        values["grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
-        values["seconds_per_step"] = seconds / len(self.grad_norms)
-        values["pairs_per_second"] = self.num_pairs / seconds
-        self._reset()
-        return values
+        rows = sorted({row for failures in gather_objects(self.failures) for row in failures})
+        if rows and is_main_process():
+            listed = ", ".join(map(str, rows))
+            logger.warning("%d pair(s) were dropped because a video did not decode: rows %s", len(rows), listed)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints in a folder, oldest first."""
     found = [path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if (path / STATE_FILE).is_file()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
-
-
-def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

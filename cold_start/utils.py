@@ -5,6 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import transformers
 
@@ -59,3 +60,40 @@ class Tracker:
             self._writer.close()
         if self._run is not None:
             self._run.finish()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor summed over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_objects(value: object) -> list:
+    """The value of every rank, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def get_random_state() -> dict[str, torch.Tensor]:
+    """States of torch's generators on this rank."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Restore what `get_random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
+from transformers import AutoProcessor
 
-from checkpoint import LoadedReward, load_reward_model
-from scored_sequence import EncodedPrompt, judge_problem, pack_sequences
-from vision_process import load_video
+from checkpoint import LoadedReward, RewardConfig, build_reward_model, load_reward_model, stored_video_budget
+from model_qwen3 import add_reward_token
+from scored_sequence import EncodedPrompt, SequenceBuilder, judge_problem, pack_sequences
+from vision_process import VideoBudget, load_video
 
 MAX_COT_TOKENS = 4096
 REPETITION_PENALTY = 1.05
@@ -51,8 +53,22 @@ class RewardScorer:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         return cls(load_reward_model(path, base_model=base_model, dtype=dtype, device=device))
 
+    @classmethod
+    def from_base(cls, path: str | os.PathLike, *, seed: int = 0) -> "RewardScorer":
+        """A base model with a fresh head, in fp32 on the CPU: what training starts from, for comparison."""
+        torch.manual_seed(seed)
+        processor = AutoProcessor.from_pretrained(path)
+        add_reward_token(processor)
+        config = RewardConfig(base_model=str(path), video=stored_video_budget(str(path)) or VideoBudget())
+        model = build_reward_model(str(path), processor, reward_token=config.reward_token, dtype=torch.float32)
+        return cls(LoadedReward(model.requires_grad_(False).eval(), SequenceBuilder(processor), config))
+
     def encode(
-        self, videos: Sequence[str | os.PathLike], prompts: Sequence[str], *, problems: Sequence[str] | None = None
+        self,
+        videos: Sequence[str | os.PathLike],
+        prompts: Sequence[str] = (),
+        *,
+        problems: Sequence[str] | None = None,
     ) -> list[EncodedPrompt]:
         """Decode videos and tokenise prompts once, for several scorings. Raises VideoError naming a bad file.
 

@@ -1,0 +1,130 @@
+"""Pair accuracy on held-out preferences, with the CSV's CoTs, with none, and with CoTs that the model writes itself.
+
+    python -m infer_utils.evaluate CHECKPOINT eval.csv --output after.json
+    python -m infer_utils.evaluate --compare before.json after.json
+
+A base model in place of a checkpoint is evaluated with a fresh head: where training starts.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from checkpoint import is_reward_checkpoint, write_json
+from infer_utils.scorer import MAX_COT_TOKENS, RewardScorer
+from preference_csv import PREFERENCES, CsvNeeds, PreferencePair, read_pairs
+
+MODES = {"csv": "the CSV's CoTs", "masked": "no CoT", "own": "CoTs it writes itself"}
+CHUNK_PAIRS = 32
+Z_95 = 1.959964  # standard normal quantile of a two-sided 95% interval
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of non-tied pairs whose chosen video has the higher reward, with its 95% Wilson interval."""
+
+    accuracy: float
+    low: float
+    high: float
+    num_pairs: int
+
+    @classmethod
+    def of(cls, correct: Sequence[bool]) -> "Accuracy":
+        """Raises ValueError when there is no pair."""
+        if not correct:
+            raise ValueError("no pair with a preference to evaluate on")
+        return cls(sum(correct) / len(correct), *wilson_interval(sum(correct), len(correct)), len(correct))
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson 1927)."""
+    share, weight = successes / trials, Z_95**2 / trials
+    center = (share + weight / 2) / (1 + weight)
+    half = Z_95 * math.sqrt(share * (1 - share) / trials + weight / (4 * trials)) / (1 + weight)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def score_pairs(
+    scorer: RewardScorer, pairs: Sequence[PreferencePair], modes: Sequence[str], *, max_new_tokens: int
+) -> list[dict]:
+    """One record a pair: row, label, and for each mode the rewards [A, B]. Videos are decoded once for all modes."""
+    records = []
+    for start in tqdm(range(0, len(pairs), CHUNK_PAIRS), desc="evaluate", unit="chunk"):
+        chunk = pairs[start : start + CHUNK_PAIRS]
+        videos = [video for pair in chunk for video in (pair.video_a, pair.video_b)]
+        problems = [pair.problem for pair in chunk for _ in range(2)]
+        encoded = scorer.encode(videos, problems=problems)
+        cots = {
+            "csv": lambda chunk=chunk: [cot for pair in chunk for cot in (pair.cot_a, pair.cot_b)],
+            "masked": lambda: None,
+            "own": lambda encoded=encoded: scorer.write_cots(encoded, max_new_tokens=max_new_tokens),
+        }
+        rewards = {mode: scorer.score_encoded(encoded, cots[mode]()) for mode in modes}
+        for i, pair in enumerate(chunk):
+            scores = {mode: values[2 * i : 2 * i + 2] for mode, values in rewards.items()}
+            records.append({"row": pair.row, "label": pair.label, **scores})
+    return records
+
+
+def summarise(records: Sequence[dict], modes: Sequence[str]) -> dict[str, Accuracy]:
+    """Accuracy by mode over the pairs with a preference."""
+    decided = [record for record in records if PREFERENCES.get(record["label"], 0) != 0]
+    return {
+        mode: Accuracy.of([(r[mode][0] - r[mode][1]) * PREFERENCES[r["label"]] > 0 for r in decided]) for mode in modes
+    }
+
+
+def format_table(results: dict[str, dict]) -> str:
+    """Accuracies as text: a row a mode, a column for each named result."""
+    modes = [mode for mode in MODES if all(mode in result["accuracy"] for result in results.values())]
+    lines = ["held-out pair accuracy " + "".join(f"{name:>26}" for name in results)]
+    for mode in modes:
+        cells = [Accuracy(**result["accuracy"][mode]) for result in results.values()]
+        row = "".join(f"{f'{c.accuracy:.3f}  [{c.low:.3f}, {c.high:.3f}]':>26}" for c in cells)
+        lines.append(f"{MODES[mode]:<23}{row}")
+    lines.append(f"{cells[0].num_pairs} pairs with a preference; 95% intervals; chance is 0.5")
+    return "\n".join(lines)
+
+
+def evaluate(options: argparse.Namespace) -> dict:
+    """Score the CSV and return what is written to the JSON file."""
+    pairs = read_pairs(options.data, CsvNeeds(eval_dim=options.eval_dim, cots="csv" in options.modes))
+    load = RewardScorer.from_pretrained if is_reward_checkpoint(options.checkpoint) else RewardScorer.from_base
+    scorer = load(options.checkpoint)
+    records = score_pairs(scorer, pairs, options.modes, max_new_tokens=options.max_new_tokens)
+    accuracy = {mode: asdict(value) for mode, value in summarise(records, options.modes).items()}
+    return {"checkpoint": options.checkpoint, "data": options.data, "accuracy": accuracy, "pairs": records}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", help="a checkpoint-N folder, a merged model or a base model")
+    parser.add_argument("data", nargs="?", help="held-out preference CSV")
+    parser.add_argument("--output", help="JSON file for accuracies and rewards")
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="what CoT the model sees")
+    parser.add_argument("--eval_dim", default="GSB", help="label column")
+    parser.add_argument("--max_new_tokens", type=int, default=MAX_COT_TOKENS, help="longest CoT that it writes")
+    parser.add_argument("--compare", nargs="+", metavar="JSON", help="print earlier results side by side instead")
+    options = parser.parse_args()
+    if options.compare:
+        results = {Path(path).stem: json.loads(Path(path).read_text()) for path in options.compare}
+    elif options.checkpoint and options.data:
+        try:
+            results = {Path(options.checkpoint).name: evaluate(options)}
+        except ValueError as error:
+            parser.error(str(error))
+        if options.output:
+            write_json(Path(options.output), next(iter(results.values())))
+    else:
+        parser.error("give a checkpoint and a CSV, or --compare")
+    sys.stdout.write(format_table(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()

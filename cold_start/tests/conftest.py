@@ -1,0 +1,66 @@
+"""Fixtures of the stage 1 tests."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from checkpoint import build_reward_model
+from model_qwen3 import RewardModel, add_reward_token
+from scored_sequence import ScoredSequence, SequenceBuilder, judge_problem
+from stage1_support import COT, SMALL_BUDGET, write_pairs_csv, write_small_base
+from toy_world.render import encode_clip, sample_nuisance
+from toy_world.scene import sample_clip_scene, sample_request
+from vision_process import load_video
+
+NUM_CLIPS = 6
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory) -> Path:
+    return write_small_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> list[Path]:
+    """Short H.264 clips of different size, length and frame rate."""
+    folder, rng = tmp_path_factory.mktemp("clips"), np.random.default_rng(5)
+    paths = [folder / f"clip_{index}.mp4" for index in range(NUM_CLIPS)]
+    for path in paths:
+        request = sample_request(rng, held_out=False)
+        encode_clip(path, sample_clip_scene(request, rng, held_out=False), sample_nuisance(rng))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def builder(small_base) -> SequenceBuilder:
+    processor = AutoProcessor.from_pretrained(small_base)
+    add_reward_token(processor)
+    return SequenceBuilder(processor)
+
+
+@pytest.fixture(scope="session")
+def sequences(builder, clips) -> list[ScoredSequence]:
+    """Four sequences of different clips and lengths; the last has its CoT masked."""
+    cots = ["short", COT.format(score=2), COT.format(score=0) * 2, ""]
+    return [
+        builder.build(
+            builder.encode_prompt(judge_problem(f"prompt number {i}"), load_video(clips[i], SMALL_BUDGET)),
+            builder.encode_cot(cot),
+        )
+        for i, cot in enumerate(cots)
+    ]
+
+
+@pytest.fixture
+def model(small_base, builder) -> RewardModel:
+    """A fresh reward model in fp32, nothing frozen yet."""
+    torch.manual_seed(1)
+    return build_reward_model(str(small_base), builder.processor, reward_token="special", dtype=torch.float32)
+
+
+@pytest.fixture
+def pairs_csv(tmp_path, clips) -> Path:
+    return write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B", "same", "A", "invalid", "B"])

@@ -1,0 +1,154 @@
+"""Checkpoint files: what is written is what is loaded, by this project and by PEFT alone."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+
+from arguments import ModelArguments
+from attention import use_packed_attention
+from checkpoint import (
+    RewardConfig,
+    build_reward_model,
+    load_head,
+    load_reward_model,
+    save_merged,
+    save_reward_files,
+    stored_video_budget,
+)
+from model_qwen3 import RewardModel, add_reward_token, load_backbone, prepare_for_training
+from scored_sequence import pack_sequences
+from stage1_support import SMALL_BUDGET, write_small_base
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def make_trained(base, settings) -> tuple[RewardModel, object]:
+    """A model prepared with `settings` whose trained weights have all moved."""
+    processor = AutoProcessor.from_pretrained(base)
+    add_reward_token(processor)
+    torch.manual_seed(3)
+    model = build_reward_model(str(base), processor, reward_token="special", dtype=torch.float32)
+    prepare_for_training(model, ModelArguments(lora_r=8, lora_alpha=24, **settings))
+    with torch.no_grad():
+        for _, parameter in model.trainable_parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval(), processor
+
+
+def save(folder, base, model, processor) -> None:
+    weights = dict(model.trainable_parameters())
+    config = RewardConfig(base_model=str(base), video=SMALL_BUDGET)
+    save_reward_files(folder, model=model, weights=weights, processor=processor, config=config)
+
+
+@torch.no_grad()
+def rewards_of(model, sequences) -> torch.Tensor:
+    return model(pack_sequences(sequences))
+
+
+@pytest.mark.parametrize(
+    ("tied", "spare_rows", "settings"),
+    [
+        (False, 8, {}),
+        (True, 8, {}),
+        (False, 0, {}),
+        (False, 8, {"freeze_vision_tower": True, "vision_lora": True}),
+        (False, 8, {"lora_enable": False}),
+        (False, 8, {"freeze_llm": True}),
+    ],
+)
+def test_saved_loaded_and_merged_models_give_the_same_rewards(tmp_path, sequences, tied, spare_rows, settings):
+    base = write_small_base(tmp_path / "base", tied=tied, spare_rows=spare_rows)
+    model, processor = make_trained(base, settings)
+    expected = rewards_of(model, sequences)
+    save(tmp_path / "checkpoint-1", base, model, processor)
+    loaded = load_reward_model(tmp_path / "checkpoint-1")
+    torch.testing.assert_close(rewards_of(loaded.model, sequences), expected, **TOLERANCE)
+    assert loaded.config.video == SMALL_BUDGET
+
+    save_merged(tmp_path / "merged", loaded)
+    merged = load_reward_model(tmp_path / "merged")
+    torch.testing.assert_close(rewards_of(merged.model, sequences), expected, **TOLERANCE)
+    assert expected.std() > 1e-3
+
+
+def test_only_the_reward_row_of_the_embedding_differs_from_the_base(tmp_path):
+    base = write_small_base(tmp_path / "base")
+    model, processor = make_trained(base, {})
+    save(tmp_path / "checkpoint-1", base, model, processor)
+    loaded = load_reward_model(tmp_path / "checkpoint-1")
+    before = Qwen3VLForConditionalGeneration.from_pretrained(base).get_input_embeddings().weight
+    after = loaded.model.qwen.get_input_embeddings().weight
+    changed = (before != after).any(dim=1).nonzero().flatten().tolist()
+    assert changed == [loaded.builder.reward_token_id]
+    torch.testing.assert_close(after[changed[0]], model.reward_embedding.detach())
+
+
+def test_adapter_is_loaded_by_peft_alone(tmp_path, sequences):
+    base = write_small_base(tmp_path / "base")
+    model, processor = make_trained(base, {"freeze_vision_tower": True, "tune_merger": False})
+    save(tmp_path / "checkpoint-1", base, model, processor)
+    backbone = load_backbone(str(base), dtype=torch.float32, num_tokens=len(processor.tokenizer))
+    adapted = PeftModel.from_pretrained(backbone, tmp_path / "checkpoint-1").eval()
+    sequence = sequences[0]
+    use_packed_attention(backbone.config)
+    with torch.no_grad():
+        row = adapted.get_input_embeddings()(sequence.input_ids[sequence.reward_position :][:1])[0]
+    torch.testing.assert_close(row, model.reward_embedding.detach())
+    reward = rewards_of(RewardModel(adapted, reward_embedding=row).eval(), [sequence])  # head differs: compare states
+    own = RewardModel(model.backbone, reward_embedding=model.reward_embedding).eval()
+    own.rm_head.load_state_dict(model.rm_head.state_dict())
+    batch = pack_sequences([sequence])
+    with torch.no_grad():
+        states = [m.compute_hidden_states(batch) for m in (own, RewardModel(adapted, reward_embedding=row).eval())]
+    torch.testing.assert_close(states[0], states[1], **TOLERANCE)
+    assert reward.isfinite().all()
+    config = json.loads((tmp_path / "checkpoint-1" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (8, 24)
+
+
+@pytest.mark.parametrize("key", ["rm_head.weight", "base_model.model.rm_head.weight"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_heads_are_read_in_every_layout(tmp_path, key, nested):
+    weight = torch.randn(1, 4)
+    torch.save({"model": {key: weight}} if nested else {key: weight}, tmp_path / "rm_head.pth")
+    assert torch.equal(load_head(tmp_path / "rm_head.pth", hidden_size=4), weight)
+
+
+def test_unusable_heads_are_errors_never_a_random_head(tmp_path):
+    torch.save({"rm_head.weight": torch.randn(1, 4)}, tmp_path / "narrow.pth")
+    torch.save({"other": torch.randn(1, 4)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"head of shape \(1, 4\), not \(1, 8\)"):
+        load_head(tmp_path / "narrow.pth", hidden_size=8)
+    with pytest.raises(ValueError, match=r"no rm_head\.weight"):
+        load_head(tmp_path / "other.pth", hidden_size=4)
+    with pytest.raises(ValueError, match="no reward head at"):
+        load_head(tmp_path / "none.pth", hidden_size=4)
+
+
+def test_incomplete_checkpoints_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no rm_head\.pth"):
+        load_reward_model(tmp_path)
+    base = write_small_base(tmp_path / "base")
+    model, processor = make_trained(base, {})
+    save(tmp_path / "checkpoint-1", tmp_path / "gone", model, processor)
+    with pytest.raises(ValueError, match="which is gone; name its place with --base_model"):
+        load_reward_model(tmp_path / "checkpoint-1")
+    assert load_reward_model(tmp_path / "checkpoint-1", base_model=str(base)).model is not None
+
+
+def test_video_budget_travels_with_the_checkpoint(small_base, tmp_path):
+    assert stored_video_budget(str(small_base)) == SMALL_BUDGET
+    assert stored_video_budget(str(tmp_path)) is None
+
+
+def test_training_can_start_from_a_reward_checkpoint(tmp_path, sequences):
+    base = write_small_base(tmp_path / "base")
+    model, processor = make_trained(base, {})
+    save(tmp_path / "checkpoint-1", base, model, processor)
+    again = build_reward_model(str(tmp_path / "checkpoint-1"), processor, reward_token="special", dtype=torch.float32)
+    prepare_for_training(again, ModelArguments())
+    torch.testing.assert_close(rewards_of(again.eval(), sequences), rewards_of(model, sequences), **TOLERANCE)

@@ -1,0 +1,147 @@
+"""Bad CSVs: each fault is reported with file, row and remedy; sound ones are read as written."""
+
+import pandas as pd
+import pytest
+
+from infer_utils import check_csv
+from preference_csv import CsvError, CsvNeeds, read_pairs, scan_sequences, scan_videos
+from scored_sequence import judge_problem
+from stage1_support import COT, SMALL_BUDGET, write_pairs_csv
+
+NEEDS = CsvNeeds()
+
+
+def test_sound_rows_are_read_as_written(pairs_csv, clips):
+    pairs = read_pairs(pairs_csv, CsvNeeds(scores=True))
+    assert [pair.label for pair in pairs] == ["A", "B", "same", "A", "invalid", "B"]
+    assert (pairs[1].video_a, pairs[1].video_b) == (str(clips[2]), str(clips[3]))
+    assert (pairs[1].row, pairs[1].score_a, pairs[1].score_b) == (2, 3.0, 2.5)
+    assert pairs[1].cot_b == COT.format(score=1)
+
+
+def test_paths_are_relative_to_the_csv(tmp_path, clips):
+    (tmp_path / "videos").symlink_to(clips[0].parent)
+    videos = repr([f"videos/{clips[0].name}", f"videos/{clips[1].name}"])
+    path = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A"], videos=[videos])
+    headers, problems = scan_videos(read_pairs(path, NEEDS), SMALL_BUDGET)
+    assert problems == []
+    assert len(headers) == 2
+
+
+def test_prompt_alone_gets_the_judge_prompt(pairs_csv):
+    table = pd.read_csv(pairs_csv).drop(columns="problem")
+    table.to_csv(pairs_csv, index=False)
+    assert read_pairs(pairs_csv, NEEDS)[0].problem == judge_problem("a red circle number 0")
+
+
+@pytest.mark.parametrize("column", ["videos", "CoT_A", "GSB"])
+def test_missing_column_is_named_with_those_present(pairs_csv, column):
+    pd.read_csv(pairs_csv).drop(columns=column).to_csv(pairs_csv, index=False)
+    with pytest.raises(CsvError, match=f"missing column {column}; the file has") as caught:
+        read_pairs(pairs_csv, NEEDS)
+    assert str(pairs_csv) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("GSB", "C", "row 2: GSB is 'C'; write one of A, B, same, invalid"),
+        ("videos", "['a.mp4']", "row 2: videos is .* it must list two paths"),
+        ("videos", "a.mp4", "row 2: videos is 'a.mp4'; write a list of two paths"),
+        ("CoT_A", " ", "row 2: an empty CoT; fill CoT_A and CoT_B or mask every CoT"),
+        ("MOS_A_GSB", "good", "row 2: MOS_A_GSB is 'good'; write a number"),
+    ],
+)
+def test_bad_cell_is_named_with_row_and_remedy(pairs_csv, column, value, message):
+    table = pd.read_csv(pairs_csv, dtype=str)
+    table.loc[1, column] = value
+    table.to_csv(pairs_csv, index=False)
+    with pytest.raises(CsvError, match=message):
+        read_pairs(pairs_csv, NEEDS)
+
+
+def test_scores_are_required_only_by_losses_that_use_them(pairs_csv):
+    table = pd.read_csv(pairs_csv, dtype=str)
+    table.loc[0, "MOS_A_GSB"] = ""
+    table.to_csv(pairs_csv, index=False)
+    assert len(read_pairs(pairs_csv, NEEDS)) == 6
+    with pytest.raises(CsvError, match="row 1: MOS_A_GSB is empty; this loss needs a score"):
+        read_pairs(pairs_csv, CsvNeeds(scores=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "not a readable UTF-8 CSV"), (b"videos,GSB\n\xff\xfe,A\n", "UTF-8"), (b"videos,GSB,prompt\n", "no rows")],
+)
+def test_unreadable_files_are_named(tmp_path, content, message):
+    path = tmp_path / "pairs.csv"
+    path.write_bytes(content)
+    with pytest.raises(CsvError, match=message):
+        read_pairs(path, NEEDS)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(CsvError, match="file not found"):
+        read_pairs(tmp_path / "none.csv", NEEDS)
+
+
+@pytest.fixture
+def broken_csv(tmp_path, clips):
+    """Rows with a missing, an empty and a truncated video, and one whose stated duration the file does not reach."""
+    content = clips[0].read_bytes()
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "truncated.mp4").write_bytes(content[: len(content) // 2])
+    bad = ["none.mp4", "empty.mp4", "truncated.mp4", str(clips[1])]
+    videos = [repr([str(clips[0]), video]) for video in bad]
+    durations = ["", "", "", "[1.0, 60.0]"]
+    return write_pairs_csv(tmp_path / "broken.csv", clips, labels=["A"] * 4, videos=videos, durations=durations)
+
+
+def test_every_bad_video_is_listed_with_its_row(broken_csv):
+    _, problems = scan_videos(read_pairs(broken_csv, NEEDS), SMALL_BUDGET)
+    assert [problem.split(":")[0] for problem in problems] == ["row 1", "row 2", "row 3", "row 4"]
+    for problem, reason in zip(
+        problems, ["not found", "0 bytes", "does not decode", "shorter than stated"], strict=True
+    ):
+        assert reason in problem
+
+
+def test_too_short_videos_are_listed(pairs_csv):
+    strict = SMALL_BUDGET.replace(min_frames=500, max_frames=600)
+    _, problems = scan_videos(read_pairs(pairs_csv, NEEDS), strict)
+    assert len(problems) == 12
+    assert "at least 500 are needed" in problems[0]
+
+
+def test_reserved_tokens_and_long_sequences_are_listed(pairs_csv, builder):
+    table = pd.read_csv(pairs_csv, dtype=str)
+    table.loc[2, "CoT_B"] = "it is <Reward> five"
+    table.loc[3, "CoT_A"] = "word " * 3000
+    table.to_csv(pairs_csv, index=False)
+    pairs = read_pairs(pairs_csv, NEEDS)
+    headers, _ = scan_videos(pairs, SMALL_BUDGET)
+    problems = scan_sequences(pairs, headers, builder, SMALL_BUDGET, max_length=2000)
+    assert len(problems) == 2
+    assert problems[0] == "row 3, video B: CoT contains the reserved token '<Reward>'; remove it"
+    assert problems[1].startswith("row 4, video A: ")
+    assert "over --max_length 2000; raise --max_length" in problems[1]
+
+
+def run_check(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr("sys.argv", ["check_csv", *map(str, arguments)])
+    return check_csv.main()
+
+
+def test_command_lists_all_kinds_of_faults_at_once(broken_csv, small_base, monkeypatch, capsys):
+    table = pd.read_csv(broken_csv, dtype=str)
+    table = pd.concat([table, table.iloc[[0]].assign(GSB="left")])
+    table.to_csv(broken_csv, index=False)
+    assert run_check(monkeypatch, broken_csv, "--decode", "--model", small_base) == 1
+    message = capsys.readouterr().err
+    for part in ("5 fault(s)", "row 5: GSB is 'left'", "row 3: video does not decode"):
+        assert part in message
+
+
+def test_command_passes_a_sound_file(pairs_csv, small_base, monkeypatch, capsys):
+    assert run_check(monkeypatch, pairs_csv, "--decode", "--model", small_base, "--needs_scores") == 0
+    assert "6 pairs (2 A, 2 B, 1 invalid, 1 same), 6 videos, no fault" in capsys.readouterr().out

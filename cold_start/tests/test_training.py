@@ -1,0 +1,241 @@
+"""Training as users launch it: `train.sh`, DeepSpeed, real processes. Runs are shared between tests."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoint import load_reward_model
+from infer_utils import RewardScorer
+from stage1_support import REAL_VIDEOS, SMALL_BUDGET, STAGE_DIR, write_pairs_csv
+
+SETTINGS = {
+    "max_steps": 3,
+    "logging_epochs": 0.001,
+    "eval_epochs": 100,
+    "save_epochs": 100,
+    "learning_rate": 1e-3,
+    "merger_lr": 1e-3,
+    "vision_lr": 1e-3,
+    "special_token_lr": 1e-3,
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "dataloader_num_workers": 0,
+    "report_to": "none",
+}
+RUN_SECONDS = 240
+LOSS_TOLERANCE = 1e-5
+WEIGHT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # 1% of a step: Adam makes steps of gradients that are only rounding
+ports = iter(range(29610, 29700))
+
+
+def start(data: Path, base: Path, output: Path, *, processes=1, zero=2, accumulation=4, batch=1, **settings):
+    """Launch train.sh; returns the process, whose output is captured."""
+    flags = SETTINGS | {
+        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": batch,
+        "deepspeed": f"ds_config/zero{zero}.json",
+        **settings,
+    }
+    environment = os.environ | {
+        "DATA": str(data),
+        "MODEL_PATH": str(base),
+        "OUTPUT_DIR": str(output),
+        "NUM_GPUS": "0",
+        "NUM_PROCESSES": str(processes),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": str(next(ports)),
+    }
+    command = ["bash", str(STAGE_DIR / "train.sh"), *(text for k, v in flags.items() for text in (f"--{k}", str(v)))]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def run(*arguments, **settings) -> tuple[int, str]:
+    """Exit status and output of a whole run."""
+    process = start(*arguments, **settings)
+    output, _ = process.communicate(timeout=RUN_SECONDS)
+    return process.returncode, output
+
+
+def losses(output: Path) -> list[float]:
+    lines = map(json.loads, (output / "train_log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    head = torch.load(checkpoint / "rm_head.pth", weights_only=True)
+    return (
+        load_file(checkpoint / "adapter_model.safetensors")
+        | load_file(checkpoint / "tuned_weights.safetensors")
+        | head
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, clips, small_base):
+    """Runs training with the given settings once per module; returns its output folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = write_pairs_csv(
+        folder / "pairs.csv", clips, labels=["A", "B", "same", "A", "invalid", "B", "B", "A", "A", "B"]
+    )
+
+    @cache
+    def run_once(**settings) -> Path:
+        output = folder / "-".join(["run", *(f"{key}{value}" for key, value in settings.items())]).replace("/", "_")
+        status, text = run(data, small_base, output, **settings)
+        assert status == 0, text
+        return output
+
+    return run_once
+
+
+def assert_same_training(first: Path, second: Path) -> None:
+    assert losses(first) == pytest.approx(losses(second), abs=LOSS_TOLERANCE)
+    expected, found = (trained_weights(output / "checkpoint-3") for output in (first, second))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, **WEIGHT_TOLERANCE, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_losses_fall_and_the_checkpoint_scores(finished, clips):
+    output = finished()
+    assert len(losses(output)) == 3
+    scorer = RewardScorer.from_pretrained(output / "checkpoint-3")
+    assert scorer.config.video == SMALL_BUDGET
+    rewards = scorer.score([str(clips[0]), str(clips[1])], prompts=["a red circle"] * 2)
+    assert all(torch.isfinite(torch.tensor(rewards)))
+    assert rewards[0] != rewards[1]
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_two_processes_train_as_one(finished, zero):
+    assert_same_training(finished(), finished(processes=2, accumulation=2, zero=zero))
+
+
+@pytest.mark.parametrize("settings", [{"batch": 4, "accumulation": 1}, {"zero": 0}, {"gradient_checkpointing": False}])
+def test_micro_batches_zero_stage_and_recomputation_change_nothing(finished, settings):
+    assert_same_training(finished(), finished(**settings))
+
+
+def test_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, clips, small_base):
+    data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B", "same", "A", "B", "A"])
+    settings = {"max_steps": 6, "save_epochs": 0.001, "accumulation": 2}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    status, text = run(data, small_base, whole, **settings)
+    assert status == 0, text
+    process = start(data, small_base, killed, **settings)
+    deadline = time.monotonic() + RUN_SECONDS
+    while not (killed / "checkpoint-2").is_dir():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "checkpoint-6").exists()
+    (killed / "tmp-checkpoint-9").mkdir()  # what a kill in the middle of writing leaves
+    status, text = run(data, small_base, killed, **settings, resume_from_checkpoint="latest")
+    assert status == 0, text
+    assert not list(killed.glob("tmp-*"))
+    expected, found = (trained_weights(output / "checkpoint-6") for output in (whole, killed))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-8)
+
+
+def test_used_output_folder_and_other_settings_are_refused(finished, clips, small_base, tmp_path):
+    output = tmp_path / "output"
+    shutil.copytree(finished(), output)
+    data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B"])
+    status, text = run(data, small_base, output)
+    assert status != 0
+    assert "already holds checkpoint-3: continue it with --resume_from_checkpoint latest" in text
+    status, text = run(data, small_base, output, resume_from_checkpoint="latest")
+    assert status != 0
+    assert "cannot resume from" in text
+    assert "num_pairs was 10, now it is 2" in text
+
+
+def test_bad_rows_stop_training_before_the_model_is_loaded(clips, small_base, tmp_path):
+    data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "left"])
+    (small_base / "model.safetensors").stat()
+    hollow = tmp_path / "hollow"  # a base without weights: loading it would fail with another message
+    shutil.copytree(small_base, hollow, ignore=shutil.ignore_patterns("*.safetensors"))
+    status, text = run(data, hollow, tmp_path / "output")
+    assert status != 0
+    assert "row 2: GSB is 'left'; write one of A, B, same, invalid" in text
+    assert "Traceback" not in text
+
+
+def test_pair_whose_video_vanishes_is_dropped_and_reported(clips, small_base, tmp_path):
+    content = clips[0].read_bytes()
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(content)
+    videos = [repr([str(clips[0]), str(clips[1])]), repr([str(clips[2]), str(damaged)])]
+    data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B"], videos=videos)
+    process = start(data, small_base, tmp_path / "output", accumulation=2, dataloader_num_workers=0)
+    while not (tmp_path / "output" / "train_log.jsonl").exists():  # past the checks, before the first batch
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.001)
+    damaged.write_bytes(b"")
+    text, _ = process.communicate(timeout=RUN_SECONDS)
+    assert process.returncode == 0, text
+    assert "1 pair(s) were dropped because a video did not decode: rows 2" in text
+
+
+def test_bf16_evaluation_full_model_and_limit_on_checkpoints(tmp_path, clips, small_base):
+    data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B", "same", "A"])
+    output = tmp_path / "output"
+    status, text = run(
+        data,
+        small_base,
+        output,
+        bf16=True,
+        accumulation=1,
+        batch=2,
+        meta_data_test=data,
+        eval_epochs=0.5,
+        save_epochs=0.5,
+        save_total_limit=1,
+        save_only_model=True,
+        save_full_model=True,
+        loss_type="btt",
+        reward_token="mean",
+        report_to="tensorboard",
+    )
+    assert status == 0, text
+    checkpoints = list(output.glob("checkpoint-*"))
+    assert [path.name for path in checkpoints] == ["checkpoint-3"]
+    assert not (checkpoints[0] / "deepspeed").exists()
+    assert list((output / "runs").iterdir())
+    state = json.loads((checkpoints[0] / "trainer_state.json").read_text())
+    evaluated = [line for line in state["log_history"] if "eval/accuracy" in line]
+    assert len(evaluated) == 3
+    assert {"eval/loss", "eval_masked/accuracy", "eval_masked/margin"} <= evaluated[0].keys()
+    full = load_reward_model(checkpoints[0] / "full_model")
+    assert full.config.reward_token == "mean"
+    head = torch.load(checkpoints[0] / "rm_head.pth", weights_only=True)["rm_head.weight"]
+    assert head.dtype == torch.float32
+    assert not torch.equal(head, head.bfloat16().float())  # trained in fp32, not rounded
+
+
+@pytest.mark.skipif(not REAL_VIDEOS.is_dir(), reason=f"no real clips at {REAL_VIDEOS}")
+def test_real_pairs_train_with_nothing_but_data_and_output_changed(tmp_path):
+    clips = [REAL_VIDEOS / f"example_{i}_{side}.mp4" for i in (1, 2) for side in "AB"]
+    data = write_pairs_csv(tmp_path / "real.csv", clips, labels=["A", "A"])
+    environment = os.environ | {"DATA": str(data), "OUTPUT_DIR": str(tmp_path / "output"), "NUM_GPUS": "0"}
+    environment["MASTER_PORT"] = str(next(ports))
+    result = subprocess.run(
+        ["bash", str(STAGE_DIR / "train.sh")], env=environment, capture_output=True, text=True, timeout=RUN_SECONDS
+    )
+    assert result.returncode == 0, result.stderr
+    loaded = load_reward_model(tmp_path / "output" / "checkpoint-4")
+    assert loaded.builder.reward_token_id == loaded.builder.tokenizer.convert_tokens_to_ids("<Reward>")
