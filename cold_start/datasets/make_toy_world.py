@@ -1,0 +1,244 @@
+"""Makes the toy world data set: clips, preference pairs with CoTs, stage 2 answers, and benchmark files.
+
+    python make_toy_world.py --output ~/toy_world --train_pairs 600 --eval_pairs 200 --workers 2
+
+writes into the output folder
+    videos/*.mp4                             H.264 clips of 2 to 4 seconds, 80 to 144 pixels a side
+    train.csv, eval.csv                      stage 1: videos, problem, durations, prompt, CoT_A, CoT_B, GSB, MOS_*_GSB
+    train_rl.csv, eval_rl.csv                stage 2: videos, problem, answer (true sub-scores and label)
+    bench_{tabench,videoalign,genai,react,videofeedback}.csv      the held-out pairs in the benchmarks' columns
+    manifest.json                            seed, counts, every rate as intended and as measured, oracle accuracies
+and then checks what it wrote: every CSV is read again and every clip decoded.
+
+Training labels carry annotator noise, in `gsb_result` as well as in `GSB`; evaluation labels carry none. Prompts and
+(color, shape, motion) triples of evaluation do not occur in training. The scoring rules are in toy_world/scene.py, the
+sampling of pairs is described in toy_world/world.py, the columns in train/README.md and eval/README.md.
+
+The same arguments give the same files. A run that was stopped goes on where it was; clips made with other settings, or
+by another version of this code, are removed first. `--example --output train` makes the example that lies there.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from toy_world.render import encode_clip
+from toy_world.tables import build_tables, check_tables, training_row, write_table
+from toy_world.world import (
+    SPLITS,
+    Clip,
+    Pair,
+    WorldConfig,
+    check_disjoint,
+    describe_config,
+    measure_rates,
+    sample_pair,
+)
+
+MANIFEST = "manifest.json"
+FORMAT_NAME = "toy_world"
+CLIP_PATTERNS = ("train_?????_?.mp4", "eval_?????_?.mp4")
+CLIPS_PER_TASK = 8
+EXAMPLE_LABELS = ("A", "B", "same", "A")
+
+logger = logging.getLogger(__name__)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    defaults = WorldConfig()
+    parser = argparse.ArgumentParser(description="Make the toy world data set.")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--train_pairs", type=int, default=600)
+    parser.add_argument("--eval_pairs", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that render and decode")
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--tie_share", type=float, default=defaults.tie_share, help="share of ties")
+    parser.add_argument("--label_noise", type=float, default=defaults.label_noise, help="share of changed labels")
+    parser.add_argument("--example", action="store_true", help="only write example.csv with four pairs of small clips")
+    parsed = parser.parse_args(arguments)
+    if min(parsed.train_pairs, parsed.eval_pairs, parsed.workers) < 1:
+        parser.error("--train_pairs, --eval_pairs and --workers must be at least 1")
+    return parsed
+
+
+def load_judge_problem() -> Callable[[str], str]:
+    """`judge_problem` of the stage's own scored_sequence.py, so that data and training use one prompt."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from scored_sequence import judge_problem
+
+    return judge_problem
+
+
+def make_world(
+    output: Path, config: WorldConfig, *, num_pairs: dict[str, int], workers: int, judge_problem: Callable[[str], str]
+) -> dict[str, object]:
+    """Writes the data set, checks it, and returns the manifest. Raises ValueError when something is not as stated."""
+    config.validate()
+    started = time.perf_counter()
+    prepare_output(output, config)
+    pairs = {split: [sample_pair(config, split, i) for i in range(num_pairs[split])] for split in SPLITS}
+    every_pair = [pair for of_split in pairs.values() for pair in of_split]
+    check_disjoint(every_pair)
+    clips = [clip for pair in every_pair for clip in pair.clips]
+    remove_clips(output, keep={clip.name for clip in clips})
+    missing = [clip for clip in clips if not (output / "videos" / clip.name).is_file()]
+    logger.info("%d clips to render, %d already there", len(missing), len(clips) - len(missing))
+    context = multiprocessing.get_context("spawn")  # the encoder's libraries do not survive a fork for certain
+    with ProcessPoolExecutor(min(workers, len(clips)), mp_context=context) as pool:
+        run_over_clips(pool, render_clips, missing, output=output, label="render")
+        tables = build_tables(pairs, judge_problem)
+        for name, rows in tables.items():
+            write_table(output / name, rows)
+        run_over_clips(pool, check_clips, clips, output=output, label="check")
+    check_tables(output, tables, label_noise=config.label_noise, malformed_share=config.malformed_share)
+    manifest = {
+        "format": FORMAT_NAME,
+        "settings_hash": settings_hash(config),
+        "complete": True,
+        "intended": describe_config(config),
+        "measured": {split: measure_rates(of_split) for split, of_split in pairs.items()},
+        "num_pairs": num_pairs,
+        "num_clips": len(clips),
+        "video_bytes": sum((output / "videos" / clip.name).stat().st_size for clip in clips),
+    }
+    write_manifest(output, manifest)
+    logger.info("%d clips written and checked in %.0f s", len(clips), time.perf_counter() - started)
+    return manifest
+
+
+def settings_hash(config: WorldConfig) -> str:
+    """Changes with everything that the clips depend on: settings, this package's code, the encoder's version."""
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    digest.update(importlib.metadata.version("av").encode())
+    for path in sorted((Path(__file__).resolve().parent / "toy_world").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def prepare_output(output: Path, config: WorldConfig) -> None:
+    """Makes the folder; clips of other settings are removed. ValueError when the folder holds anything else."""
+    path = output / MANIFEST
+    if path.is_file():
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest.get("format") != FORMAT_NAME:
+            raise ValueError(f"{path} does not belong to a toy world; choose another --output")
+        if manifest["settings_hash"] != settings_hash(config):
+            logger.warning("%s was made with other settings or another version of the code: starting clean", output)
+            remove_clips(output, keep=set())
+    elif output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty and holds no toy world; choose another --output")
+    (output / "videos").mkdir(parents=True, exist_ok=True)
+    for leftover in (output / "videos").glob("*.tmp"):
+        leftover.unlink()
+    write_manifest(output, {"format": FORMAT_NAME, "settings_hash": settings_hash(config), "complete": False})
+
+
+def remove_clips(output: Path, *, keep: set[str]) -> None:
+    """Deletes the clips of an earlier run that are not in `keep`."""
+    for pattern in CLIP_PATTERNS:
+        for path in (output / "videos").glob(pattern):
+            if path.name not in keep:
+                path.unlink()
+
+
+def write_manifest(output: Path, manifest: dict[str, object]) -> None:
+    temporary = output / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, output / MANIFEST)
+
+
+def run_over_clips(
+    pool: ProcessPoolExecutor,
+    work: Callable[[str, Sequence[Clip]], int],
+    clips: Sequence[Clip],
+    *,
+    output: Path,
+    label: str,
+) -> None:
+    """Calls `work` on all clips, a few at a time, in the pool's processes, with a progress bar."""
+    batches = [clips[i : i + CLIPS_PER_TASK] for i in range(0, len(clips), CLIPS_PER_TASK)]
+    with tqdm(total=len(clips), desc=label, unit="clip", disable=None) as progress:
+        for num_done in pool.map(work, [str(output / "videos")] * len(batches), batches):
+            progress.update(num_done)
+
+
+def render_clips(folder: str, clips: Sequence[Clip]) -> int:
+    """Renders clips into a folder and returns how many."""
+    for clip in clips:
+        encode_clip(f"{folder}/{clip.name}", clip.scene, clip.nuisance)
+    return len(clips)
+
+
+def check_clips(folder: str, clips: Sequence[Clip]) -> int:
+    """Decodes clips. Raises ValueError when one has another frame count, size or frame rate than it should."""
+    import decord  # only the check needs it
+
+    for clip in clips:
+        reader = decord.VideoReader(f"{folder}/{clip.name}", num_threads=1)
+        frames = reader.get_batch(range(len(reader))).asnumpy()
+        nuisance = clip.nuisance
+        expected = (nuisance.num_frames, nuisance.height, nuisance.width, 3)
+        if frames.shape != expected or abs(reader.get_avg_fps() - nuisance.fps) > 1e-3:
+            found = f"{frames.shape} at {reader.get_avg_fps():.2f} frames a second"
+            raise ValueError(f"{folder}/{clip.name} decodes to {found}, expected {expected} at {nuisance.fps}")
+    return len(clips)
+
+
+def sample_example(config: WorldConfig) -> list[Pair]:
+    """The first training pairs with EXAMPLE_LABELS, their clips cut to two seconds of small frames."""
+    pairs, index = [], 0
+    while len(pairs) < len(EXAMPLE_LABELS):
+        pair = sample_pair(config, "train", index)
+        index += 1
+        if pair.label != EXAMPLE_LABELS[len(pairs)] or pair.label != pair.true_label:
+            continue
+        clips = []
+        for side, clip, width in zip("ab", pair.clips, (112, 100), strict=True):
+            nuisance = replace(clip.nuisance, width=width, height=104, fps=8, duration=2.0, crf=26)
+            clips.append(replace(clip, name=f"example_{len(pairs)}_{side}.mp4", nuisance=nuisance))
+        pairs.append(replace(pair, clips=(clips[0], clips[1])))
+    return pairs
+
+
+def write_example(output: Path, config: WorldConfig, judge_problem: Callable[[str], str]) -> None:
+    """Writes example.csv and its clips into a folder that may hold other files."""
+    pairs = sample_example(config)
+    clips = [clip for pair in pairs for clip in pair.clips]
+    (output / "videos").mkdir(parents=True, exist_ok=True)
+    render_clips(str(output / "videos"), clips)
+    check_clips(str(output / "videos"), clips)
+    write_table(output / "example.csv", [training_row(pair, judge_problem(pair.prompt)) for pair in pairs])
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = WorldConfig(seed=arguments.seed, tie_share=arguments.tie_share, label_noise=arguments.label_noise)
+    judge_problem = load_judge_problem()
+    if arguments.example:
+        write_example(arguments.output, config, judge_problem)
+        return
+    num_pairs = {"train": arguments.train_pairs, "eval": arguments.eval_pairs}
+    try:
+        manifest = make_world(
+            arguments.output, config, num_pairs=num_pairs, workers=arguments.workers, judge_problem=judge_problem
+        )
+    except ValueError as error:
+        sys.exit(f"make_toy_world.py: {error}")
+    sys.stdout.write(json.dumps(manifest["measured"], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
