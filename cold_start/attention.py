@@ -6,6 +6,8 @@ or as one batched call when all have the same length. No mask is built and no wo
 sequences.
 """
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
@@ -13,6 +15,7 @@ from transformers import AttentionInterface
 
 # transformers hands whole packed rows with `cu_seq_lens` to implementations with "flash" in their name.
 PACKED_ATTENTION = "packed_flash_or_sdpa"
+VARLEN_SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not before torch 2.12
 FULL_WINDOW, CAUSAL_WINDOW = (-1, -1), (-1, 0)
 
 
@@ -44,6 +47,11 @@ def packed_attention(
     causal = module.is_causal if is_causal is None else is_causal
     query, key = query.to(value.dtype), key.to(value.dtype)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        if VARLEN_SHARES_HEADS:
+            arguments = {"enable_gqa": key.shape[1] != query.shape[1]}
+        else:
+            arguments, groups = {}, query.shape[1] // key.shape[1]
+            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
         output = varlen_attn(
             *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
             cu_seq_lens_q,
@@ -52,7 +60,7 @@ def packed_attention(
             max_length_q,
             scale=scaling,
             window_size=CAUSAL_WINDOW if causal else FULL_WINDOW,
-            enable_gqa=key.shape[1] != query.shape[1],
+            **arguments,
         )
         return output.unsqueeze(0), None
     lengths = torch.diff(cu_seq_lens_q).tolist()

@@ -85,17 +85,17 @@ class RewardModel(nn.Module):
         embeddings = qwen.get_input_embeddings()(batch.input_ids)
         row = self.reward_embedding.to(embeddings.dtype).expand(batch.num_sequences, -1)
         embeddings = embeddings.index_copy(0, batch.reward_positions, row)
-        vision = qwen.get_video_features(
-            batch.pixel_values, batch.video_grid_thw.to(batch.input_ids.device), return_dict=True
+        vision = qwen.visual(
+            batch.pixel_values.to(qwen.visual.dtype), grid_thw=batch.video_grid_thw.to(self.device), return_dict=True
         )
         is_video = batch.input_ids == qwen.config.video_token_id
-        video_embeddings = torch.cat(vision.pooler_output).to(embeddings.dtype)
+        video_embeddings = vision.pooler_output.to(embeddings.dtype)
         embeddings = embeddings.masked_scatter(is_video.unsqueeze(-1), video_embeddings)
         output = qwen.language_model(
             inputs_embeds=embeddings.unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(1),
             visual_pos_masks=is_video.unsqueeze(0),
-            deepstack_visual_embeds=[torch.cat(features) for features in vision.deepstack_features],
+            deepstack_visual_embeds=vision.deepstack_features,
             cu_seq_lens_q=batch.cu_seq_lens,
             max_length_q=batch.max_seq_len,
             use_cache=False,
