@@ -17,6 +17,8 @@ help: ## list the targets
 quickstart: setup ## train a tiny video reward model on this machine and show how well it judges unseen videos
 	@$(WITH_VENV) bash cold_start/quickstart.sh $(ARGS)
 
+# One pytest process: on two cores `-n 2` was slower than none, as every worker imports torch and transformers anew and
+# the training tests start processes of their own. With more cores, ARGS="-n 4 --dist loadfile" may pay.
 test: setup ## run the tests (ARGS="-k losses" selects some, ARGS="-m slow" runs the long ones)
 	@$(WITH_VENV) python -m pytest $(ARGS)
 

@@ -5,6 +5,7 @@
 #   STAGES="cold_start"  whose requirements to install; "cold_start dual_rl" puts both stages into one environment
 #   MACHINE=cpu|gpu      overrides the look at the machine
 #   PYTHON=python3.12    overrides the search for an interpreter (3.11 or newer)
+#   TORCH_CPU_INDEX=URL  a mirror of PyTorch's index of CPU builds
 #
 # On a GPU machine this is a plain installation of the requirement files. On a CPU machine torch goes first and pinned,
 # and torchvision without its dependencies, so that no CUDA packages are pulled in.
@@ -14,7 +15,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$(realpath -m "${VENV:-$ROOT/.venv}")"
 STAGES="${STAGES:-cold_start}"
 STATE="$VENV/.setup" # made_here, unfinished, and one stamp for each installed part
-TORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
+TORCH_CPU_INDEX="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
 INDEX_ARGS=()
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -81,7 +82,7 @@ share_pip_settings_with_uv() {
 }
 
 make_venv() {
-    local python
+    local python=""
     if [[ -e "$STATE/unfinished" ]]; then
         say "the last set-up was interrupted: starting again"
         rm -rf "$VENV"
@@ -93,14 +94,13 @@ make_venv() {
     elif [[ -e "$VENV" ]]; then
         die "$VENV exists but is not a virtual environment with pip that this script made. Move it away or set VENV"
     fi
+    [[ "$INSTALLER" == uv ]] || python="$(find_python)"
     mkdir -p "$STATE"
     touch "$STATE/made_here" "$STATE/unfinished"
+    say "making $VENV with ${python:-uv}"
     if [[ "$INSTALLER" == uv ]]; then
-        say "making $VENV with uv"
         uv venv --quiet --allow-existing --seed --python "${PYTHON:-3.11}" "$VENV"
     else
-        python="$(find_python)"
-        say "making $VENV with $python"
         "$python" -m venv "$VENV"
     fi
 }
@@ -192,8 +192,10 @@ main() {
     if is_current; then
         return
     fi
-    exec 9<"$ROOT" # a second set-up that starts meanwhile waits here, and then finds everything done
-    ! command -v flock >/dev/null || flock 9
+    if command -v flock >/dev/null; then
+        exec 9<"$ROOT" # a second set-up that starts meanwhile waits here, and then finds everything done
+        flock --nonblock 9 || { say "waiting for another set-up in this folder" && flock 9; }
+    fi
     if is_current; then
         return
     fi

@@ -19,6 +19,16 @@ RUNTIME_KEYS = (
 )
 
 
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+
+
+def init_distributed() -> None:
+    """Join the process group. Keeps DeepSpeed from compiling, on a CPU, an all-reduce that only its inference uses."""
+    if get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
+    deepspeed.init_distributed(verbose=False)
+
+
 class NonFiniteError(RuntimeError):
     """A loss or gradient that is not finite; the message names the step. The weights are those of the step before."""
 

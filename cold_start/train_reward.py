@@ -2,7 +2,6 @@
 
 import sys
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from transformers import AutoProcessor, HfArgumentParser, set_seed
@@ -10,7 +9,7 @@ from transformers import AutoProcessor, HfArgumentParser, set_seed
 from arguments import DataArguments, ModelArguments, TrainingArguments, validate_all
 from checkpoint import LoadedReward, build_reward_model
 from data import PairDataset
-from engine import NonFiniteError, build_engine, read_deepspeed_config
+from engine import NonFiniteError, build_engine, init_distributed, read_deepspeed_config
 from model_qwen3 import add_reward_token, prepare_for_training, require_qwen3_vl
 from preflight import build_config, load_checked_pairs, prepare_output
 from scored_sequence import SequenceBuilder
@@ -61,7 +60,7 @@ def main() -> None:
     model_arguments, data_arguments, arguments = parser.parse_args_into_dataclasses()
     try:
         validate_all(model_arguments, data_arguments, arguments)
-        deepspeed.init_distributed(verbose=False)
+        init_distributed()
         setup_logging()
         train(model_arguments, data_arguments, arguments)
     except (ValueError, NonFiniteError) as error:

@@ -16,6 +16,7 @@ from toy_world.scene import sample_clip_scene, sample_request
 from vision_process import load_video
 
 NUM_CLIPS = 6
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other, badly so on a busy machine
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,9 @@ def test_written_cots_equal_stock_greedy_generation_one_by_one(scorer, small_bas
             eos_token_id=scorer.builder.tokenizer.eos_token_id,
             suppress_tokens=[scorer.builder.reward_token_id, stock.config.video_token_id, stock.config.image_token_id],
         )
-        assert list(cot.ids) == [i for i in output[0, ids.shape[1] :].tolist() if i != scorer.builder.tokenizer.eos_token_id]
+        assert list(cot.ids) == [
+            i for i in output[0, ids.shape[1] :].tolist() if i != scorer.builder.tokenizer.eos_token_id
+        ]
     assert scorer.score_encoded(encoded, cots) != scorer.score_encoded(encoded)
 
 
