@@ -92,7 +92,7 @@ class EncodedPair:
     score_b: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class PairFailure:
     """A pair that was dropped because a video did not decode."""
 

@@ -70,7 +70,7 @@ class RewardTrainer:
         self.output_dir = Path(arguments.output_dir)
         self.global_step = 0
         self.log_history: list[dict] = []
-        self.failures: dict[int, PairFailure] = {}
+        self.failures: set[PairFailure] = set()
         self.tracker = Tracker(
             self.output_dir,
             report_to=arguments.report_to,
@@ -278,15 +278,15 @@ class RewardTrainer:
 
     def _note_failures(self, batch: PairBatch) -> None:
         for failure in batch.failures:
-            if failure.row not in self.failures:
-                self.failures[failure.row] = failure
+            if failure not in self.failures:
+                self.failures.add(failure)
                 logger.warning("pair of row %d dropped: %s", failure.row, failure.message)
 
     def _report_failures(self) -> None:
-        rows = sorted({row for failures in gather_objects(self.failures) for row in failures})
-        if rows and is_main_process():
-            listed = ", ".join(map(str, rows))
-            logger.warning("%d pair(s) were dropped because a video did not decode: rows %s", len(rows), listed)
+        failures = set().union(*gather_objects(self.failures))
+        if failures and is_main_process():
+            listed = "\n".join(f"  row {failure.row}: {failure.message}" for failure in sorted(failures))
+            logger.warning("%d pair(s) were dropped because a video did not decode:\n%s", len(failures), listed)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

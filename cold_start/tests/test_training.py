@@ -72,6 +72,11 @@ def losses(output: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def evaluations(output: Path) -> list[dict]:
+    lines = map(json.loads, (output / "train_log.jsonl").read_text().splitlines())
+    return [line for line in lines if "eval/loss" in line]
+
+
 def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     head = torch.load(checkpoint / "rm_head.pth", weights_only=True)
     return (
@@ -92,7 +97,7 @@ def finished(tmp_path_factory, clips, small_base):
     @cache
     def run_once(**settings) -> Path:
         output = folder / "-".join(["run", *(f"{key}{value}" for key, value in settings.items())]).replace("/", "_")
-        status, text = run(data, small_base, output, **settings)
+        status, text = run(data, small_base, output, meta_data_test=data, per_device_eval_batch_size=3, **settings)
         assert status == 0, text
         return output
 
@@ -101,6 +106,8 @@ def finished(tmp_path_factory, clips, small_base):
 
 def assert_same_training(first: Path, second: Path) -> None:
     assert losses(first) == pytest.approx(losses(second), abs=LOSS_TOLERANCE)
+    assert len(evaluations(first)) == 1
+    assert evaluations(first)[0] == pytest.approx(evaluations(second)[0], abs=1e-4)
     expected, found = (trained_weights(output / "checkpoint-3") for output in (first, second))
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
@@ -188,7 +195,8 @@ def test_pair_whose_video_vanishes_is_dropped_and_reported(clips, small_base, tm
     damaged.write_bytes(b"")
     text, _ = process.communicate(timeout=RUN_SECONDS)
     assert process.returncode == 0, text
-    assert "1 pair(s) were dropped because a video did not decode: rows 2" in text
+    report = f"1 pair(s) were dropped because a video did not decode:\n  row 2: video is empty (0 bytes): {damaged}"
+    assert report in text
 
 
 def test_bf16_evaluation_full_model_and_limit_on_checkpoints(tmp_path, clips, small_base):
