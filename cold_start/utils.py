@@ -14,10 +14,15 @@ def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def setup_logging() -> None:
-    """Log to stderr: everything of ours on the main process, warnings only on the others."""
+def quiet_transformers() -> None:
+    """Only errors from transformers, and no progress bar while it loads weights."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def setup_logging() -> None:
+    """Log to stderr: everything of ours on the main process, warnings only on the others."""
+    quiet_transformers()
     level = logging.INFO if is_main_process() else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     for name in ("__main__", "trainer_qwen3", "checkpoint", "data", "infer_utils"):
