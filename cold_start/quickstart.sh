@@ -14,8 +14,8 @@ COT_TOKENS=320                                    # longest chain of thought tha
 SECONDS=0
 
 # The tiny model gains nothing from threads, which only wait for each other: one thread, two training processes.
-export OMP_NUM_THREADS=1
 PROCESSES=$(( $(nproc) > 1 ? 2 : 1 ))
+export OMP_NUM_THREADS=1
 
 say() { printf '\n== %s (%d:%02d)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 evaluate() { python -m infer_utils.evaluate "$1" "$WORK/world/eval.csv" --output "$2" --max_new_tokens "$COT_TOKENS"; }
