@@ -3,6 +3,7 @@
 A video that does not decode drops its whole pair, which is listed; it is never replaced by another.
 """
 
+import hashlib
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -127,6 +128,15 @@ class PairDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with texts, labels, scores and order of the pairs, but not with the place of the videos."""
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            content = (pair.problem, pair.cot_a, pair.cot_b, pair.label, pair.score_a, pair.score_b)
+            digest.update(repr(content).encode())
+        return digest.hexdigest()[:16]
 
     def __getitem__(self, draw: PairDraw) -> EncodedPair | PairFailure:
         pair = self.pairs[draw.index]

@@ -243,6 +243,7 @@ class RewardTrainer:
         """What must be the same for a resumed run to equal an uninterrupted one."""
         return {
             "num_pairs": len(self.train_data),
+            "data": self.train_data.fingerprint,
             "pairs_per_step": self.arguments.pairs_per_step(self.engine.world_size),
             "world_size": self.engine.world_size,
             "seed": self.arguments.seed,

@@ -106,3 +106,12 @@ def test_batch_without_pairs_runs_but_contributes_nothing(pairs_csv, builder, mo
     batch = data.collate([])
     assert not batch.labels.is_valid.any()
     assert model(batch.packed).isfinite().all()
+
+
+def test_fingerprint_follows_the_texts_and_not_the_place_of_the_videos(tmp_path, clips, builder):
+    def fingerprint(name, used_clips, **columns):
+        path = write_pairs_csv(tmp_path / name, used_clips, labels=["A", "B"], **columns)
+        return PairDataset(read_pairs(path, CsvNeeds()), builder, SMALL_BUDGET).fingerprint
+
+    assert fingerprint("one.csv", clips) == fingerprint("two.csv", clips[2:])
+    assert fingerprint("one.csv", clips) != fingerprint("three.csv", clips, CoT_A=["other", "texts"])
