@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # Stage 1: trains a reward model on preference pairs with DeepSpeed, on every GPU of the machine or on its CPU.
 #
+# Paths are relative to where it is called from.
+#
 #   bash train.sh                                   the shipped example
 #   DATA=my.csv OUTPUT_DIR=output/mine bash train.sh
 #   DATA=my.csv bash train.sh --loss_type btt --num_train_epochs 2      any flag of train_reward.py
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 num_gpus() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true; }
 NUM_GPUS="${NUM_GPUS:-$(num_gpus)}"
 
-DATA="${DATA:-datasets/train/example.csv}"        # training CSV, see datasets/train/README.md
-EVAL_DATA="${EVAL_DATA:-}"                        # held-out CSV of the same form; empty: no evaluation
-OUTPUT_DIR="${OUTPUT_DIR:-output}"                # checkpoint-N/ folders and logs
-DS_CONFIG="${DS_CONFIG:-ds_config/zero2.json}"    # zero0, zero2 or zero3
+DATA="${DATA:-$here/datasets/train/example.csv}"        # training CSV, see datasets/train/README.md
+EVAL_DATA="${EVAL_DATA:-}"                              # held-out CSV of the same form; empty: no evaluation
+OUTPUT_DIR="${OUTPUT_DIR:-$here/output}"                # checkpoint-N/ folders and logs
+DS_CONFIG="${DS_CONFIG:-$here/ds_config/zero2.json}"    # zero0, zero2 or zero3
 MASTER_PORT="${MASTER_PORT:-29500}"
 
 if [[ "${NUM_GPUS:-0}" -gt 0 ]]; then
@@ -21,7 +23,7 @@ if [[ "${NUM_GPUS:-0}" -gt 0 ]]; then
   PROCESSES="$NUM_GPUS"
   BF16="${BF16:-True}"
 else
-  MODEL_PATH="${MODEL_PATH:-model/tiny_base}"     # an 8B model is too large for a CPU: the shipped tiny one stands in
+  MODEL_PATH="${MODEL_PATH:-$here/model/tiny_base}"     # an 8B model is too large for a CPU: the tiny one stands in
   PROCESSES="${NUM_PROCESSES:-1}"
   BF16="${BF16:-False}"
   export DS_ACCELERATOR=cpu
@@ -62,4 +64,4 @@ arguments=(
 )
 [[ -z "$EVAL_DATA" ]] || arguments+=(--meta_data_test "$EVAL_DATA")
 
-exec deepspeed --log_level warning --num_gpus "$PROCESSES" --master_port "$MASTER_PORT" train_reward.py "${arguments[@]}" "$@"
+exec deepspeed --log_level warning --num_gpus "$PROCESSES" --master_port "$MASTER_PORT" "$here/train_reward.py" "${arguments[@]}" "$@"

@@ -42,7 +42,7 @@ def start(data: Path, base: Path, output: Path, *, processes=1, zero=2, accumula
     flags = SETTINGS | {
         "gradient_accumulation_steps": accumulation,
         "per_device_train_batch_size": batch,
-        "deepspeed": f"ds_config/zero{zero}.json",
+        "deepspeed": STAGE_DIR / f"ds_config/zero{zero}.json",
         **settings,
     }
     environment = os.environ | {
