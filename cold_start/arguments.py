@@ -1,5 +1,6 @@
 """The settings of stage 1 as command-line flags (`python train_reward.py --help`). Unknown flags are errors."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -84,6 +85,8 @@ class DataArguments:
         """Raise ValueError on values outside their range."""
         if not 0.0 <= self.drop_prob <= 1.0:
             raise ValueError(f"--drop_prob is a probability, not {self.drop_prob}")
+        if self.format_prompt is not None and not os.path.isfile(self.format_prompt):
+            raise ValueError(f"--format_prompt {self.format_prompt}: no such file")
         if self.max_length < 1:
             raise ValueError(f"--max_length must be positive, not {self.max_length}")
 

@@ -116,13 +116,18 @@ class SequenceBuilder:
     """Builds scored sequences with a checkpoint's own processor and chat template.
 
     `processor`: a Qwen3-VL processor whose tokenizer knows `<Reward>`. `format_prompt`: a Jinja template with the
-    variable `content` that wraps the problem. Raises ValueError when `<Reward>` is not one token.
+    variable `content` that wraps the problem. Raises ValueError when `<Reward>` is not one token or the
+    template does not render.
     """
 
     def __init__(self, processor, *, format_prompt: str = DEFAULT_FORMAT_PROMPT) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.template = jinja2.Template(format_prompt, undefined=jinja2.StrictUndefined)
+        try:
+            self.template = jinja2.Template(format_prompt, undefined=jinja2.StrictUndefined)
+            self.template.render(content="")
+        except jinja2.TemplateError as error:
+            raise ValueError(f"format prompt {format_prompt!r} does not render: {error}") from error
         self.reward_token_id = reward_token_id(self.tokenizer)
 
     @cached_property

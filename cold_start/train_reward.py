@@ -56,9 +56,9 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
 
 
 def main() -> None:
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    model_arguments, data_arguments, arguments = parser.parse_args_into_dataclasses()
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
     try:
+        model_arguments, data_arguments, arguments = parser.parse_args_into_dataclasses()
         validate_all(model_arguments, data_arguments, arguments)
         init_distributed()
         setup_logging()

@@ -71,16 +71,11 @@ class RewardTrainer:
         self.global_step = 0
         self.log_history: list[dict] = []
         self.failures: set[PairFailure] = set()
-        self.tracker = Tracker(
-            self.output_dir,
-            report_to=arguments.report_to,
-            run_name=arguments.run_name,
-            config=dataclasses.asdict(arguments) | dataclasses.asdict(data_arguments),
-        )
 
     def train(self) -> None:
         """Run to the last step, logging, evaluating and saving on the way; the last step always saves."""
         schedule, window = self.schedule, LogWindow(self.engine.device)
+        self.tracker = self._build_tracker()
         progress = tqdm(
             total=schedule.num_steps, initial=self.global_step, desc="train", disable=not is_main_process()
         )
@@ -101,6 +96,15 @@ class RewardTrainer:
         progress.close()
         self._report_failures()
         self.tracker.close()
+
+    def _build_tracker(self) -> Tracker:
+        return Tracker(
+            self.output_dir,
+            report_to=self.arguments.report_to,
+            run_name=self.arguments.run_name,
+            config=dataclasses.asdict(self.arguments) | dataclasses.asdict(self.data_arguments),
+            start_step=self.global_step,
+        )
 
     def _steps(self) -> Iterator[list[PairBatch]]:
         """The micro-batches of this rank, one list per optimizer step, decoded ahead by worker processes."""
@@ -233,7 +237,9 @@ class RewardTrainer:
             if state[name] != value:
                 raise ValueError(f"cannot resume from {folder}: {name} was {state[name]}, now it is {value}")
         state_folder = folder / DEEPSPEED_FOLDER
-        self.engine.load_checkpoint(str(state_folder), tag=DEEPSPEED_TAG, load_module_strict=False)
+        loaded_from, _ = self.engine.load_checkpoint(str(state_folder), tag=DEEPSPEED_TAG, load_module_strict=False)
+        if loaded_from is None:
+            raise ValueError(f"{state_folder} holds no complete DeepSpeed state; resume from an earlier checkpoint")
         random_state = state_folder / f"random_state_{self.engine.global_rank}.pt"
         set_random_state(torch.load(random_state, weights_only=True))
         self.global_step, self.log_history = state["global_step"], state["log_history"]

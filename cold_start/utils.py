@@ -2,27 +2,32 @@
 
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 
+import decord
 import torch
 import torch.distributed as dist
 import transformers
+
+LOG_FILE = "train_log.jsonl"
 
 
 def is_main_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def quiet_transformers() -> None:
-    """Only errors from transformers, and no progress bar while it loads weights."""
+def quiet_libraries() -> None:
+    """Only errors from transformers, no progress bar while it loads weights, and no echo of what VideoError says."""
+    decord.logging.set_level(decord.logging.FATAL)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 def setup_logging() -> None:
     """Log to stderr: everything of ours on the main process, warnings only on the others."""
-    quiet_transformers()
+    quiet_libraries()
     level = logging.INFO if is_main_process() else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     for name in ("__main__", "trainer_qwen3", "checkpoint", "data", "infer_utils"):
@@ -32,16 +37,20 @@ def setup_logging() -> None:
 class Tracker:
     """Writes scalars to `train_log.jsonl` and to tensorboard or wandb, on the main process only."""
 
-    def __init__(self, folder: Path, *, report_to: str, run_name: str | None, config: dict) -> None:
+    def __init__(self, folder: Path, *, report_to: str, run_name: str | None, config: dict, start_step: int) -> None:
+        """Open the logs in `folder`; what an interrupted run logged after `start_step` is dropped."""
         self._file = self._writer = self._run = None
         if not is_main_process():
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "train_log.jsonl").open("a", buffering=1)
+        path = folder / LOG_FILE
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= start_step))
+        self._file = path.open("a", buffering=1)
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "runs"))
+            self._writer = SummaryWriter(str(folder / "runs"), purge_step=start_step + 1)
         elif report_to == "wandb":
             import wandb
 
@@ -65,6 +74,14 @@ class Tracker:
             self._writer.close()
         if self._run is not None:
             self._run.finish()
+
+
+def _step_of(line: str) -> float:
+    """The optimizer step of a log line; infinity for a line that a killed run left half written."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

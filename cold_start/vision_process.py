@@ -15,8 +15,6 @@ from qwen_vl_utils.vision_process import VIDEO_READER_BACKENDS, smart_resize
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv_functional
 
-decord.logging.set_level(decord.logging.FATAL)  # its own stderr lines repeat what VideoError says
-
 
 class VideoError(ValueError):
     """A video that cannot be used: missing, empty, undecodable or too short. The message names the file."""
@@ -125,16 +123,13 @@ def load_video(path: str | os.PathLike, budget: VideoBudget, *, size_factor: int
         "min_frames": budget.min_frames,
         "max_frames": budget.max_frames,
     }
-    probe_error = (RuntimeError, IndexError, ValueError, decord.DECORDError)
-    try:
-        total_frames = len(decord.VideoReader(path, num_threads=1))
-    except (RuntimeError, decord.DECORDError) as error:
-        raise VideoError(_undecodable(path, error)) from error
-    _require_frames(path, total_frames, budget.min_frames)
     try:
         video, metadata, _ = VIDEO_READER_BACKENDS["decord"](request)
-    except probe_error as error:
+    except ValueError as error:  # fewer than two frames
+        raise VideoError(f"video is too short: {path}: {error}") from error
+    except (RuntimeError, IndexError, decord.DECORDError) as error:
         raise VideoError(_undecodable(path, error)) from error
+    _require_frames(path, int(metadata["total_num_frames"]), budget.min_frames)
     return VideoFrames(
         frames=resize_frames(video, budget, size_factor=size_factor),
         source_fps=float(metadata["fps"]),

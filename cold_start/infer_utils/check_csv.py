@@ -13,7 +13,7 @@ from checkpoint import stored_video_budget
 from model_qwen3 import add_reward_token
 from preference_csv import CsvError, CsvNeeds, require_clean, scan_rows, scan_sequences, scan_videos
 from scored_sequence import SequenceBuilder
-from utils import quiet_transformers
+from utils import quiet_libraries
 from vision_process import VideoBudget
 
 
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--decode", action="store_true", help="decode all frames that training uses")
     parser.add_argument("--model", help="base model: also check lengths and reserved tokens")
     parser.add_argument("--max_length", type=int, default=8192, help="most tokens of a sequence")
-    quiet_transformers()
+    quiet_libraries()
     try:
         sys.stdout.write(check(parser.parse_args()) + "\n")
     except CsvError as error:

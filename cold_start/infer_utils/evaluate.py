@@ -19,7 +19,7 @@ from tqdm import tqdm
 from checkpoint import is_reward_checkpoint, write_json
 from infer_utils.scorer import MAX_COT_TOKENS, RewardScorer
 from preference_csv import PREFERENCES, CsvNeeds, PreferencePair, read_pairs
-from utils import quiet_transformers
+from utils import quiet_libraries
 
 MODES = {"csv": "the CSV's CoTs", "masked": "no CoT", "own": "CoTs it writes itself"}
 CHUNK_PAIRS = 32
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=MAX_COT_TOKENS, help="longest CoT that it writes")
     parser.add_argument("--compare", nargs="+", metavar="JSON", help="print earlier results side by side instead")
     options = parser.parse_args()
-    quiet_transformers()
+    quiet_libraries()
     if options.compare:
         results = {Path(path).stem: json.loads(Path(path).read_text()) for path in options.compare}
     elif options.checkpoint and options.data:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_reward_model, save_merged
-from utils import quiet_transformers
+from utils import quiet_libraries
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--base_model", help="where the base model is, if not where it was at training")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="dtype of the weights")
     options = parser.parse_args()
-    quiet_transformers()
+    quiet_libraries()
     output = Path(options.output)
     if output.exists():
         parser.error(f"{output} exists; choose another folder")

@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from infer_utils.scorer import MAX_COT_TOKENS, Cot, RewardScorer
-from utils import quiet_transformers
+from utils import quiet_libraries
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=MAX_COT_TOKENS, help="longest chain of thought")
     parser.add_argument("--base_model", help="where the base model is, if not where it was at training")
     options = parser.parse_args()
-    quiet_transformers()
+    quiet_libraries()
     try:
         scorer = RewardScorer.from_pretrained(options.checkpoint, base_model=options.base_model)
         encoded = scorer.encode([options.video], [options.prompt])

@@ -38,6 +38,12 @@ def test_format_prompt_wraps_the_problem(builder):
     assert "what is it? Think well.<|im_end|>" in wrapped.render("<video> what is it? ")
 
 
+@pytest.mark.parametrize("template", ["{{ contents }}", "{% if %}"])
+def test_format_prompt_that_does_not_render_is_an_error(builder, template):
+    with pytest.raises(ValueError, match="does not render"):
+        SequenceBuilder(builder.processor, format_prompt=template)
+
+
 @pytest.mark.parametrize("text", ["two <video> and <video>", f"a literal {REWARD_TOKEN}", "a <|video_pad|>"])
 def test_problem_with_reserved_text_is_an_error(builder, text):
     with pytest.raises(ValueError, match="contains"):

@@ -150,9 +150,12 @@ def test_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, cli
     process.communicate()
     assert not (killed / "checkpoint-6").exists()
     (killed / "tmp-checkpoint-9").mkdir()  # what a kill in the middle of writing leaves
+    with (killed / "train_log.jsonl").open("a") as log:
+        log.write('{"step": 5, "lo')
     status, text = run(data, small_base, killed, **settings, resume_from_checkpoint="latest")
     assert status == 0, text
     assert not list(killed.glob("tmp-*"))
+    assert losses(killed) == pytest.approx(losses(whole), abs=1e-9)
     expected, found = (trained_weights(output / "checkpoint-6") for output in (whole, killed))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-8)
@@ -169,6 +172,14 @@ def test_used_output_folder_and_other_settings_are_refused(finished, clips, smal
     assert status != 0
     assert "cannot resume from" in text
     assert "num_pairs was 10, now it is 2" in text
+
+
+def test_unknown_flags_are_errors(clips, small_base, tmp_path):
+    data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A"])
+    status, text = run(data, small_base, tmp_path / "output", learning_rat=1)
+    assert status != 0
+    assert "--learning_rat" in text
+    assert "Traceback" not in text
 
 
 def test_bad_rows_stop_training_before_the_model_is_loaded(clips, small_base, tmp_path):
