@@ -16,7 +16,8 @@ DATA="${DATA:-$here/datasets/train/example.csv}"        # training CSV, see data
 EVAL_DATA="${EVAL_DATA:-}"                              # held-out CSV of the same form; empty: no evaluation
 OUTPUT_DIR="${OUTPUT_DIR:-$here/output}"                # checkpoint-N/ folders and logs
 DS_CONFIG="${DS_CONFIG:-$here/ds_config/zero2.json}"    # zero0, zero2 or zero3
-MASTER_PORT="${MASTER_PORT:-29500}"
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+MASTER_PORT="${MASTER_PORT:-$(free_port)}"              # so that two runs on one machine do not collide
 
 if [[ "${NUM_GPUS:-0}" -gt 0 ]]; then
   MODEL_PATH="${MODEL_PATH:-Qwen/Qwen3-VL-8B-Instruct}"
