@@ -30,7 +30,7 @@ def setup_logging() -> None:
     quiet_libraries()
     level = logging.INFO if is_main_process() else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    for name in ("__main__", "trainer_qwen3", "checkpoint", "data", "infer_utils"):
+    for name in ("trainer_qwen3", "preflight"):
         logging.getLogger(name).setLevel(level)
 
 
