@@ -8,7 +8,6 @@ Precision: frozen weights are kept in the compute dtype, everything trained is f
 matrix products through autocast. The head always computes in fp32.
 """
 
-import logging
 from collections.abc import Iterator
 
 import torch
@@ -20,8 +19,6 @@ from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 from arguments import ModelArguments, RewardTokenMode
 from attention import use_packed_attention
 from scored_sequence import REWARD_TOKEN, PackedSequences, reward_token_id
-
-logger = logging.getLogger(__name__)
 
 LANGUAGE_LINEARS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 VISION_LINEARS = r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc(1|2))"
