@@ -155,6 +155,8 @@ class TrainingArguments:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise ValueError(f"--save_total_limit must be at least 1, not {self.save_total_limit}")
         for name in ("num_train_epochs", "logging_epochs", "eval_epochs", "save_epochs", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, not {getattr(self, name)}")

@@ -24,7 +24,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from arguments import RewardTokenMode
-from model_qwen3 import EMBEDDING_MODULE, PEFT_PREFIX, RewardModel, hub_name, initial_reward_embedding, load_backbone
+from model_qwen3 import (
+    EMBEDDING_MODULE,
+    PEFT_PREFIX,
+    RewardModel,
+    hub_name,
+    initial_reward_embedding,
+    load_backbone,
+    require_qwen3_vl,
+)
 from scored_sequence import DEFAULT_FORMAT_PROMPT, SequenceBuilder, reward_token_id
 from vision_process import VideoBudget
 
@@ -131,13 +139,24 @@ def is_reward_checkpoint(path: str) -> bool:
     return (Path(path) / HEAD_FILE).is_file()
 
 
+def require_trainable_base(path: str) -> None:
+    """Raise ValueError unless training can start from `path`: a Qwen3-VL model, or a merged reward model."""
+    if (Path(path) / ADAPTER_CONFIG_FILE).is_file() or (Path(path) / TUNED_FILE).is_file():
+        raise ValueError(
+            f"{path} is a checkpoint beside its base; merge it first: python -m infer_utils.merge {path} OUT"
+        )
+    require_qwen3_vl(path)
+
+
 def build_reward_model(path: str, processor, *, reward_token: RewardTokenMode, dtype: torch.dtype) -> RewardModel:
-    """The model that training starts from: a plain Qwen3-VL with a fresh head, or an earlier reward checkpoint.
+    """The model that training starts from: a plain Qwen3-VL with a fresh head, or a merged reward model with its own.
 
     `processor`: the model's own, with `<Reward>` added.
     """
     if is_reward_checkpoint(path):
-        return load_reward_model(path, dtype=dtype).model
+        model = load_reward_model(path, dtype=dtype).model
+        model.reward_token = reward_token
+        return model
     backbone = load_backbone(path, dtype=dtype, num_tokens=len(processor.tokenizer))
     row = initial_reward_embedding(backbone, reward_token_id(processor.tokenizer))
     return RewardModel(backbone, reward_embedding=row, reward_token=reward_token)

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -67,10 +68,12 @@ class MicroBatchSampler(Sampler[list[PairDraw]]):
 
     def __iter__(self) -> Iterator[list[PairDraw]]:
         steps_per_epoch = math.ceil(self.num_pairs / self.pairs_per_step)
+        order: list[int] = []
         for step in range(self.start_step, self.num_steps):
             epoch, step_in_epoch = divmod(step, steps_per_epoch)
-            order = list(range(self.num_pairs))
-            random.Random(f"order {self.seed} {epoch}").shuffle(order)
+            if not order or step_in_epoch == 0:
+                order = list(range(self.num_pairs))
+                random.Random(f"order {self.seed} {epoch}").shuffle(order)
             first = step_in_epoch * self.pairs_per_step
             for micro_step in range(self.accumulation_steps):
                 begin = first + (micro_step * self.world_size + self.rank) * self.batch_size
@@ -129,7 +132,7 @@ class PairDataset(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with texts, labels, scores and order of the pairs, but not with the place of the videos."""
         digest = hashlib.sha256()

@@ -17,8 +17,6 @@ RUNTIME_KEYS = (
     "gradient_accumulation_steps",
     "gradient_clipping",
 )
-
-
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
@@ -54,10 +52,6 @@ def read_deepspeed_config(path: str, arguments: TrainingArguments) -> dict:
     if get_accelerator().device_name() == "cpu":
         config.get("zero_optimization", {})["overlap_comm"] = False  # streams exist on accelerators only
     return config
-
-
-def zero_stage(config: dict) -> int:
-    return config.get("zero_optimization", {}).get("stage", 0)
 
 
 def build_engine(model: RewardModel, arguments: TrainingArguments, *, num_steps: int):

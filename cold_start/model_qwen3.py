@@ -153,6 +153,8 @@ def prepare_for_training(
     """Freeze everything, then add LoRA and free what the arguments ask for; trained weights become fp32. In place."""
     model.autocast_dtype = autocast_dtype
     model.backbone.requires_grad_(False)
+    model.reward_embedding.requires_grad_(True)
+    model.rm_head.requires_grad_(True)
     if arguments.uses_lora:
         targets = f"({LANGUAGE_LINEARS})|({VISION_LINEARS})" if arguments.vision_lora else LANGUAGE_LINEARS
         config = LoraConfig(

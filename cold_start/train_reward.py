@@ -7,10 +7,10 @@ import torch.distributed as dist
 from transformers import AutoProcessor, HfArgumentParser, set_seed
 
 from arguments import DataArguments, ModelArguments, TrainingArguments, validate_all
-from checkpoint import LoadedReward, build_reward_model
+from checkpoint import LoadedReward, build_reward_model, require_trainable_base
 from data import PairDataset
 from engine import NonFiniteError, build_engine, init_distributed, read_deepspeed_config
-from model_qwen3 import add_reward_token, prepare_for_training, require_qwen3_vl
+from model_qwen3 import add_reward_token, prepare_for_training
 from preflight import build_config, load_checked_pairs, prepare_output
 from scored_sequence import SequenceBuilder
 from trainer_qwen3 import RewardTrainer
@@ -23,7 +23,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     set_seed(arguments.seed)
     read_deepspeed_config(arguments.deepspeed, arguments)
     resume_from = prepare_output(arguments)
-    require_qwen3_vl(model_arguments.model_name_or_path)
+    require_trainable_base(model_arguments.model_name_or_path)
     processor = AutoProcessor.from_pretrained(model_arguments.model_name_or_path)
     add_reward_token(processor)
     config = build_config(model_arguments, data_arguments)

@@ -93,6 +93,7 @@ class RewardTrainer:
                 self._log(self.evaluate())
             if self._is_due(schedule.save_steps):
                 self.save_checkpoint()
+            window.restart_clock()
         progress.close()
         self._report_failures()
         self.tracker.close()

@@ -50,20 +50,26 @@ class LogWindow:
         self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         self.num_pairs = 0.0
         self.grad_norms: list[float] = []
-        self.start = time.perf_counter()
+        self.seconds = 0.0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out the time since the last step: evaluation and saving are not training."""
+        self.clock = time.perf_counter()
 
     def add(self, sums: torch.Tensor, *, num_pairs: float, grad_norm: float) -> None:
         self.sums += sums
         self.num_pairs += num_pairs
         self.grad_norms.append(grad_norm)
+        self.seconds += time.perf_counter() - self.clock
+        self.restart_clock()
 
     def means(self) -> dict[str, float]:
         """Means since the last call, which starts a new window."""
         loss_sum, *pair_sums = self.sums.tolist()
-        seconds = time.perf_counter() - self.start
         values = {"loss": loss_sum / max(self.num_pairs, 1.0), **PairMetrics(*pair_sums).means()}
         values["grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
-        values["seconds_per_step"] = seconds / len(self.grad_norms)
-        values["pairs_per_second"] = self.num_pairs / seconds
+        values["seconds_per_step"] = self.seconds / len(self.grad_norms)
+        values["pairs_per_second"] = self.num_pairs / self.seconds
         self._reset()
         return values

@@ -96,8 +96,10 @@ def format_table(results: dict[str, dict]) -> str:
 def evaluate(options: argparse.Namespace) -> dict:
     """Score the CSV and return what is written to the JSON file."""
     pairs = read_pairs(options.data, CsvNeeds(eval_dim=options.eval_dim, cots="csv" in options.modes))
-    load = RewardScorer.from_pretrained if is_reward_checkpoint(options.checkpoint) else RewardScorer.from_base
-    scorer = load(options.checkpoint)
+    if is_reward_checkpoint(options.checkpoint):
+        scorer = RewardScorer.from_pretrained(options.checkpoint, base_model=options.base_model)
+    else:
+        scorer = RewardScorer.from_base(options.checkpoint)
     records = score_pairs(scorer, pairs, options.modes, max_new_tokens=options.max_new_tokens)
     accuracy = {mode: asdict(value) for mode, value in summarise(records, options.modes).items()}
     return {"checkpoint": options.checkpoint, "data": options.data, "accuracy": accuracy, "pairs": records}
@@ -111,6 +113,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="what CoT the model sees")
     parser.add_argument("--eval_dim", default="GSB", help="label column")
     parser.add_argument("--max_new_tokens", type=int, default=MAX_COT_TOKENS, help="longest CoT that it writes")
+    parser.add_argument("--base_model", help="where the base model is, if not where it was at training")
     parser.add_argument("--compare", nargs="+", metavar="JSON", help="print earlier results side by side instead")
     options = parser.parse_args()
     quiet_libraries()

@@ -124,7 +124,8 @@ class RewardScorer:
         cots: list[Cot] = []
         with _stock_text_attention(self.model):
             for start in tqdm(range(0, len(encoded), batch_size), desc="writing CoTs", leave=False):
-                inputs = self._left_padded(encoded[start : start + batch_size])
+                batch = encoded[start : start + batch_size]
+                inputs = left_padded_inputs(batch, self.builder, device=self.model.device)
                 output = self.model.generator.generate(
                     **inputs,
                     do_sample=False,
@@ -139,22 +140,25 @@ class RewardScorer:
                     cots.append(Cot(tuple(ids), tokenizer.decode(ids)))
         return cots
 
-    def _left_padded(self, encoded: Sequence[EncodedPrompt]) -> dict[str, torch.Tensor]:
-        """Inputs of `generate` for prompts of different lengths."""
-        longest = max(prompt.input_ids.numel() for prompt in encoded)
-        input_ids = torch.full((len(encoded), longest), self.builder.tokenizer.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(encoded):
-            input_ids[row, longest - prompt.input_ids.numel() :] = prompt.input_ids
-            attention_mask[row, longest - prompt.input_ids.numel() :] = 1
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "mm_token_type_ids": (input_ids == self.builder.processor.video_token_id).int() * 2,
-            "pixel_values_videos": torch.cat([prompt.pixel_values for prompt in encoded]),
-            "video_grid_thw": torch.tensor([prompt.grid_thw for prompt in encoded]),
-        }
-        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+
+def left_padded_inputs(
+    encoded: Sequence[EncodedPrompt], builder: SequenceBuilder, *, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Inputs of `generate` for prompts of different lengths: token tensors int64 [num_prompts, longest]."""
+    longest = max(prompt.input_ids.numel() for prompt in encoded)
+    input_ids = torch.full((len(encoded), longest), builder.tokenizer.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(encoded):
+        input_ids[row, longest - prompt.input_ids.numel() :] = prompt.input_ids
+        attention_mask[row, longest - prompt.input_ids.numel() :] = 1
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "mm_token_type_ids": (input_ids == builder.processor.video_token_id).int() * 2,
+        "pixel_values_videos": torch.cat([prompt.pixel_values for prompt in encoded]),
+        "video_grid_thw": torch.tensor([prompt.grid_thw for prompt in encoded]),
+    }
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 @contextmanager

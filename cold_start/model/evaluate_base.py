@@ -24,13 +24,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import AddedToken
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from build_tiny import REWARD_CONFIG_NAME
+from checkpoint import stored_video_budget
+from infer_utils.scorer import left_padded_inputs
 from judgement_metrics import Judgement, summarise
-from scored_sequence import REWARD_TOKEN, EncodedPrompt, SequenceBuilder, judge_problem
+from model_qwen3 import add_reward_token
+from scored_sequence import EncodedPrompt, SequenceBuilder, judge_problem
 from toy_world.render import encode_clip, sample_nuisance
 from toy_world.scene import (
     GENERATORS,
@@ -50,9 +51,8 @@ def load_checkpoint(folder: Path, device: str) -> tuple[Qwen3VLForConditionalGen
     """Model in fp32, sequence builder (with `<Reward>` added to its tokenizer) and video budget of a checkpoint."""
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    processor.tokenizer.add_tokens([AddedToken(REWARD_TOKEN, special=True, normalized=False)])
-    budget = VideoBudget(**json.loads((folder / REWARD_CONFIG_NAME).read_text())["video"])
-    return model, SequenceBuilder(processor), budget
+    add_reward_token(processor)
+    return model, SequenceBuilder(processor), stored_video_budget(str(folder))
 
 
 @torch.no_grad()
@@ -65,23 +65,10 @@ def generate_cots(
 ) -> list[tuple[str, int]]:
     """Chains of thought, greedy or sampled at temperature 1, each with its number of tokens (EOS not counted)."""
     tokenizer = builder.tokenizer
-    longest = max(prompt.input_ids.numel() for prompt in prompts)
-    input_ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, longest - prompt.input_ids.numel() :] = prompt.input_ids
-        attention_mask[row, longest - prompt.input_ids.numel() :] = 1
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "mm_token_type_ids": 2 * (input_ids == builder.processor.video_token_id).int(),
-        "pixel_values_videos": torch.cat([prompt.pixel_values for prompt in prompts]),
-        "video_grid_thw": torch.tensor([prompt.grid_thw for prompt in prompts]),
-    }
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    inputs = left_padded_inputs(prompts, builder, device=model.device)
     sampling = {"do_sample": True, "top_k": 0} if is_sampled else {"do_sample": False}
     output = model.generate(**inputs, **sampling)
-    rows = output[:, longest:].tolist()
+    rows = output[:, inputs["input_ids"].shape[1] :].tolist()
     ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     answers = [ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))] for ids in rows]
     return [(tokenizer.decode(ids), len(ids)) for ids in answers]

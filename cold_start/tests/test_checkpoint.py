@@ -8,12 +8,12 @@ from peft import PeftModel
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 from arguments import ModelArguments
-from attention import use_packed_attention
 from checkpoint import (
     RewardConfig,
     build_reward_model,
     load_head,
     load_reward_model,
+    require_trainable_base,
     save_merged,
     save_reward_files,
     stored_video_budget,
@@ -94,18 +94,12 @@ def test_adapter_is_loaded_by_peft_alone(tmp_path, sequences):
     backbone = load_backbone(str(base), dtype=torch.float32, num_tokens=len(processor.tokenizer))
     adapted = PeftModel.from_pretrained(backbone, tmp_path / "checkpoint-1").eval()
     sequence = sequences[0]
-    use_packed_attention(backbone.config)
     with torch.no_grad():
         row = adapted.get_input_embeddings()(sequence.input_ids[sequence.reward_position :][:1])[0]
+        alone = RewardModel(adapted, reward_embedding=row).eval()
+        states = [one.compute_hidden_states(pack_sequences([sequence])) for one in (model, alone)]
     torch.testing.assert_close(row, model.reward_embedding.detach())
-    reward = rewards_of(RewardModel(adapted, reward_embedding=row).eval(), [sequence])  # head differs: compare states
-    own = RewardModel(model.backbone, reward_embedding=model.reward_embedding).eval()
-    own.rm_head.load_state_dict(model.rm_head.state_dict())
-    batch = pack_sequences([sequence])
-    with torch.no_grad():
-        states = [m.compute_hidden_states(batch) for m in (own, RewardModel(adapted, reward_embedding=row).eval())]
     torch.testing.assert_close(states[0], states[1], **TOLERANCE)
-    assert reward.isfinite().all()
     config = json.loads((tmp_path / "checkpoint-1" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (8, 24)
 
@@ -145,10 +139,20 @@ def test_video_budget_travels_with_the_checkpoint(small_base, tmp_path):
     assert stored_video_budget(str(tmp_path)) is None
 
 
-def test_training_can_start_from_a_reward_checkpoint(tmp_path, sequences):
+def test_training_goes_on_from_a_merged_reward_model(tmp_path, sequences):
     base = write_small_base(tmp_path / "base")
     model, processor = make_trained(base, {})
     save(tmp_path / "checkpoint-1", base, model, processor)
-    again = build_reward_model(str(tmp_path / "checkpoint-1"), processor, reward_token="special", dtype=torch.float32)
-    prepare_for_training(again, ModelArguments())
-    torch.testing.assert_close(rewards_of(again.eval(), sequences), rewards_of(model, sequences), **TOLERANCE)
+    with pytest.raises(ValueError, match="merge it first"):
+        require_trainable_base(str(tmp_path / "checkpoint-1"))
+    save_merged(tmp_path / "merged", load_reward_model(tmp_path / "checkpoint-1"))
+    require_trainable_base(str(tmp_path / "merged"))
+
+    start = build_reward_model(str(tmp_path / "merged"), processor, reward_token="special", dtype=torch.float32)
+    torch.testing.assert_close(rewards_of(start.eval(), sequences), rewards_of(model, sequences), **TOLERANCE)
+    again, processor = make_trained(tmp_path / "merged", {})
+    save(tmp_path / "checkpoint-2", tmp_path / "merged", again, processor)
+    loaded = load_reward_model(tmp_path / "checkpoint-2")
+    torch.testing.assert_close(rewards_of(loaded.model, sequences), rewards_of(again, sequences), **TOLERANCE)
+    other = build_reward_model(str(tmp_path / "merged"), processor, reward_token="mean", dtype=torch.float32)
+    assert other.reward_token == "mean"

@@ -180,9 +180,18 @@ def test_unknown_flags_are_errors(clips, small_base, tmp_path):
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize("zero", [0, 2])
+def test_loss_that_is_not_finite_stops_before_the_step_and_names_it(clips, small_base, tmp_path, zero):
+    scores = ["4", "1e38"]  # the squared error of 1e38 overflows
+    data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "A"], MOS_A_GSB=scores)
+    status, text = run(data, small_base, tmp_path / "output", zero=zero, accumulation=2, loss_type="reg")
+    assert status != 0
+    assert "error: loss is not finite at step 1" in text
+    assert not list((tmp_path / "output").glob("checkpoint-*"))
+
+
 def test_bad_rows_stop_training_before_the_model_is_loaded(clips, small_base, tmp_path):
     data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "left"])
-    (small_base / "model.safetensors").stat()
     hollow = tmp_path / "hollow"  # a base without weights: loading it would fail with another message
     shutil.copytree(small_base, hollow, ignore=shutil.ignore_patterns("*.safetensors"))
     status, text = run(data, hollow, tmp_path / "output")
