@@ -1,0 +1,57 @@
+"""Turns the log of a benchmark run into a small JSON and a table: medians over all steps but the first.
+
+python benchmarks/summarize.py RUN_FOLDER --output result.json -- the settings that the run was given
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+SHOWN = (
+    "timing/seconds/step",
+    "timing/seconds/generate",
+    "timing/seconds/prepare",
+    "timing/seconds/update",
+    "timing/seconds/hand_over",
+    "perf/packed_tokens",
+    "perf/tokens_per_second_per_device",
+    "perf/max_memory_gib",
+    "perf/rollout_memory_gib",
+    "response_length/mean",
+    "rollout/log_prob_difference_mean",
+    "rollout/log_prob_difference_max",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("settings", nargs="*")
+    arguments = parser.parse_args()
+    lines = [json.loads(line) for line in (arguments.run / "train_log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "timing/seconds/step" in line]
+    later = steps[1:] or steps
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    result = {
+        "device": device,
+        "torch": torch.__version__,
+        "settings": arguments.settings,
+        "num_steps": len(steps),
+        "seconds_by_step": [round(line["timing/seconds/step"], 2) for line in steps],
+        "median": {
+            name: statistics.median(line[name] for line in later) for name in SHOWN if name in later[0]
+        },
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    for name, value in result["median"].items():
+        sys.stdout.write(f"{name:40s} {value:12.4g}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What the tests of the rollout engines share: the tiny base with `<Reward>`, prompts of made-up clips, engines."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGeneration
+
+from verl.data.scored_sequence import REWARD_TOKEN, SequenceBuilder, forbidden_token_ids, judge_problem
+from verl.data.vision_process import VideoFrames
+from verl.rollout.engine import RolloutEngine, build_engine
+from verl.trainer.config import RolloutConfig
+from verl.types import Response, Sampling, VideoKey, VideoPrompt
+
+TINY_BASE = Path(__file__).resolve().parents[2] / "cold_start" / "model" / "tiny_base"
+MAX_MODEL_LEN = 512
+CPU = torch.device("cpu")
+WRITING = Sampling(n=3, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=16, seed=5)
+GREEDY = Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, max_tokens=16, seed=5)
+
+
+def write_engine_folder(folder: Path, *, tied: bool = False) -> Path:
+    """Config and processor of the tiny base with `<Reward>`; no weights. `tied`: embedding and output are one."""
+    processor = AutoProcessor.from_pretrained(TINY_BASE)
+    processor.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
+    processor.save_pretrained(folder)
+    config = AutoConfig.from_pretrained(TINY_BASE)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    config.save_pretrained(folder)
+    return folder
+
+
+@cache
+def tiny_weights() -> Mapping[str, torch.Tensor]:
+    """Trained weights under Hugging Face names, fp32."""
+    return {name: tensor.float() for name, tensor in load_file(TINY_BASE / "model.safetensors").items()}
+
+
+def tied_weights() -> dict[str, torch.Tensor]:
+    """Weights of a tied model, where the output layer has no name of its own."""
+    weights = dict(tiny_weights())
+    weights["model.language_model.embed_tokens.weight"] = weights.pop("lm_head.weight")
+    return weights
+
+
+def changed_weights() -> dict[str, torch.Tensor]:
+    """Weights that differ in every part of the model: vision tower, merger, text layers, embedding, output."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: tensor + 0.3 * tensor.std(correction=0) * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in tiny_weights().items()
+    }
+
+
+def make_engine(folder: Path, name: str, device: torch.device = CPU, **config: object) -> RolloutEngine:
+    """An engine without weights."""
+    processor = AutoProcessor.from_pretrained(folder)
+    return build_engine(
+        folder,
+        config=RolloutConfig(name=name, **config),
+        max_model_len=MAX_MODEL_LEN,
+        forbidden_token_ids=forbidden_token_ids(processor, AutoConfig.from_pretrained(folder).text_config.vocab_size),
+        eos_token_id=processor.tokenizer.eos_token_id,
+        device=device,
+    )
+
+
+def make_prompts(folder: Path, num_pairs: int = 2) -> list[VideoPrompt]:
+    """Two prompts a pair, of clips of different length and size."""
+    builder = SequenceBuilder(AutoProcessor.from_pretrained(folder))
+    generator = torch.Generator().manual_seed(1)
+    prompts = []
+    for number in range(2 * num_pairs):
+        num_frames, width = 4 + 2 * (number % 2), 64 + 32 * (number % 3)
+        frames = VideoFrames(
+            frames=torch.randint(0, 256, (num_frames, 3, 64, width), dtype=torch.uint8, generator=generator),
+            source_fps=8.0,
+            frame_indices=tuple(range(0, 4 * num_frames, 4)),
+            total_frames=4 * num_frames,
+        )
+        problem = judge_problem(f"a red circle moves left, number {number}")
+        prompts.append(builder.encode_prompt(VideoKey(number // 2, "AB"[number % 2]), problem, frames))
+    return prompts
+
+
+class Rescorer:
+    """Stock transformers, one full unpadded sequence at a time: what log-probs have to be."""
+
+    def __init__(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        processor = AutoProcessor.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        self.builder = SequenceBuilder(processor)
+        self.eos_token_id = processor.tokenizer.eos_token_id
+        self.forbidden = forbidden_token_ids(processor, config.text_config.vocab_size)
+        self.model = Qwen3VLForConditionalGeneration(config).eval()
+        self.model.load_state_dict(dict(weights))
+
+    @torch.no_grad()
+    def log_probs(self, prompt: VideoPrompt, response: Response, *, temperature: float = 1.0) -> torch.Tensor:
+        """fp32 [num_labels] of the response's labels."""
+        labels = [*response.cot_ids, self.eos_token_id][: response.num_labels]
+        input_ids = torch.cat([prompt.input_ids, torch.tensor(response.cot_ids, dtype=torch.long)])[None]
+        logits = self.model(
+            input_ids=input_ids,
+            mm_token_type_ids=(input_ids == self.builder.processor.video_token_id).int() * 2,
+            pixel_values_videos=self.builder.pixel_values(prompt),
+            video_grid_thw=torch.tensor([prompt.grid_thw]),
+        ).logits[0, prompt.input_ids.numel() - 1 :]
+        logits[:, self.forbidden] = -torch.inf
+        log_probs = torch.log_softmax(logits / temperature, dim=-1)
+        return log_probs[range(len(labels)), labels]
+
+
+def ids_of(responses: Sequence[Sequence[Response]]) -> list[list[tuple[int, ...]]]:
+    """Token ids of every response of every prompt."""
+    return [[response.cot_ids for response in group] for group in responses]

@@ -1,0 +1,179 @@
+"""Loading videos in threads, and the checks before training, on the shipped clips."""
+
+import logging
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from verl.data.loading import PairLoader, check_pairs
+from verl.data.pair_csv import CsvError, read_pairs
+from verl.data.scored_sequence import REWARD_TOKEN, SequenceBuilder
+from verl.data.vision_process import VideoBudget, VideoError, load_video
+from verl.trainer.config import DataConfig
+from verl.types import PreferencePair, VideoKey
+
+DUAL_RL = Path(__file__).resolve().parents[1]
+EXAMPLE = DUAL_RL / "data" / "example.csv"
+BUDGET = VideoBudget(max_frames=6, min_pixels=64 * 64, max_pixels=64 * 64)
+
+
+@pytest.fixture(scope="module")
+def builder() -> SequenceBuilder:
+    processor = AutoProcessor.from_pretrained(DUAL_RL.parent / "cold_start" / "model" / "tiny_base")
+    processor.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
+    return SequenceBuilder(processor)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[PreferencePair]:
+    return read_pairs(EXAMPLE, DataConfig(train_files=str(EXAMPLE)))
+
+
+@pytest.fixture
+def loader(builder):
+    with PairLoader(builder, BUDGET, num_threads=3) as loader:
+        yield loader
+
+
+def assert_same_prompt(found, expected):
+    assert (found.key, found.text, found.grid_thw) == (expected.key, expected.text, expected.grid_thw)
+    assert torch.equal(found.input_ids, expected.input_ids)
+    assert torch.equal(found.video.frames, expected.video.frames)
+
+
+def broken_pair(pair: PreferencePair, folder: Path, *, pair_id: int) -> PreferencePair:
+    """A pair whose video B is cut in the middle of its file."""
+    path = folder / f"cut_{pair_id}.mp4"
+    path.write_bytes(Path(pair.videos[1]).read_bytes()[:700])
+    return replace(pair, pair_id=pair_id, videos=(pair.videos[0], str(path)))
+
+
+@pytest.mark.parametrize("is_ahead", [True, False])
+def test_prompts_are_those_of_each_pair_in_order(loader, builder, pairs, is_ahead):
+    order = [pairs[2], pairs[0], pairs[3]]
+    if is_ahead:
+        loader.prefetch(pairs)
+    found = loader.get(order)
+    for pair, prompts in zip(order, found, strict=True):
+        for side, path, prompt in zip("AB", pair.videos, prompts, strict=True):
+            expected = builder.encode_prompt(VideoKey(pair.pair_id, side), pair.problem, load_video(path, BUDGET))
+            assert_same_prompt(prompt, expected)
+
+
+def test_what_was_fetched_is_decoded_once_and_not_kept(loader, builder, pairs, monkeypatch):
+    seen = []
+    encode = builder.encode_prompt
+    monkeypatch.setattr(builder, "encode_prompt", lambda *arguments: seen.append(arguments[0]) or encode(*arguments))
+    loader.prefetch(pairs[:2])
+    loader.prefetch(pairs[:2])
+    loader.get(pairs[:2])
+    assert sorted(seen) == [(0, "A"), (0, "B"), (1, "A"), (1, "B")]
+    loader.get(pairs[:1])
+    assert len(seen) == 6
+
+
+def test_tokenizing_never_runs_in_two_threads_at_a_time(loader, builder, pairs, monkeypatch):
+    running, most = [], []
+    encode = builder.encode_prompt
+
+    def watched(*arguments):
+        running.append(threading.get_ident())
+        most.append(len(running))
+        try:
+            return encode(*arguments)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(builder, "encode_prompt", watched)
+    loader.get(pairs)
+    assert most == [1] * 8
+
+
+def test_every_video_that_fails_is_named_with_its_row_and_the_loader_goes_on(loader, pairs, tmp_path):
+    gone = replace(pairs[1], videos=(str(tmp_path / "gone.mp4"), pairs[1].videos[1]))
+    cut = broken_pair(pairs[2], tmp_path, pair_id=7)
+    with pytest.raises(VideoError) as raised:
+        loader.get([pairs[0], gone, cut])
+    message = str(raised.value)
+    assert f"row 2, video A: video not found: {tmp_path / 'gone.mp4'}" in message
+    assert f"row 8, video B: video does not decode (truncated or damaged?): {tmp_path / 'cut_7.mp4'}" in message
+    assert "replace the files or remove the rows" in message
+    assert len(message.splitlines()) == 3
+    assert len(loader.get([pairs[0], pairs[1]])) == 2
+
+
+def test_other_errors_are_not_hidden(loader, pairs):
+    with pytest.raises(ValueError, match="reserved token"):
+        loader.get([replace(pairs[0], problem="<Reward>")])
+
+
+def check(pairs, builder, *, max_prompt_length=1000, should_filter=True):
+    return check_pairs(
+        pairs, builder, BUDGET, max_prompt_length=max_prompt_length, should_filter=should_filter, source="some.csv"
+    )
+
+
+def test_sound_pairs_pass_unchanged(builder, pairs, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert check(pairs, builder, should_filter=False) == pairs
+    assert not caplog.records
+
+
+@pytest.fixture
+def mixed_pairs(pairs) -> list[PreferencePair]:
+    return [pairs[0], replace(pairs[1], problem=pairs[1].problem + " and more" * 100), pairs[2]]
+
+
+def length_of(pair, builder, loader) -> int:
+    return max(len(prompt.input_ids) for prompt in loader.get([pair])[0])
+
+
+def test_overlong_prompts_are_left_out_and_counted(builder, loader, pairs, mixed_pairs, caplog):
+    limit = max(length_of(pair, builder, loader) for pair in (pairs[0], pairs[2]))
+    with caplog.at_level(logging.WARNING):
+        assert check(mixed_pairs, builder, max_prompt_length=limit) == [pairs[0], pairs[2]]
+    expected = f"some.csv: 1 of 3 pairs left out, prompt over {limit} tokens"
+    assert [record.getMessage() for record in caplog.records] == [expected]
+    kept = check(mixed_pairs, builder, max_prompt_length=limit - 1)
+    assert len(kept) < 2
+
+
+def test_overlong_prompts_are_errors_unless_filtered(builder, loader, mixed_pairs):
+    length = length_of(mixed_pairs[1], builder, loader)
+    with pytest.raises(CsvError, match=f"some.csv: 2 fault.*\n.*row 2, video A: prompt of {length} tokens") as raised:
+        check(mixed_pairs, builder, max_prompt_length=length - 1, should_filter=False)
+    assert "lower data.video_fps or data.max_pixels" in str(raised.value)
+    assert "set data.filter_overlong_prompts" in str(raised.value)
+
+
+def test_nothing_left_is_an_error(builder, pairs):
+    with pytest.raises(CsvError, match=r"some\.csv.*\n.*every prompt is over 10 tokens; lower data\.video_fps"):
+        check(pairs, builder, max_prompt_length=10)
+
+
+def test_faults_of_videos_and_texts_are_listed_together(builder, pairs, tmp_path):
+    empty = tmp_path / "empty.mp4"
+    empty.write_bytes(b"")
+    faulty = [
+        replace(pairs[0], videos=(str(empty), pairs[0].videos[1])),
+        replace(pairs[1], problem="two <video> and <video>"),
+        broken_pair(pairs[2], tmp_path, pair_id=2),
+        replace(pairs[3], problem="a <Reward> token"),
+    ]
+    with pytest.raises(CsvError) as raised:
+        check(faulty, builder)
+    lines = raised.value.problems
+    assert [line.split(":")[0] for line in lines] == [
+        "row 1, video A",
+        "row 2, video A",
+        "row 2, video B",
+        "row 3, video B",
+        "row 4, video A",
+        "row 4, video B",
+    ]
+    assert f"video is empty (0 bytes): {empty}; replace the file or remove the row" in lines[0]
+    assert "reserved token '<Reward>'" in lines[4]

@@ -1,0 +1,166 @@
+"""Reading the stage 2 CSV: what is accepted, and faults that name file, row and remedy."""
+
+import ast
+import csv
+import os
+from pathlib import Path
+
+import pytest
+
+from make_toy_world import sample_example
+from scored_sequence import judge_problem as stage1_judge_problem
+from toy_world.tables import read_table, rl_row, training_row
+from toy_world.world import WorldConfig
+from verl.data.pair_csv import CsvError, read_pairs
+from verl.data.scored_sequence import judge_problem
+from verl.trainer.config import DataConfig
+
+DATA_DIR = Path(__file__).resolve().parents[1] / "data"
+STAGE1_EXAMPLE = DATA_DIR.parents[1] / "cold_start" / "datasets" / "train"
+VIDEOS = "['v/a.mp4', 'v/b.mp4']"
+GOOD = {"videos": VIDEOS, "problem": "<video> Judge, please.", "answer": "A"}
+
+
+def write_csv(folder: Path, rows: list[dict], *, name="pairs.csv", header=None) -> Path:
+    (folder / "v").mkdir(exist_ok=True)
+    for video in "ab":
+        (folder / "v" / f"{video}.mp4").write_bytes(b"x")
+    with open(folder / name, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, header or list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / name
+
+
+def read(path: Path, **settings):
+    return read_pairs(path, DataConfig(train_files=str(path), **settings))
+
+
+def test_rows_become_pairs_in_order(tmp_path):
+    answers = ["A", "Video 2 is better", "same", "invalid", '{"video_1_scores": {"style": 2}}']
+    pairs = read(write_csv(tmp_path, [{**GOOD, "answer": answer} for answer in answers]))
+    assert [pair.pair_id for pair in pairs] == [0, 1, 2, 3, 4]
+    assert [pair.preference for pair in pairs] == [1, -1, 0, None, None]
+    assert [pair.answer for pair in pairs] == answers
+    assert pairs[0].problem == GOOD["problem"]
+    assert pairs[0].videos == (str(tmp_path / "v" / "a.mp4"), str(tmp_path / "v" / "b.mp4"))
+
+
+def test_paths_start_from_the_csv_or_image_dir_and_are_absolute(tmp_path, monkeypatch):
+    path = write_csv(tmp_path, [GOOD])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert read(Path("../pairs.csv"))[0].videos[0] == str(tmp_path / "v" / "a.mp4")
+    moved = elsewhere / "pairs.csv"
+    moved.write_bytes(path.read_bytes())
+    with pytest.raises(CsvError, match="video not found"):
+        read(moved)
+    assert read(moved, image_dir="..")[0].videos[0] == str(tmp_path / "v" / "a.mp4")
+    absolute = write_csv(
+        tmp_path, [{**GOOD, "videos": repr([str(tmp_path / "v" / "a.mp4")] * 2)}], name="absolute.csv"
+    )
+    assert read(absolute, image_dir=str(elsewhere))[0].videos[1] == str(tmp_path / "v" / "a.mp4")
+
+
+def test_columns_can_be_renamed(tmp_path):
+    row = {"clips": VIDEOS, "question": "Judge.", "label": "B", "unread": "x"}
+    pairs = read(write_csv(tmp_path, [row]), video_key="clips", prompt_key="question", answer_key="label")
+    assert (pairs[0].problem, pairs[0].preference) == ("Judge.", -1)
+
+
+def test_prompt_alone_gets_the_built_in_judge_prompt(tmp_path):
+    row = {"videos": VIDEOS, "prompt": "a red circle", "answer": "A"}
+    path = write_csv(tmp_path, [row])
+    assert read(path)[0].problem == judge_problem("a red circle")
+    assert read(path, prompt_key="prompt")[0].problem == "a red circle"
+    mixed = write_csv(tmp_path, [{**row, "problem": "Judge."}, {**row, "problem": " "}])
+    assert [pair.problem for pair in read(mixed)] == ["Judge.", judge_problem("a red circle")]
+
+
+def test_byte_order_mark_and_line_breaks_in_cells_are_read(tmp_path):
+    path = write_csv(tmp_path, [{**GOOD, "problem": 'two\nlines, "quoted"'}, GOOD])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [pair.problem for pair in read(path)] == ['two\nlines, "quoted"', GOOD["problem"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"videos": "v/a.mp4"}, r"videos is 'v/a.mp4'; write a list of two paths"),
+        ({"videos": "['v/a.mp4']"}, "must list two paths, video A first"),
+        ({"videos": "[1, 2]"}, "must list two paths"),
+        ({"videos": "['v/a.mp4', 'v/gone.mp4']"}, r"video not found: .*gone.mp4; paths start from .*data.image_dir"),
+        ({"videos": "['v/a.mp4', 'v']"}, "video not found: .*v; paths"),
+        ({"problem": "  "}, "problem is empty; write the instruction"),
+        ({"answer": "first"}, "answer: no label in 'first'; write A, B, same or invalid"),
+        ({"answer": '{"gsb_result": 3}'}, "answer: gsb_result is 3"),
+    ],
+)
+def test_faulty_cells_name_file_row_line_and_remedy(tmp_path, change, message):
+    rows = [{**GOOD, "problem": "three\nlong\nlines"}, {**GOOD, **change}]
+    with pytest.raises(CsvError, match=message) as raised:
+        read(write_csv(tmp_path, rows))
+    assert str(tmp_path / "pairs.csv") in str(raised.value)
+    assert "row 2 (line 5): " in str(raised.value)
+
+
+def test_all_faults_are_counted_and_ten_are_shown(tmp_path):
+    with pytest.raises(CsvError) as raised:
+        read(write_csv(tmp_path, [GOOD] + [{**GOOD, "answer": "?"}] * 14))
+    lines = str(raised.value).splitlines()
+    assert lines[0].endswith("14 fault(s)")
+    assert len(lines) == 1 + 10 + 1
+    assert lines[-1].strip() == "... and 4 more"
+    assert len(raised.value.problems) == 14
+
+
+def test_unusable_files(tmp_path):
+    good = write_csv(tmp_path, [GOOD])
+    empty = tmp_path / "empty.csv"
+    empty.write_text("")
+    header_only = write_csv(tmp_path, [], name="header.csv", header=["videos", "problem", "answer"])
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes(good.read_bytes().replace(b"Judge", b"Jug\xe9"))
+    unclosed = tmp_path / "unclosed.csv"
+    unclosed.write_text('videos,problem,answer\n"[""a""],b,c\n')
+    ragged = tmp_path / "ragged.csv"
+    ragged.write_text("videos,problem,answer\n['v/a.mp4', 'v/b.mp4'],judge,A\n")
+    short = tmp_path / "short.csv"
+    short.write_text("videos,problem,answer\nx,judge\n")
+    other = write_csv(tmp_path, [{"video": "x", "problem": "y", "answer": "A"}], name="other.csv")
+    cases = [
+        (tmp_path / "absent.csv", {}, "file not found"),
+        (empty, {}, "missing column videos; the file has no header line"),
+        (header_only, {}, "no rows; add at least one pair"),
+        (latin, {}, "not a readable UTF-8 CSV"),
+        (unclosed, {}, "not a readable UTF-8 CSV"),
+        (ragged, {}, r"row 1 \(line 2\): not as many cells"),
+        (short, {}, r"row 1 \(line 2\): not as many cells"),
+        (other, {}, r"missing column videos; the file has video, problem, answer: set data\.video_key"),
+        (good, {"prompt_key": "question"}, r"missing column question; .*: set data\.prompt_key"),
+        (good, {"image_dir": str(tmp_path / "absent")}, "data.image_dir .*absent is no folder"),
+    ]
+    for path, settings, message in cases:
+        with pytest.raises(CsvError, match=message) as raised:
+            read(path, **settings)
+        assert str(path) in str(raised.value)
+
+
+def test_shipped_example_is_what_the_toy_world_makes():
+    config, rows = WorldConfig(), read_table(DATA_DIR / "example.csv")
+    pairs = sample_example(config)
+    assert rows == [rl_row(pair, stage1_judge_problem(pair.prompt)) for pair in pairs]
+    stage1_rows = read_table(STAGE1_EXAMPLE / "example.csv")
+    for pair, row in zip(pairs, stage1_rows, strict=True):
+        expected = training_row(pair, stage1_judge_problem(pair.prompt))
+        assert {name: str(value) for name, value in expected.items()} == row
+    for row in rows:
+        for video in ast.literal_eval(row["videos"]):
+            assert (DATA_DIR / video).read_bytes() == (STAGE1_EXAMPLE / video).read_bytes()
+
+
+def test_shipped_example_is_read():
+    pairs = read(DATA_DIR / "example.csv")
+    assert [pair.preference for pair in pairs] == [1, -1, 0, 1]
+    assert all(os.path.isabs(video) for pair in pairs for video in pair.videos)

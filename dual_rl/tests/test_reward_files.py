@@ -1,0 +1,193 @@
+"""Checkpoints between the stages: what stage 1 wrote scores the same here, and what is written here scores there."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+
+from arguments import ModelArguments
+from checkpoint import RewardConfig, build_reward_model, load_reward_model, save_reward_files
+from model_qwen3 import add_reward_token, prepare_for_training
+from model_support import (
+    SMALL_BUDGET,
+    hub_weights,
+    make_builder,
+    make_group,
+    make_policy,
+    pixels_of,
+    problem_of,
+    write_small_model,
+)
+from scored_sequence import pack_sequences
+from verl.core.packing import pack_groups
+from verl.data.vision_process import VideoBudget
+from verl.model.reward_files import PolicyCheckpoint, load_checkpoint, load_head, save_policy
+from vision_process import VideoBudget as Stage1Budget
+
+LENGTHS = [[9, 4], [0, 12]]
+
+
+def stage1_checkpoint(folder, base, **settings):
+    """What stage 1 would write after some training: all that is trained has moved."""
+    processor = AutoProcessor.from_pretrained(base)
+    add_reward_token(processor)
+    torch.manual_seed(3)
+    model = build_reward_model(str(base), processor, reward_token="special", dtype=torch.float32)
+    prepare_for_training(model, ModelArguments(lora_r=8, lora_alpha=24, **settings))
+    with torch.no_grad():
+        for _, parameter in model.trainable_parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    budget = Stage1Budget(**vars(SMALL_BUDGET))
+    config = RewardConfig(base_model=str(base), video=budget, format_prompt="So: {{ content }}")
+    save_reward_files(
+        folder, model=model, weights=dict(model.trainable_parameters()), processor=processor, config=config
+    )
+    return folder
+
+
+@torch.no_grad()
+def rewards_here(checkpoint: PolicyCheckpoint) -> torch.Tensor:
+    builder = make_builder(checkpoint)
+    groups = [make_group(builder, number, lengths) for number, lengths in enumerate(LENGTHS)]
+    model = make_policy(checkpoint).eval()
+    return model(pack_groups(groups, builder), None, pixels_of(groups, builder), temperature=None).rewards
+
+
+@torch.no_grad()
+def rewards_in_stage_1(folder, checkpoint: PolicyCheckpoint) -> torch.Tensor:
+    """By stage 1's loader, builder and forward, from the same clips, problems and ids."""
+    loaded = load_reward_model(folder)
+    builder = make_builder(checkpoint)
+    sequences = []
+    for number, lengths in enumerate(LENGTHS):
+        prompt, responses = make_group(builder, number, lengths)
+        encoded = loaded.builder.encode_prompt(problem_of(number), prompt.video)
+        assert torch.equal(encoded.input_ids, prompt.input_ids)
+        sequences += [loaded.builder.build(encoded, response.cot_ids) for response in responses]
+    return loaded.model(pack_sequences(sequences))
+
+
+@pytest.mark.parametrize(
+    ("tied", "spare_rows", "settings"),
+    [
+        (False, 8, {}),
+        (True, 8, {}),
+        (False, 0, {}),
+        (False, 8, {"lora_enable": False}),
+        (False, 8, {"freeze_vision_tower": True, "vision_lora": True}),
+    ],
+    ids=["lora", "tied", "grown_embedding", "full", "vision_lora"],
+)
+def test_stage_1_checkpoint_gives_the_same_rewards_here(tmp_path, tied, spare_rows, settings):
+    base = write_small_model(tmp_path / "base", tied=tied, has_reward=False, spare_rows=spare_rows)
+    folder = stage1_checkpoint(tmp_path / "checkpoint-1", base, **settings)
+    checkpoint = load_checkpoint(folder, with_weights=True)
+    found, expected = rewards_here(checkpoint), rewards_in_stage_1(folder, checkpoint)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert expected.std() > 0.1
+    assert checkpoint.video_budget == SMALL_BUDGET
+    assert checkpoint.format_prompt == "So: {{ content }}"
+
+    light = load_checkpoint(folder, with_weights=False)
+    assert light.weights is None
+    assert torch.equal(light.reward_embedding, checkpoint.reward_embedding)
+    assert light.config.text_config.vocab_size == checkpoint.weights["lm_head.weight"].shape[0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard_bytes", [10**9, 200_000])
+def test_saved_policy_scores_the_same_in_both_stages(tmp_path, tied, shard_bytes):
+    checkpoint = load_checkpoint(write_small_model(tmp_path / "start", tied=tied), with_weights=True)
+    model = make_policy(checkpoint)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    saved = tmp_path / "huggingface"
+    save_policy(
+        saved,
+        weights=iter(hub_weights(model).items()),
+        head_weight=model.rm_head.weight,
+        checkpoint=checkpoint,
+        shard_bytes=shard_bytes,
+    )
+    assert (saved / "model.safetensors.index.json").exists() == (shard_bytes < 10**9)
+    assert not list(saved.glob("*.tmp"))
+    again = load_checkpoint(saved, with_weights=True)
+    expected = rewards_here(again)
+    torch.testing.assert_close(rewards_in_stage_1(saved, again), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rewards_here(load_checkpoint(saved, with_weights=True)), expected)
+    assert torch.equal(again.reward_embedding, model.reward_embedding.detach())
+    stock = Qwen3VLForConditionalGeneration.from_pretrained(saved).state_dict()
+    assert all(torch.equal(stock[name], tensor) for name, tensor in hub_weights(model).items())
+    assert again.generation_config.to_dict() == checkpoint.generation_config.to_dict()
+    assert json.loads((saved / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_bf16_save_says_so_in_its_config(tmp_path):
+    checkpoint = load_checkpoint(write_small_model(tmp_path / "start"), with_weights=True)
+    weights = ((name, tensor.bfloat16()) for name, tensor in checkpoint.weights.items())
+    save_policy(tmp_path / "saved", weights=weights, head_weight=checkpoint.head_weight, checkpoint=checkpoint)
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {t.dtype for t in load_file(tmp_path / "saved" / "model.safetensors").values()} == {torch.bfloat16}
+    assert load_checkpoint(tmp_path / "saved", with_weights=False).config.text_config.vocab_size
+
+
+def test_a_model_without_reward_token_names_the_stage_1_command(tmp_path):
+    base = write_small_model(tmp_path / "base", has_reward=False)
+    with pytest.raises(ValueError, match=r"bash cold_start/train\.sh"):
+        load_checkpoint(base, with_weights=False)
+    with pytest.raises(ValueError, match="no processor that loads"):
+        load_checkpoint(tmp_path / "nothing", with_weights=False)
+
+
+def test_a_missing_head_is_named_and_head_path_replaces_it(tmp_path):
+    folder = write_small_model(tmp_path / "model")
+    elsewhere = tmp_path / "heads"
+    elsewhere.mkdir()
+    shutil.move(folder / "rm_head.pth", elsewhere / "rm_head.pth")
+    with pytest.raises(ValueError, match="head_path"):
+        load_checkpoint(folder, with_weights=False)
+    heads = [load_checkpoint(folder, path, with_weights=False) for path in (elsewhere, elsewhere / "rm_head.pth")]
+    assert torch.equal(heads[0].head_weight, heads[1].head_weight)
+
+
+def test_a_head_of_the_wrong_width_names_both_widths(tmp_path):
+    folder = write_small_model(tmp_path / "model")
+    torch.save({"rm_head.weight": torch.zeros(1, 64)}, folder / "rm_head.pth")
+    with pytest.raises(ValueError, match=r"\(1, 64\) .* hidden size is 128"):
+        load_checkpoint(folder, with_weights=False)
+
+
+@pytest.mark.parametrize("key", ["rm_head.weight", "base_model.model.rm_head.weight"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_heads_are_read_in_every_layout(tmp_path, key, nested):
+    weight = torch.randn(1, 4)
+    torch.save({"model": {key: weight}} if nested else {key: weight}, tmp_path / "rm_head.pth")
+    assert torch.equal(load_head(tmp_path / "rm_head.pth", hidden_size=4), weight)
+    torch.save({"other": weight}, tmp_path / "rm_head.pth")
+    with pytest.raises(ValueError, match=r"no rm_head\.weight"):
+        load_head(tmp_path / "rm_head.pth", hidden_size=4)
+
+
+def test_a_base_that_is_gone_is_named(tmp_path):
+    base = write_small_model(tmp_path / "base", has_reward=False)
+    folder = stage1_checkpoint(tmp_path / "checkpoint-1", base)
+    shutil.rmtree(base)
+    with pytest.raises(ValueError, match="which is gone"):
+        load_checkpoint(folder, with_weights=False)
+
+
+def test_other_reward_modes_and_other_models_are_refused(tmp_path):
+    folder = write_small_model(tmp_path / "model")
+    values = json.loads((folder / "reward_config.json").read_text())
+    (folder / "reward_config.json").write_text(json.dumps({**values, "reward_token": "mean"}))
+    with pytest.raises(ValueError, match="--reward_token mean"):
+        load_checkpoint(folder, with_weights=False)
+    (folder / "reward_config.json").unlink()
+    assert load_checkpoint(folder, with_weights=False).video_budget == VideoBudget()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="Qwen3-VL one"):
+        load_checkpoint(folder, with_weights=False)

@@ -1,0 +1,124 @@
+"""Stage 1 and stage 2 build the same sequence: pixels, token ids and positions; and they refuse the same texts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+import scored_sequence as stage1
+import vision_process as stage1_vision
+from model_support import TINY_BASE
+from verl.core.packing import pack_groups
+from verl.data import scored_sequence as stage2
+from verl.data import vision_process as stage2_vision
+from verl.types import Response, ResponseKey, VideoKey
+
+CLIPS = sorted((Path(stage1.__file__).parent / "datasets" / "train" / "videos").glob("*.mp4"))
+BUDGETS = [{"max_frames": 8, "min_pixels": 64 * 64, "max_pixels": 64 * 96}, {}]
+KEY = VideoKey(0, "A")
+TEMPLATE = "{{ content | trim }} Think well."
+
+
+@pytest.fixture(scope="module")
+def processor():
+    processor = AutoProcessor.from_pretrained(TINY_BASE)
+    processor.tokenizer.add_tokens([stage2.REWARD_TOKEN], special_tokens=True)
+    return processor
+
+
+@pytest.fixture(scope="module")
+def builders(processor):
+    return stage1.SequenceBuilder(processor, format_prompt=TEMPLATE), stage2.SequenceBuilder(
+        processor, format_prompt=TEMPLATE
+    )
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=["small", "default"])
+@pytest.mark.parametrize("clip", CLIPS[:3], ids=lambda path: path.stem)
+def test_frames_ids_pixels_and_positions_are_those_of_stage_1(builders, clip, budget):
+    ours, theirs = (vision.load_video(clip, vision.VideoBudget(**budget)) for vision in (stage2_vision, stage1_vision))
+    assert torch.equal(ours.frames, theirs.frames)
+    assert ours.metadata == theirs.metadata
+    problem = stage2.judge_problem("a red circle")
+    assert problem == stage1.judge_problem("a red circle")
+    prompt = builders[1].encode_prompt(KEY, problem, ours)
+    expected = builders[0].encode_prompt(problem, theirs)
+    assert torch.equal(prompt.input_ids, expected.input_ids)
+    assert torch.equal(builders[1].pixel_values(prompt), expected.pixel_values)
+    assert prompt.grid_thw == expected.grid_thw
+
+    cot = builders[0].encode_cot("it moves left")
+    sequence = builders[0].build(expected, cot)
+    response = Response(ResponseKey(*KEY, 0), tuple(cot), True, torch.zeros(len(cot) + 1))
+    packed = pack_groups([(prompt, [response])], builders[1])
+    assert packed.input_ids.tolist() == sequence.input_ids[:-1].tolist()  # EOS is a label, not a token of the row
+    assert torch.equal(packed.position_ids, sequence.position_ids[:, :-1])
+    assert packed.reward_positions.tolist() == [sequence.reward_position]
+    assert packed.labels.tolist() == [*cot, sequence.input_ids[-1]]
+
+
+def test_prompt_length_is_known_without_decoding(builders):
+    budget = stage2_vision.VideoBudget(**BUDGETS[0])
+    for clip in CLIPS:
+        prompt = builders[1].encode_prompt(KEY, "what <video> is it", stage2_vision.load_video(clip, budget))
+        header = stage2_vision.probe_video(clip)
+        assert builders[1].count_prompt_tokens("what <video> is it", header, budget) == prompt.input_ids.numel()
+
+
+@pytest.mark.parametrize("problem", ["look: <video> done?", "no placeholder", "<video>"])
+def test_rendered_text_is_that_of_stage_1_and_has_one_placeholder(builders, processor, problem):
+    text = builders[1].render(problem)
+    assert text == builders[0].render(problem)
+    assert text.count(processor.video_token) == 1
+
+
+@pytest.mark.parametrize("text", ["two <video> and <video>", "a literal <Reward>", "a <|video_pad|>", "<|im_end|>"])
+def test_reserved_texts_are_errors_in_both_stages(builders, text):
+    messages = []
+    for builder in builders:
+        with pytest.raises(ValueError, match="contains") as caught:
+            builder.render(text)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("template", ["{{ contents }}", "{% if %}"])
+def test_format_prompt_that_does_not_render_is_an_error(processor, template):
+    with pytest.raises(ValueError, match="does not render"):
+        stage2.SequenceBuilder(processor, format_prompt=template)
+
+
+def test_a_processor_without_the_reward_token_is_an_error():
+    with pytest.raises(ValueError, match="not a reward checkpoint"):
+        stage2.SequenceBuilder(AutoProcessor.from_pretrained(TINY_BASE))
+
+
+def test_defaults_agree(processor):
+    assert stage2.DEFAULT_FORMAT_PROMPT == stage1.DEFAULT_FORMAT_PROMPT
+    assert stage2.JUDGE_PROMPT == stage1.JUDGE_PROMPT
+    assert stage2_vision.VideoBudget() == stage2_vision.VideoBudget(**vars(stage1_vision.VideoBudget()))
+
+
+def test_unusable_videos_have_the_same_message_in_both_stages(tmp_path):
+    empty, truncated = tmp_path / "empty.mp4", tmp_path / "truncated.mp4"
+    empty.touch()
+    truncated.write_bytes(CLIPS[0].read_bytes()[:900])
+    for path in (empty, truncated, tmp_path / "none.mp4"):
+        messages = []
+        for vision in (stage1_vision, stage2_vision):
+            with pytest.raises(vision.VideoError) as caught:
+                vision.load_video(path, vision.VideoBudget())
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+        assert str(path) in messages[0]
+
+
+def test_forbidden_tokens_are_reward_vision_padding_and_rows_without_a_token(processor):
+    tokenizer = processor.tokenizer
+    forbidden = stage2.forbidden_token_ids(processor, len(tokenizer) + 3)
+    named = {tokenizer.convert_ids_to_tokens(i) for i in forbidden if i < len(tokenizer)}
+    vision = {"<|video_pad|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"}
+    assert named == vision | {stage2.REWARD_TOKEN, tokenizer.pad_token}
+    assert [i for i in forbidden if i >= len(tokenizer)] == [len(tokenizer) + extra for extra in range(3)]
+    assert tokenizer.eos_token_id not in forbidden

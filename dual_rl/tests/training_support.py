@@ -1,0 +1,209 @@
+"""What the tests of whole runs share: a folder of toy pairs and a small model, and stage 2 as users start it."""
+
+import csv
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+DUAL_RL = Path(__file__).resolve().parents[1]
+EXAMPLE_CSV = DUAL_RL / "data" / "example.csv"
+SPYING_REWARD = Path(__file__).with_name("spying_reward.py")
+SMALL_RUN = {
+    "data.max_prompt_length": 1024,
+    "data.max_response_length": 24,
+    "data.rollout_batch_size": 4,
+    "data.val_batch_size": 3,
+    "algorithm.kl_coef": 0.01,
+    "worker.actor.global_batch_size": 2,
+    "worker.actor.bt_weight": 0.5,
+    "worker.actor.optim.lr": 1e-3,
+    "worker.actor.micro_batch_size_per_device_for_update": 2,
+    "worker.rollout.name": "hf",
+    "worker.rollout.n": 2,
+    "worker.rollout.cpu_kv_cache_gib": 1,
+    "trainer.n_gpus_per_node": 0,
+    "trainer.max_steps": 3,
+    "trainer.save_freq": 1,
+    "trainer.logger": "[file]",
+}
+UNREPEATABLE = ("timing/", "perf/tokens_per_second")
+RUN_TIMEOUT = 240.0
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["verl.trainer.main"])  # its imports take longer than a run of a small model
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of stage 2 into `folder`: its exit status (negative: the signal that ended it) and console."""
+
+    code: int
+    output: str
+    folder: Path
+
+    @property
+    def log(self) -> list[dict]:
+        """Lines of train_log.jsonl."""
+        return [json.loads(line) for line in (self.folder / "train_log.jsonl").read_text().splitlines()]
+
+    @property
+    def repeatable_log(self) -> list[dict]:
+        """The log without what depends on the machine's speed."""
+        return [
+            {name: value for name, value in line.items() if not name.startswith(UNREPEATABLE)} for line in self.log
+        ]
+
+    def weights(self, step: int) -> dict[str, torch.Tensor]:
+        """Everything that the checkpoint of `step` holds for users, fp32."""
+        actor = self.folder / f"global_step_{step}" / "actor"
+        weights: dict[str, torch.Tensor] = {}
+        for file in sorted((actor / "huggingface").glob("*.safetensors")):
+            weights |= load_file(file)
+        head = torch.load(actor / "rm_head.pth", weights_only=True)
+        return {name: tensor.float() for name, tensor in {**weights, **head}.items()}
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder with a small model, six pairs of toy clips, and a reward function that can be told to fail."""
+
+    root: Path
+    settings: dict[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, root: Path, **settings: object) -> "Workplace":
+        """Pairs are other combinations of the example's clips, so that each epoch has a different order."""
+        root.mkdir(parents=True, exist_ok=True)
+        videos = root / "videos"
+        shutil.copytree(EXAMPLE_CSV.parent / "videos", videos)
+        with EXAMPLE_CSV.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for number in range(2):
+            rows.append({**rows[number], "videos": str([f"videos/example_{number}_a.mp4", "videos/example_3_b.mp4"])})
+        with (root / "pairs.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        return cls(root, settings)
+
+    @property
+    def fault(self) -> Path:
+        """Where the reward function reads what to do wrong."""
+        return self.root / "fault"
+
+    @property
+    def children(self) -> dict[int, str]:
+        """Name by id of the processes that the run of fault `kill_run` had when it was killed."""
+        return {int(pid): name for pid, name in json.loads(self.fault.with_suffix(".children").read_text()).items()}
+
+    @property
+    def calls(self) -> list[list]:
+        """What the reward function was called with, in order: [answer, side, response] of every response."""
+        return [json.loads(line) for line in (self.root / "calls.jsonl").read_text().splitlines()]
+
+    def arguments(self, folder: Path, settings: Mapping[str, object]) -> list[str]:
+        """The command line's arguments of a run into `folder`."""
+        places = {"log": self.root / "calls.jsonl", "fault": self.fault, "videos": self.root / "videos"}
+        values = {
+            **SMALL_RUN,
+            "data.train_files": self.root / "pairs.csv",
+            "worker.reward.reward_function": f"{SPYING_REWARD}:compute_score",
+            "worker.reward.reward_function_kwargs": json.dumps({name: str(path) for name, path in places.items()}),
+            "trainer.save_checkpoint_path": folder,
+            **self.settings,
+            **settings,
+        }
+        return [f"{key}={value}" for key, value in values.items()]
+
+    def start(self, name: str = "run", settings: Mapping[str, object] | None = None, **variables: str) -> "Running":
+        """Start a run into the folder `name`; it continues what is there."""
+        return Running(self.root / name, self.arguments(self.root / name, settings or {}), variables)
+
+    def run(self, name: str = "run", settings: Mapping[str, object] | None = None, **variables: str) -> Run:
+        """A run from start to end."""
+        return self.start(name, settings, **variables).wait()
+
+
+class Running:
+    """A run in progress: a process of its own, forked where stage 2 is imported already."""
+
+    def __init__(self, folder: Path, arguments: list[str], variables: Mapping[str, str]) -> None:
+        self.folder = folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.console = folder.with_name(f"{folder.name}.console")
+        self.process = _forks.Process(target=_main, args=(arguments, str(self.console), dict(variables)))
+        self.process.start()
+
+    def kill_when(self, path: Path) -> None:
+        """SIGKILL as soon as `path` exists."""
+        deadline = time.monotonic() + RUN_TIMEOUT
+        while not path.exists():
+            assert self.process.is_alive(), f"ended before {path} was there:\n{self.console.read_text()}"
+            assert time.monotonic() < deadline, f"no {path} after {RUN_TIMEOUT} s"
+            time.sleep(0.002)
+        os.kill(self.process.pid, signal.SIGKILL)
+
+    def wait(self) -> Run:
+        """Its end, again and again if need be; one that hangs is killed and fails the test."""
+        self.process.join(RUN_TIMEOUT)
+        output = self.console.read_text() if self.console.is_file() else ""
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"the run hangs:\n{output}")
+        return Run(self.process.exitcode, output, self.folder)
+
+
+def _main(arguments: list[str], console: str, variables: dict[str, str]) -> None:
+    """What `python -m verl.trainer.main` does, with the console in a file."""
+    from verl.trainer.main import main
+
+    descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ.update({"OMP_NUM_THREADS": "1", **variables})
+    os.chdir(DUAL_RL)
+    sys.exit(main(arguments))
+
+
+def run_command(folder: Path, arguments: list[str]) -> Run:
+    """A run just as users start it, with stdout and stderr together."""
+    variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    result = subprocess.run(
+        [sys.executable, "-m", "verl.trainer.main", *arguments],
+        cwd=DUAL_RL,
+        env={**variables, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=RUN_TIMEOUT,
+        check=False,
+    )
+    return Run(result.returncode, result.stdout, folder)
+
+
+def wait_until_gone(processes: set[int], *, seconds: float = 20.0) -> set[int]:
+    """Those of the processes that still run after at most `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(map(psutil.pid_exists, processes)):
+        time.sleep(0.1)
+    return {process for process in processes if psutil.pid_exists(process)}
+
+
+def largest_difference(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> float:
+    """Largest absolute difference over all weights; both must have the same names."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+

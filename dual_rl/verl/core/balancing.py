@@ -1,0 +1,41 @@
+"""Whole pairs spread over ranks so that each computes about as many tokens (Karmarkar and Karp's differencing)."""
+
+import heapq
+from collections.abc import Sequence
+
+
+def balance_pairs(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Indices of pairs for each rank, every index once and ascending within a rank.
+
+    `num_tokens`: tokens of each pair. A rank may hold more pairs than another, but none is left empty while there are
+    as many pairs as ranks. Deterministic.
+
+    Example: tokens (8, 7, 6, 5, 4) over two ranks give [[0, 2], [1, 3, 4]], loads 14 and 16.
+    """
+    if num_ranks < 1:
+        raise ValueError(f"need at least one rank, not {num_ranks}")
+    # An entry is a partition into num_ranks loads, sorted by load; the two of the largest spread are merged, the
+    # heaviest part of one with the lightest of the other.
+    heap: list[tuple[int, int, list[tuple[int, list[int]]]]] = []
+    for index, tokens in enumerate(num_tokens):
+        parts = [(0, [])] * (num_ranks - 1) + [(tokens, [index])]
+        heap.append((-tokens, index, parts))
+    heapq.heapify(heap)
+    order = len(heap)
+    while len(heap) > 1:
+        (_, _, first), (_, _, second) = heapq.heappop(heap), heapq.heappop(heap)
+        merged = [
+            (load + other_load, indices + other_indices)
+            for (load, indices), (other_load, other_indices) in zip(first, reversed(second), strict=True)
+        ]
+        merged.sort(key=lambda part: (part[0], part[1]))
+        heapq.heappush(heap, (merged[0][0] - merged[-1][0], order, merged))
+        order += 1
+    parts = heap[0][2] if heap else [(0, [])] * num_ranks
+    return [sorted(indices) for _, indices in parts]
+
+
+def imbalance(num_tokens: Sequence[int], partition: Sequence[Sequence[int]]) -> float:
+    """Heaviest rank's tokens over the mean of all ranks: 1 is perfect, and the step takes that much longer."""
+    loads = [sum(num_tokens[index] for index in indices) for indices in partition]
+    return max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0

@@ -1,0 +1,152 @@
+"""Videos from disk: decoding ahead of the step that needs them, and the checks before training starts.
+
+A video that does not decode is an error that names its row; it is never replaced by another.
+"""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from verl.data.pair_csv import CsvError
+from verl.data.scored_sequence import SequenceBuilder
+from verl.data.vision_process import VideoBudget, VideoError, VideoHeader, load_video, probe_video
+from verl.types import SIDES, PreferencePair, Side, VideoKey, VideoPrompt
+
+logger = logging.getLogger(__name__)
+
+PROBE_THREADS = 8
+LENGTH_REMEDY = "lower data.video_fps or data.max_pixels, raise data.max_prompt_length"
+
+
+class PairLoader:
+    """Decodes and tokenises pairs in threads.
+
+    `prefetch` starts the work and returns at once; `get` waits for it. What was fetched is handed over once and not
+    kept. Decoding releases the interpreter; tokenising is guarded by a lock, since tokenizers must not run in two
+    threads at a time. Close it, or use it as a context manager.
+    """
+
+    def __init__(self, builder: SequenceBuilder, budget: VideoBudget, *, num_threads: int = 4) -> None:
+        self.builder = builder
+        self.budget = budget
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self._lock = threading.Lock()
+        self._pending: dict[VideoKey, Future[VideoPrompt]] = {}
+
+    def prefetch(self, pairs: Sequence[PreferencePair]) -> None:
+        """Start decoding what is not under way yet."""
+        for pair in pairs:
+            for side, path in zip(SIDES, pair.videos, strict=True):
+                key = VideoKey(pair.pair_id, side)
+                if key not in self._pending:
+                    self._pending[key] = self._pool.submit(self._load, key, pair.problem, path)
+
+    def get(self, pairs: Sequence[PreferencePair]) -> list[tuple[VideoPrompt, VideoPrompt]]:
+        """The two prompts of every pair, in order; decodes now what was not prefetched.
+
+        Raises VideoError that lists all videos of these pairs that could not be loaded, with their rows.
+        """
+        self.prefetch(pairs)
+        futures = [tuple(self._pending.pop(VideoKey(pair.pair_id, side)) for side in SIDES) for pair in pairs]
+        problems = []
+        for pair, of_pair in zip(pairs, futures, strict=True):
+            for side, future in zip(SIDES, of_pair, strict=True):
+                error = future.exception()
+                if isinstance(error, VideoError):
+                    problems.append(f"{_name_video(pair, side)}: {error}")
+                elif error is not None:
+                    raise error
+        if problems:
+            raise VideoError(
+                "\n".join(["videos could not be loaded; replace the files or remove the rows", *problems])
+            )
+        return [(future_a.result(), future_b.result()) for future_a, future_b in futures]
+
+    def close(self) -> None:
+        """Drop what is pending and stop the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+
+    def __enter__(self) -> "PairLoader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _load(self, key: VideoKey, problem: str, path: str) -> VideoPrompt:
+        video = load_video(path, self.budget, size_factor=self.builder.size_factor)
+        with self._lock:
+            return self.builder.encode_prompt(key, problem, video)
+
+
+def check_pairs(
+    pairs: Sequence[PreferencePair],
+    builder: SequenceBuilder,
+    budget: VideoBudget,
+    *,
+    max_prompt_length: int,
+    should_filter: bool,
+    source: str | Path,
+) -> list[PreferencePair]:
+    """The pairs whose prompts both fit, after opening every video (its first frame only).
+
+    `source`: the CSV, for messages. Pairs with a prompt over `max_prompt_length` tokens are left out and counted in a
+    warning when `should_filter`. Raises CsvError that lists every fault: videos that do not open, texts with reserved
+    tokens, prompts that are too long unless these are filtered, and no pair left.
+    """
+    headers = _probe_videos(pairs, budget)
+    problems: list[str] = []
+    kept = []
+    for pair in pairs:
+        found, longest = [], 0
+        for side, path in zip(SIDES, pair.videos, strict=True):
+            header = headers[path]
+            if isinstance(header, VideoError):
+                found.append(f"{_name_video(pair, side)}: {header}; replace the file or remove the row")
+                continue
+            try:
+                num_tokens = builder.count_prompt_tokens(pair.problem, header, budget)
+            except ValueError as error:
+                found.append(f"{_name_video(pair, side)}: {error}")
+                continue
+            longest = max(longest, num_tokens)
+            if num_tokens > max_prompt_length and not should_filter:
+                excess = f"prompt of {num_tokens} tokens, over data.max_prompt_length {max_prompt_length}"
+                remedy = f"{LENGTH_REMEDY}, or set data.filter_overlong_prompts"
+                found.append(f"{_name_video(pair, side)}: {excess}; {remedy}")
+        problems += found
+        if not found and longest <= max_prompt_length:
+            kept.append(pair)
+    if problems:
+        raise CsvError(source, problems)
+    if not kept:
+        raise CsvError(source, [f"every prompt is over {max_prompt_length} tokens; {LENGTH_REMEDY}"])
+    if len(kept) < len(pairs):
+        excess = len(pairs) - len(kept)
+        logger.warning(
+            "%s: %d of %d pairs left out, prompt over %d tokens", source, excess, len(pairs), max_prompt_length
+        )
+    return kept
+
+
+def _probe_videos(pairs: Sequence[PreferencePair], budget: VideoBudget) -> dict[str, VideoHeader | VideoError]:
+    """Header of every distinct video by path, or what is wrong with it."""
+    paths = list(Counter(path for pair in pairs for path in pair.videos))
+
+    def probe(path: str) -> VideoHeader | VideoError:
+        try:
+            return probe_video(path, min_frames=budget.min_frames)
+        except VideoError as error:
+            return error
+
+    with ThreadPoolExecutor(PROBE_THREADS) as pool:
+        return dict(zip(paths, tqdm(pool.map(probe, paths), total=len(paths), desc="videos"), strict=True))
+
+
+def _name_video(pair: PreferencePair, side: Side) -> str:
+    return f"row {pair.pair_id + 1}, video {side}"

@@ -1,0 +1,204 @@
+"""Attention over shared-prompt rows (text) and over packed frames (vision), without masks.
+
+Text, on CUDA in half precision: two variable-length flash attention passes, merged by their log-sum-exps. In the
+first, every prompt and every response is causal to itself; in the second, all responses of a group look at their
+whole prompt. For a token that takes part in both,
+
+    lse = log(exp(lse_1) + exp(lse_2)),    output = exp(lse_1 - lse) output_1 + exp(lse_2 - lse) output_2.
+
+The flash backward recomputes a pass's probabilities as exp(score - lse) and needs the output only for
+sum(grad * output). Given the merged output and the merged lse it therefore returns exactly the pass's share of the
+gradient of the merged attention, and the shares of both passes add up (as in ring attention). No token of a prompt is
+computed twice, and no pair of tokens that do not see each other is computed at all.
+
+Elsewhere (CPU, fp32): each response is unrolled behind a copy of its prompt's keys, values and queries, and one
+batched causal SDPA call serves all of them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+from verl.core.row_layout import SharedPromptLayout
+
+# transformers hands the vision tower's frames over together to implementations with "flash" in their name.
+SHARED_PROMPT_ATTENTION = "shared_prompt_flash_or_sdpa"
+FULL_WINDOW = (-1, -1)
+
+
+def use_shared_prompt_attention(config) -> None:
+    """Select this attention in a Qwen3-VL config (text and vision), in place."""
+    AttentionInterface.register(SHARED_PROMPT_ATTENTION, shared_prompt_attention)
+    for part in (config, config.text_config, config.vision_config):
+        part._attn_implementation = SHARED_PROMPT_ATTENTION
+
+
+def shared_prompt_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    layout: SharedPromptLayout | None = None,
+    **arguments: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature: query [1, heads, T, dim], key and value [1, kv_heads, T, dim].
+
+    `layout`: structure of the row (text); with `cu_seq_lens_q` (vision) frames attend to themselves. Returns
+    [1, T, heads, dim].
+    """
+    assert attention_mask is None, "packed rows carry their structure in a layout, not in a mask"
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    is_flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    if layout is None:
+        bounds, longest = arguments["cu_seq_lens_q"], arguments["max_length_q"]
+        attend = _attend_frames_by_flash if is_flash else _attend_frames
+        return attend(query, key, value, bounds, int(longest), scaling=scaling), None
+    flat = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if is_flash:
+        return SharedPromptFlash.apply(*flat, layout, scaling, FlashKernels).unsqueeze(0), None
+    return _attend_unrolled(*flat, layout, scaling).unsqueeze(0), None
+
+
+def _attend_unrolled(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SharedPromptLayout, scaling: float
+) -> torch.Tensor:
+    """[T, heads, dim] each. Each response causal behind its prompt; padding stands last, where nothing sees it."""
+    source, place = layout.unrolled
+    batched = (
+        tensor.index_select(0, source.flatten()).unflatten(0, source.shape).transpose(1, 2)
+        for tensor in (query, key, value)
+    )
+    is_grouped = key.shape[1] != query.shape[1]
+    output = F.scaled_dot_product_attention(*batched, is_causal=True, scale=scaling, enable_gqa=is_grouped)
+    return output.transpose(1, 2).flatten(0, 1).index_select(0, place)
+
+
+def _attend_frames(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    *,
+    scaling: float,
+) -> torch.Tensor:
+    """[1, heads, T, dim] each: SDPA within frames, one call for each run of frames of one size."""
+    lengths = torch.diff(bounds).tolist()
+    runs: list[list[int]] = []  # [length, number of frames]
+    for length in lengths:
+        if runs and runs[-1][0] == length:
+            runs[-1][1] += 1
+        else:
+            runs.append([length, 1])
+    sizes = [length * count for length, count in runs]
+    pieces = zip(*(tensor[0].split(sizes, dim=1) for tensor in (query, key, value)), strict=True)
+    outputs = []
+    for piece, (length, count) in zip(pieces, runs, strict=True):
+        batched = (tensor.unflatten(1, (count, length)).transpose(0, 1) for tensor in piece)
+        outputs.append(F.scaled_dot_product_attention(*batched, scale=scaling).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).unsqueeze(0)
+
+
+def _attend_frames_by_flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    *,
+    scaling: float,
+) -> torch.Tensor:
+    flat = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    output = varlen_attn(*flat, bounds, bounds, longest, longest, scale=scaling, window_size=FULL_WINDOW)
+    return output.unsqueeze(0)
+
+
+class FlashKernels:
+    """Variable-length flash attention on CUDA, with its log-sum-exp; torch 2.11 to 2.13 share these arguments.
+
+    query [Tq, heads, dim], key and value [Tk, kv_heads, dim]; `bounds` are the int32 bounds of (queries, keys) and
+    `longest` the longest sequences of both. No dropout, so the random state is a dummy.
+    """
+
+    @staticmethod
+    def forward(query, key, value, bounds, longest, *, is_causal, scaling) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [Tq, heads, dim] and log-sum-exp, fp32 [heads, Tq]."""
+        output, lse, *_ = torch.ops.aten._flash_attention_forward(
+            query, key, value, *bounds, *longest, 0.0, is_causal, False, scale=scaling
+        )
+        return output, lse
+
+    @staticmethod
+    def backward(gradient, query, key, value, output, lse, bounds, longest, *, is_causal, scaling):
+        """Gradients of query, key and value, in their shapes."""
+        random_state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        unused = torch.empty(0, device=query.device)
+        return torch.ops.aten._flash_attention_backward(
+            gradient, query, key, value, output, lse, *bounds, *longest, 0.0, is_causal, random_state, unused,
+            scale=scaling,
+        )  # fmt: skip
+
+
+class SharedPromptFlash(torch.autograd.Function):
+    """The two merged passes of the module's docstring: query [T, heads, dim], key and value [T, kv_heads, dim].
+
+    `kernels`: FlashKernels, or another implementation of the same two functions.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, layout: SharedPromptLayout, scaling: float, kernels) -> torch.Tensor:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        passes = _passes(layout)
+        own_bounds, own_longest, _ = passes[0]
+        cross_bounds, cross_longest, (responses, prompts) = passes[1]
+        output, lse = kernels.forward(query, key, value, own_bounds, own_longest, is_causal=True, scaling=scaling)
+        cross = (query[responses], key[prompts], value[prompts])
+        cross_output, cross_lse = kernels.forward(
+            *cross, cross_bounds, cross_longest, is_causal=False, scaling=scaling
+        )
+        own_lse = lse[:, responses]
+        merged_lse = torch.logaddexp(own_lse, cross_lse)
+        own_share, cross_share = (
+            (part - merged_lse).exp().t().unsqueeze(-1) for part in (own_lse, cross_lse)
+        )  # [tokens, heads, 1]
+        merged = own_share * output[responses] + cross_share * cross_output
+        output = output.index_copy(0, responses, merged.to(output.dtype))
+        lse = lse.index_copy(1, responses, merged_lse)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.layout, ctx.scaling, ctx.kernels = layout, scaling, kernels
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        query, key, value, output, lse = ctx.saved_tensors
+        gradient, kernels, scaling = gradient.contiguous(), ctx.kernels, ctx.scaling
+        passes = _passes(ctx.layout)
+        own_bounds, own_longest, _ = passes[0]
+        cross_bounds, cross_longest, (responses, prompts) = passes[1]
+        gradients = kernels.backward(
+            gradient, query, key, value, output, lse, own_bounds, own_longest, is_causal=True, scaling=scaling
+        )
+        cross = (gradient[responses], query[responses], key[prompts], value[prompts], output[responses])
+        shares = kernels.backward(
+            *cross, lse[:, responses].contiguous(), cross_bounds, cross_longest, is_causal=False, scaling=scaling
+        )
+        for total, tokens, share in zip(gradients, (responses, prompts, prompts), shares, strict=True):
+            total.index_add_(0, tokens, share)
+        return *gradients, None, None, None
+
+
+def _passes(layout: SharedPromptLayout):
+    """(bounds, longest, tokens) of the pass over pieces and of the pass of responses over their prompts."""
+    pieces = layout.segment_bounds
+    return (
+        ((pieces, pieces), (layout.longest_segment, layout.longest_segment), None),
+        (
+            (layout.block_bounds, layout.prompt_bounds),
+            (max(layout.block_lengths), max(layout.prompt_lengths)),
+            (layout.response_tokens, layout.prompt_tokens),
+        ),
+    )

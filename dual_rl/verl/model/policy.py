@@ -1,0 +1,238 @@
+"""Qwen3-VL as policy and reward model in one: a single packed forward gives log-probs and rewards.
+
+The module is made to be the root of FSDP2 (`fully_shard` on each text layer, each vision block and the root, with
+`reward_embedding` and `rm_head` ignored and replicated): whatever it computes, it computes inside `forward` or
+`encode_videos`, where the root's weights are whole. Weights of the backbone may arrive in bf16 (mixed precision);
+head, rewards, log-probs and entropy are fp32 always.
+
+The `<Reward>` row is a parameter of its own, put in place of the embedding where the token stands, as in stage 1.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import Qwen3VLForConditionalGeneration
+
+from verl.core.packing import PackedGroups
+from verl.core.token_log_probs import Distributions, compute_token_log_probs
+
+ADAPTER = "default"
+BACKBONE_PREFIX = "backbone."
+
+
+class VisionFeatures(NamedTuple):
+    """What the vision tower gives for N merged tokens (patches / merge_size ** 2) of one or more videos.
+
+    `embeddings`: [N, hidden], in place of the video tokens. `deepstack`: for each of the first text layers what is
+    added to its output at these tokens, [N, hidden]. `num_tokens`: of each video.
+    """
+
+    embeddings: torch.Tensor
+    deepstack: tuple[torch.Tensor, ...]
+    num_tokens: tuple[int, ...]
+
+    def split(self) -> list["VisionFeatures"]:
+        """Features of each video (copies: a view would keep the others' memory)."""
+        pieces = zip(*(tensor.split(self.num_tokens) for tensor in (self.embeddings, *self.deepstack)), strict=True)
+        return [
+            VisionFeatures(embeddings.clone(), tuple(layer.clone() for layer in deepstack), (len(embeddings),))
+            for embeddings, *deepstack in pieces
+        ]
+
+    def to(self, device: torch.device | str) -> "VisionFeatures":
+        """A copy on `device`."""
+        embeddings, *deepstack = (
+            tensor.to(device, non_blocking=True) for tensor in (self.embeddings, *self.deepstack)
+        )
+        return VisionFeatures(embeddings, tuple(deepstack), self.num_tokens)
+
+    @staticmethod
+    def concatenate(features: Iterable["VisionFeatures"]) -> "VisionFeatures":
+        """Features of several videos in one, in their order."""
+        embeddings, deepstack, num_tokens = zip(*features, strict=True)
+        return VisionFeatures(
+            torch.cat(embeddings),
+            tuple(torch.cat(layer) for layer in zip(*deepstack, strict=True)),
+            tuple(count for counts in num_tokens for count in counts),
+        )
+
+
+class PolicyOutput(NamedTuple):
+    """What one packed forward gives, fp32: of R responses `rewards`, of L labels `log_probs` and `entropy`, [L].
+
+    `entropy`, in nats, has no gradient. `full_kl`: [L], KL(policy || reference) over the whole vocabulary, where the
+    reference's distributions were given. `distributions`: this model's own, where asked for. Else None.
+    """
+
+    rewards: torch.Tensor
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    full_kl: torch.Tensor | None = None
+    distributions: Distributions | None = None
+
+
+class PolicyModel(nn.Module):
+    """`backbone`: Qwen3-VL with shared-prompt attention, LoRA layers injected or not.
+
+    `reward_embedding`: fp32 [hidden], the row of `reward_token_id`. `rm_head`: bias-free Linear(hidden, 1) in fp32.
+    `forbidden_ids`: tokens that the policy can never draw.
+    """
+
+    def __init__(
+        self,
+        backbone: Qwen3VLForConditionalGeneration,
+        *,
+        reward_token_id: int,
+        reward_embedding: torch.Tensor,
+        head_weight: torch.Tensor,
+        forbidden_ids: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.reward_token_id = reward_token_id
+        self.reward_embedding = nn.Parameter(reward_embedding.detach().float().clone())
+        self.rm_head = nn.Linear(head_weight.shape[1], 1, bias=False, dtype=torch.float32)
+        with torch.no_grad():
+            self.rm_head.weight.copy_(head_weight)
+        self.register_buffer("forbidden_ids", torch.tensor(list(forbidden_ids)), persistent=False)
+
+    def encode_videos(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> VisionFeatures:
+        """The vision tower over all videos at once, [patches of all, patch_dim]; with gradient only if it is tuned.
+
+        `grid_thw`: int64 [num_videos, 3], on the CPU for preference (its values are read).
+        """
+        visual = self.backbone.model.visual
+        is_tuned = any(parameter.requires_grad for parameter in visual.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_tuned):
+            output = visual(
+                pixel_values.to(visual.patch_embed.proj.weight.dtype),
+                grid_thw=grid_thw.to(pixel_values.device),
+                return_dict=True,
+            )
+        merged = visual.spatial_merge_size**2
+        num_tokens = tuple(groups * height * width // merged for groups, height, width in grid_thw.tolist())
+        return VisionFeatures(output.pooler_output, tuple(output.deepstack_features), num_tokens)
+
+    def forward(
+        self,
+        batch: PackedGroups,
+        vision: VisionFeatures | None = None,
+        pixel_values: torch.Tensor | None = None,
+        *,
+        temperature: float | None,
+        ref_distributions: Distributions | None = None,
+        return_distributions: bool = False,
+    ) -> PolicyOutput:
+        """Log-probs and rewards of a row.
+
+        `vision`: features of the row's videos, in order; without them `pixel_values` of the same are encoded here.
+        `temperature`: of the policy distribution, 0 (greedy) counting as 1; None leaves the language head out and
+        gives rewards only. `ref_distributions`: of the same row, adds the full KL.
+        """
+        if vision is None:
+            if pixel_values is None:
+                raise ValueError("the forward needs vision features or pixel values")
+            vision = self.encode_videos(pixel_values, torch.tensor(batch.grid_thw))
+        hidden = self._compute_hidden_states(batch, vision)
+        rewards = hidden[batch.reward_positions].float() @ self.rm_head.weight.float()[0]
+        if temperature is None:
+            return PolicyOutput(rewards)
+        states, head_weight = hidden[batch.label_positions], self.backbone.lm_head.weight
+        scores = compute_token_log_probs(
+            states,
+            head_weight,
+            batch.labels,
+            temperature=temperature,
+            forbidden_ids=self.forbidden_ids,
+            reference=ref_distributions,
+        )
+        distributions = None
+        if return_distributions:  # a copy of the head, because FSDP may take the whole weight away after the forward
+            own_head = None if self.adapters else head_weight.detach().clone()
+            distributions = Distributions(states.detach(), own_head)
+        return PolicyOutput(rewards, *scores, distributions)
+
+    def _compute_hidden_states(self, batch: PackedGroups, vision: VisionFeatures) -> torch.Tensor:
+        """Final normed hidden states of the row, [T, hidden]."""
+        embeddings = self.backbone.get_input_embeddings()(batch.input_ids)
+        row = self.reward_embedding.to(embeddings.dtype).expand(batch.num_responses, -1)
+        embeddings = embeddings.index_copy(0, batch.reward_positions, row)
+        embeddings = embeddings.index_copy(0, batch.video_positions, vision.embeddings.to(embeddings.dtype))
+        is_video = torch.zeros_like(batch.input_ids, dtype=torch.bool).index_fill_(0, batch.video_positions, True)
+        output = self.backbone.model.language_model(
+            inputs_embeds=embeddings.unsqueeze(0),
+            position_ids=batch.position_ids.unsqueeze(1),
+            visual_pos_masks=is_video.unsqueeze(0),
+            deepstack_visual_embeds=list(vision.deepstack),
+            layout=batch.layout,
+            use_cache=False,
+        )
+        return output.last_hidden_state.squeeze(0)
+
+    @property
+    def adapters(self) -> dict[str, LoraLayer]:
+        """LoRA layers by their name within the backbone; none in full fine-tuning."""
+        return {name: module for name, module in self.backbone.named_modules() if isinstance(module, LoraLayer)}
+
+    @property
+    def lora_scale(self) -> float:
+        """Factor of B @ A: alpha / rank."""
+        return next(iter(self.adapters.values())).scaling[ADAPTER]
+
+    @contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """Within it the model is the reference: LoRA off. Raises ValueError for a model without LoRA."""
+        layers = list(self.adapters.values())
+        if not layers:
+            raise ValueError("the model has no adapter; full fine-tuning needs a reference model of its own")
+        # peft's enable_adapters also changes requires_grad, which FSDP2 has already read.
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
+    @torch.no_grad()
+    def initialize_adapters(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Give fresh LoRA weights their values, as PEFT does: A uniform in +-1 / sqrt(inputs), B zero.
+
+        `parameters`: by their name in this model, sharded (then collective) or not. Values depend on the name only.
+        """
+        for name, parameter in parameters.items():
+            assert ".lora_" in name, f"{name} is no adapter weight and was given no value"
+            whole = torch.zeros(parameter.shape)
+            if ".lora_A." in name:
+                bound = parameter.shape[1] ** -0.5
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                whole.uniform_(-bound, bound, generator=generator)
+            if isinstance(parameter, DTensor):
+                mesh = parameter.device_mesh
+                sharded = distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements)
+                parameter.to_local().copy_(sharded.to_local())
+            else:
+                parameter.copy_(whole)
+
+    @property
+    def embedding_weight(self) -> nn.Parameter:
+        """[vocab, hidden]; its `<Reward>` row is not used, `reward_embedding` is."""
+        return self.backbone.get_input_embeddings().weight
+
+    def hub_name(self, name: str) -> str:
+        """Name that a parameter of the backbone (or of this model) has in a plain Hugging Face checkpoint."""
+        return name.removeprefix(BACKBONE_PREFIX).replace(".base_layer.", ".")
+
+    def sharding_units(self) -> list[nn.Module]:
+        """What FSDP2 shards one by one, before the root: text layers and vision blocks."""
+        return [*self.backbone.model.language_model.layers, *self.backbone.model.visual.blocks]
+
+    def replicated_parameters(self) -> list[nn.Parameter]:
+        """What FSDP2 leaves alone: small, fp32, whole on every rank."""
+        return [self.reward_embedding, self.rm_head.weight]

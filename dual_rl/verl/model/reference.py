@@ -1,0 +1,91 @@
+"""The plain slow path, which tests hold the packed forward against.
+
+Every response is a full sequence of its own through stock transformers: its own vision pass, stock positions, stock
+attention, logits at every position over the whole vocabulary, and a second forward for the reward. It shares the
+parameters of a PolicyModel and no code with its forward.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from verl.data.scored_sequence import SequenceBuilder
+from verl.model.policy import PolicyModel, PolicyOutput
+from verl.types import Response, VideoPrompt
+
+
+@contextmanager
+def stock_attention(model: PolicyModel, implementation: str = "sdpa") -> Iterator[None]:
+    """Within it text and vision attend by transformers' own implementation."""
+    config = model.backbone.config
+    parts = (config, config.text_config, config.vision_config)
+    before = [part._attn_implementation for part in parts]
+    for part in parts:
+        part._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        for part, name in zip(parts, before, strict=True):
+            part._attn_implementation = name
+
+
+def compute_separately(
+    model: PolicyModel,
+    groups: Sequence[tuple[VideoPrompt, Sequence[Response]]],
+    builder: SequenceBuilder,
+    *,
+    temperature: float,
+) -> PolicyOutput:
+    """`rewards` [R], `log_probs` [L] and `entropy` [L], fp32, in the order of `pack_groups`, all with gradient."""
+    rewards, log_probs, entropy = [], [], []
+    for prompt, responses in groups:
+        for response in responses:
+            rewards.append(compute_reward(model, prompt, response, builder))
+            distributions = compute_log_distributions(model, prompt, response, builder, temperature=temperature)
+            labels = torch.tensor([*response.cot_ids, builder.tokenizer.eos_token_id])[: response.num_labels]
+            log_probs.append(distributions.gather(1, labels.unsqueeze(1)).squeeze(1))
+            entropy.append(-torch.special.xlogy(distributions.exp(), distributions.exp()).sum(dim=1))
+    return PolicyOutput(torch.stack(rewards), torch.cat(log_probs), torch.cat(entropy))
+
+
+def compute_reward(
+    model: PolicyModel, prompt: VideoPrompt, response: Response, builder: SequenceBuilder
+) -> torch.Tensor:
+    """The head on the state at `<Reward>` of `prompt, CoT, <Reward>, EOS`: a scalar."""
+    ids = [*prompt.input_ids.tolist(), *response.cot_ids, builder.reward_token_id, builder.tokenizer.eos_token_id]
+    hidden = _stock_forward(model, ids, prompt, builder)["hidden"]
+    return model.rm_head(hidden[len(ids) - 2].float()).squeeze()
+
+
+def compute_log_distributions(
+    model: PolicyModel, prompt: VideoPrompt, response: Response, builder: SequenceBuilder, *, temperature: float
+) -> torch.Tensor:
+    """Log of the policy's distribution at every label, fp32 [num_labels, vocab]; minus infinity where forbidden."""
+    ids = [*prompt.input_ids.tolist(), *response.cot_ids, builder.tokenizer.eos_token_id]
+    logits = _stock_forward(model, ids, prompt, builder)["logits"].float() / temperature
+    first = prompt.input_ids.numel() - 1
+    logits = logits[first : first + response.num_labels].index_fill(1, model.forbidden_ids, float("-inf"))
+    return logits.log_softmax(dim=-1)
+
+
+def _stock_forward(
+    model: PolicyModel, ids: list[int], prompt: VideoPrompt, builder: SequenceBuilder
+) -> dict[str, torch.Tensor]:
+    """`logits` [length, vocab] and `hidden` [length, hidden] of one sequence."""
+    backbone, input_ids = model.backbone, torch.tensor([ids])
+    grid_thw = torch.tensor([prompt.grid_thw])
+    is_video = input_ids == backbone.config.video_token_id
+    positions, _ = backbone.model.get_rope_index(input_ids, mm_token_type_ids=is_video * 2, video_grid_thw=grid_thw)
+    embeddings = backbone.get_input_embeddings()(input_ids)
+    is_reward = (input_ids == builder.reward_token_id).unsqueeze(-1)
+    with stock_attention(model):
+        output = backbone(
+            inputs_embeds=torch.where(is_reward, model.reward_embedding, embeddings),
+            position_ids=positions,
+            pixel_values_videos=builder.pixel_values(prompt),
+            video_grid_thw=grid_thw,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+    return {"logits": output.logits[0], "hidden": output.hidden_states[-1][0]}

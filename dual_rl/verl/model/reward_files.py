@@ -1,0 +1,250 @@
+"""Files of reward models: what stage 1 wrote is read, and what stage 2 writes stage 1 and inference read.
+
+    checkpoint-N/ (stage 1)     adapter and tuned weights beside a base model: merged while reading
+    merged/, huggingface/       a complete Hugging Face model with `<Reward>` in its embedding
+
+Both hold `rm_head.pth` (`{"rm_head.weight": fp32 [1, hidden]}`), the processor, and `reward_config.json` (base model,
+video budget, format prompt).
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from verl.data.scored_sequence import DEFAULT_FORMAT_PROMPT, REWARD_TOKEN, reward_token_id
+from verl.data.vision_process import VideoBudget
+from verl.model.weight_shards import SHARD_BYTES, WEIGHTS_FILE, WEIGHTS_INDEX_FILE, save_shards
+
+HEAD_FILE, CONFIG_FILE = "rm_head.pth", "reward_config.json"
+ADAPTER_CONFIG_FILE, TUNED_FILE = "adapter_config.json", "tuned_weights.safetensors"
+HEAD_KEY = "rm_head.weight"
+HEAD_KEYS = (HEAD_KEY, f"base_model.model.{HEAD_KEY}")
+ROW_KEY, EMBEDDING_KEY = "reward_embedding", "model.language_model.embed_tokens.weight"
+EMBEDDING_ROWS_MULTIPLE = 64
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PolicyCheckpoint:
+    """A reward model as stage 2 needs it.
+
+    `config`: with as many embedding rows as the weights have. `video_budget`, `format_prompt`: of its training.
+    `reward_embedding`: fp32 [hidden], the `<Reward>` row. `head_weight`: fp32 [1, hidden]. `weights`: the merged
+    weights under Hugging Face names, on the CPU, or None when they were not asked for.
+    """
+
+    config: Qwen3VLConfig
+    generation_config: GenerationConfig
+    processor: object
+    video_budget: VideoBudget
+    format_prompt: str
+    reward_embedding: torch.Tensor
+    head_weight: torch.Tensor
+    weights: dict[str, torch.Tensor] | None = None
+
+
+def load_checkpoint(
+    model_path: str | os.PathLike,
+    head_path: str | os.PathLike | None = None,
+    *,
+    with_weights: bool,
+    dtype: torch.dtype = torch.float32,
+) -> PolicyCheckpoint:
+    """Read stage 1's `checkpoint-N/` or a merged model; `dtype` is that of `weights`.
+
+    `head_path`: an `rm_head.pth` or the folder that holds it; None for that in `model_path`. Raises ValueError saying
+    what is missing and how to come by it.
+    """
+    processor = _load_processor(model_path)
+    folder = Path(model_path) if os.path.isdir(model_path) else Path(snapshot_download(str(model_path)))
+    values = _read_reward_config(folder)
+    source = _find_base(values["base_model"], folder) if values.get("base_model") else folder
+    config = _load_config(source)
+    text = config.text_config
+    rows = len(processor.tokenizer)
+    if text.vocab_size < rows:  # as resize_token_embeddings(rows, pad_to_multiple_of=64) does
+        text.vocab_size = -(-rows // EMBEDDING_ROWS_MULTIPLE) * EMBEDDING_ROWS_MULTIPLE
+    head = load_head(_find_head(folder, head_path), hidden_size=text.hidden_size)
+    token_id = reward_token_id(processor.tokenizer)
+    weights = _load_weights(source, folder, config, token_id=token_id, dtype=dtype) if with_weights else None
+    return PolicyCheckpoint(
+        config=config,
+        generation_config=_load_generation_config(source, config),
+        processor=processor,
+        video_budget=VideoBudget(**values.get("video", {})),
+        format_prompt=values.get("format_prompt", DEFAULT_FORMAT_PROMPT),
+        reward_embedding=_load_reward_row(folder, token_id),
+        head_weight=head,
+        weights=weights,
+    )
+
+
+def _load_processor(model_path: str | os.PathLike):
+    """The processor, with `<Reward>` among its tokens."""
+    try:
+        processor = AutoProcessor.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model_path} holds no processor that loads: {str(error).splitlines()[0]}") from error
+    if REWARD_TOKEN not in processor.tokenizer.get_vocab():
+        raise ValueError(
+            f"{model_path} is no reward model: it does not know {REWARD_TOKEN!r}. Train it in stage 1 first, "
+            f"MODEL_PATH={model_path} bash cold_start/train.sh, and give the checkpoint-N it writes as model_path"
+        )
+    return processor
+
+
+def _read_reward_config(folder: Path) -> dict:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        logger.warning("%s has no %s: taking the default video budget and format prompt", folder, CONFIG_FILE)
+        return {}
+    values = json.loads(file.read_text())
+    mode = values.get("reward_token", "special")
+    if mode != "special":
+        raise ValueError(
+            f"{folder} was trained with --reward_token {mode}; stage 2 reads the reward at {REWARD_TOKEN}: train it "
+            "with --reward_token special"
+        )
+    return values
+
+
+def _load_config(source: Path | str) -> Qwen3VLConfig:
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} is no model that transformers can load: {str(error).splitlines()[0]}") from error
+    if config.model_type != "qwen3_vl":
+        raise ValueError(f"{source} is a {config.model_type!r} model; this project needs a Qwen3-VL one (qwen3_vl)")
+    return config
+
+
+def _load_generation_config(source: Path | str, config: Qwen3VLConfig) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:  # the model has none
+        return GenerationConfig.from_model_config(config)
+
+
+def _find_base(base_model: str, folder: Path) -> Path | str:
+    if os.path.isabs(base_model) and not os.path.isdir(base_model):
+        raise ValueError(
+            f"{folder} was trained from {base_model}, which is gone; put it back, or merge where it is: "
+            f"cd cold_start && python -m infer_utils.merge {folder} OUT"
+        )
+    return base_model
+
+
+def _find_head(folder: Path, head_path: str | os.PathLike | None) -> Path:
+    path = folder if head_path is None else Path(head_path)
+    if path.is_dir():
+        path = path / HEAD_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"no reward head at {path}: name the rm_head.pth that belongs to {folder} with "
+            "worker.actor.model.head_path, or train one in stage 1 (bash cold_start/train.sh)"
+        )
+    return path
+
+
+def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
+    """Read a head, fp32 [1, hidden_size], in any of the three layouts in the wild. Raises ValueError otherwise."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for candidate in (state, state.get("model", {})):
+        for key in HEAD_KEYS:
+            if key in candidate:
+                weight = candidate[key].float()
+                if weight.shape != (1, hidden_size):
+                    raise ValueError(
+                        f"{path}: a head of shape {tuple(weight.shape)} does not fit the model, whose hidden size is "
+                        f"{hidden_size}; it belongs to another model"
+                    )
+                return weight
+    raise ValueError(f"{path}: no {' or '.join(HEAD_KEYS)} in it, only {', '.join(map(str, state))}")
+
+
+def _load_reward_row(folder: Path, token_id: int) -> torch.Tensor:
+    """fp32 [hidden]: read alone, without the rest of the weights."""
+    if (folder / TUNED_FILE).is_file():
+        with safe_open(folder / TUNED_FILE, framework="pt") as file:
+            return file.get_tensor(ROW_KEY).float()
+    index = folder / WEIGHTS_INDEX_FILE
+    name = json.loads(index.read_text())["weight_map"][EMBEDDING_KEY] if index.is_file() else WEIGHTS_FILE
+    with safe_open(folder / name, framework="pt") as file:
+        return file.get_slice(EMBEDDING_KEY)[token_id].float()
+
+
+def _load_weights(
+    source: Path | str, folder: Path, config: Qwen3VLConfig, *, token_id: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Weights of the base at `source` with what the checkpoint in `folder` adds, merged as stage 1 merges them."""
+    backbone = Qwen3VLForConditionalGeneration.from_pretrained(source, dtype=dtype)
+    if backbone.get_input_embeddings().num_embeddings < config.text_config.vocab_size:
+        backbone.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=False)
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
+        backbone = PeftModel.from_pretrained(backbone, str(folder)).merge_and_unload()
+    if (folder / TUNED_FILE).is_file():
+        tuned = load_file(folder / TUNED_FILE)
+        row = tuned.pop(ROW_KEY)
+        unexpected = backbone.load_state_dict(tuned, strict=False).unexpected_keys
+        if unexpected:
+            raise ValueError(f"{folder / TUNED_FILE} does not fit the base: it has no {', '.join(unexpected[:3])}")
+        embedding = backbone.get_input_embeddings().weight
+        with torch.no_grad():
+            embedding[token_id] = row.to(embedding.dtype)
+    return {name: tensor.detach() for name, tensor in backbone.state_dict().items()}
+
+
+def save_head(path: Path, weight: torch.Tensor) -> None:
+    """Write a head as `{"rm_head.weight": fp32 [1, hidden]}`."""
+    torch.save({HEAD_KEY: weight.detach().float().cpu().clone()}, path)
+
+
+def save_policy(
+    folder: Path,
+    *,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    head_weight: torch.Tensor,
+    checkpoint: PolicyCheckpoint,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a complete Hugging Face folder that stage 1's loader and inference read as a merged reward model.
+
+    `weights`: whole tensors under Hugging Face names, the `<Reward>` row in place; walked through once, a shard in
+    memory at a time. `checkpoint`: what training started from, for config, processor, video budget and format prompt
+    (`dataclasses.replace` those that changed).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = save_shards(folder, weights, shard_bytes=shard_bytes)
+    save_engine_folder(folder, checkpoint, dtype=dtype)
+    values = {
+        "base_model": None,
+        "reward_token": "special",
+        "video": dataclasses.asdict(checkpoint.video_budget),
+        "format_prompt": checkpoint.format_prompt,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
+    save_head(folder / HEAD_FILE, head_weight)
+
+
+def save_engine_folder(folder: Path, checkpoint: PolicyCheckpoint, *, dtype: torch.dtype) -> None:
+    """Write what an engine needs beside the weights: config (of weights in `dtype`), generation config, processor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(checkpoint.config)
+    config.architectures = [Qwen3VLForConditionalGeneration.__name__]
+    config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
+    config.save_pretrained(folder)
+    checkpoint.generation_config.save_pretrained(folder)
+    checkpoint.processor.save_pretrained(folder)

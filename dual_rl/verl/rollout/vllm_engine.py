@@ -1,0 +1,196 @@
+"""vLLM in the training process: started without weights, fed in memory, asleep during the update.
+
+One path for vLLM 0.24 to 0.32, on GPUs and CPUs. A request is one video with its n responses: its frames are
+preprocessed once, and the responses share the prompt's cache. Forbidden tokens are masked in the logits for all
+requests at once; a `logit_bias` dictionary for each request would be rebuilt with every change of the batch.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from verl.rollout.engine import check_lengths, video_seed
+from verl.rollout.vllm_start import prepare_environment, process_state_kept, random_state_kept, start_llm
+from verl.trainer.config import RolloutConfig
+from verl.types import Response, ResponseKey, Sampling, VideoPrompt
+
+EMBEDDING_NAME = "model.language_model.embed_tokens.weight"
+OUTPUT_NAME = "lm_head.weight"
+DISCARD_WEIGHTS = 2
+"""vLLM's sleep level that frees weights and cache without a copy in host memory."""
+
+
+class VllmEngine:
+    """`RolloutEngine` with vLLM; arguments as of `verl.rollout.engine.build_engine`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: RolloutConfig,
+        max_model_len: int,
+        forbidden_token_ids: Sequence[int],
+        eos_token_id: int,
+        device: torch.device,
+    ) -> None:
+        self.max_model_len = max_model_len
+        self.eos_token_id = eos_token_id
+        self.can_sleep = device.type == "cuda"
+        self.num_videos = 0
+        self.wraps_video: bool | None = None  # see _learn_prompt_form
+        prepare_environment(config, device)
+        with process_state_kept(device):
+            self.llm = start_llm(folder, config, max_model_len, forbidden_token_ids, device)
+        hf_config = AutoConfig.from_pretrained(folder)
+        start, pad, end = self.llm.get_tokenizer().convert_ids_to_tokens(
+            [hf_config.vision_start_token_id, hf_config.video_token_id, hf_config.vision_end_token_id]
+        )
+        self.placeholder, self.wrapped_placeholder = f"{start}{pad}{end}", f"{start}{start}{pad}{end}{end}"
+
+    def generate(self, prompts: Sequence[VideoPrompt], sampling: Sampling) -> list[list[Response]]:
+        """See `RolloutEngine`. Raises ValueError when vLLM makes other token ids of a prompt than the trainer."""
+        check_lengths(prompts, sampling, self.max_model_len)
+        if not prompts:
+            return []
+        if self.wraps_video is None:
+            self._learn_prompt_form(prompts[0])
+        requests = [self._request(prompt) for prompt in prompts]
+        parameters = [self._sampling_parameters(prompt, sampling) for prompt in prompts]
+        with random_state_kept():
+            outputs = self.llm.generate(requests, parameters, use_tqdm=False)
+        return [self._responses(prompt, output, sampling) for prompt, output in zip(prompts, outputs, strict=True)]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """See `RolloutEngine`."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _with_output_layer(weights)})
+        self._forget()
+
+    def sleep(self) -> None:
+        """See `RolloutEngine`; nothing on CPUs."""
+        if self.can_sleep:
+            self._forget()
+            self.llm.sleep(level=DISCARD_WEIGHTS)
+
+    def wake(self) -> None:
+        """See `RolloutEngine`; nothing on CPUs."""
+        if self.can_sleep:
+            self.llm.wake_up()
+            self.llm.collective_rpc(_zero_deepstack_buffers)
+
+    def close(self) -> None:
+        """See `RolloutEngine`."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def _forget(self) -> None:
+        """Drop everything computed with the present weights."""
+        self.llm.reset_prefix_cache()
+        self.llm.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+
+    def _learn_prompt_form(self, prompt: VideoPrompt) -> None:
+        """Find the text of which vLLM makes the trainer's tokens.
+
+        transformers from 5.10 on expands the video token alone and keeps the vision start and end around it; vLLM as
+        old as 0.24 replaces all three. There a second start and end around them give the same tokens.
+        """
+        from vllm import SamplingParams
+
+        greedy_token = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+        token_ids = {}
+        for wraps_video in (False, True):
+            self.wraps_video = wraps_video
+            with random_state_kept():
+                (output,) = self.llm.generate([self._request(prompt)], greedy_token, use_tqdm=False)
+            token_ids[wraps_video] = output.prompt_token_ids
+            if list(output.prompt_token_ids) == prompt.input_ids.tolist():
+                return
+        self.wraps_video = None
+        _require_same_prompt(prompt, token_ids[False])
+
+    def _request(self, prompt: VideoPrompt) -> dict:
+        """vLLM's form of a prompt. Its identifier is new each time: no feature outlives the weights it came from."""
+        self.num_videos += 1
+        frames = prompt.video.frames.permute(0, 2, 3, 1).contiguous().numpy()
+        metadata = {**prompt.video.metadata, "do_sample_frames": False}
+        text = prompt.text.replace(self.placeholder, self.wrapped_placeholder) if self.wraps_video else prompt.text
+        return {
+            "prompt": text,
+            "multi_modal_data": {"video": [(frames, metadata)]},
+            "multi_modal_uuids": {"video": [f"video-{self.num_videos}"]},
+        }
+
+    def _sampling_parameters(self, prompt: VideoPrompt, sampling: Sampling):
+        from vllm import SamplingParams
+
+        is_greedy = sampling.temperature == 0
+        return SamplingParams(
+            n=1 if is_greedy else sampling.n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=None if is_greedy else video_seed(sampling, prompt.key),  # vLLM adds the sample's number
+            logprobs=0,  # of the drawn token only
+            ignore_eos=True,
+            stop_token_ids=[self.eos_token_id],  # and none of generation_config.json
+            detokenize=False,
+        )
+
+    def _responses(self, prompt: VideoPrompt, output, sampling: Sampling) -> list[Response]:
+        _require_same_prompt(prompt, output.prompt_token_ids)
+        completions = sorted(output.outputs, key=lambda completion: completion.index)
+        if sampling.temperature == 0:
+            completions = completions * sampling.n
+        assert len(completions) == sampling.n, f"{len(completions)} responses instead of {sampling.n}"
+        return [
+            self._response(ResponseKey(*prompt.key, sample), completion)
+            for sample, completion in enumerate(completions)
+        ]
+
+    def _response(self, key: ResponseKey, completion) -> Response:
+        ids = list(completion.token_ids)
+        is_finished = bool(ids) and ids[-1] == self.eos_token_id
+        log_probs = [entry[token].logprob for token, entry in zip(ids, completion.logprobs, strict=True)]
+        return Response(
+            key=key,
+            cot_ids=tuple(ids[:-1] if is_finished else ids),
+            is_finished=is_finished,
+            log_probs=torch.tensor(log_probs, dtype=torch.float32),
+        )
+
+
+def _with_output_layer(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights, and those of the output layer where they are the embedding's and have no name of their own.
+
+    vLLM's reloading treats a tied output layer as one by itself: on CPUs it would keep what it packed at the start.
+    """
+    embedding, has_output_layer = None, False
+    for name, tensor in weights:
+        if name == EMBEDDING_NAME:
+            embedding = tensor
+        has_output_layer |= name == OUTPUT_NAME
+        yield name, tensor
+    if not has_output_layer:
+        assert embedding is not None, f"no weights for {EMBEDDING_NAME}"
+        yield OUTPUT_NAME, embedding
+
+
+def _zero_deepstack_buffers(worker) -> None:
+    """Restore what level 2 sleep forgets: the zeros in the model's deepstack buffers, which no state dict holds."""
+    for buffer in getattr(worker.model_runner.model, "deepstack_input_embeds", None) or ():
+        buffer.zero_()
+
+
+def _require_same_prompt(prompt: VideoPrompt, engine_ids: Sequence[int]) -> None:
+    trainer_ids = prompt.input_ids.tolist()
+    if list(engine_ids) == trainer_ids:
+        return
+    pairs = enumerate(zip(engine_ids, trainer_ids, strict=False))
+    place = next((i for i, (theirs, ours) in pairs if theirs != ours), min(len(engine_ids), len(trainer_ids)))
+    raise ValueError(
+        f"pair {prompt.key.pair_id}, video {prompt.key.side}: vLLM reads a prompt of {len(engine_ids)} tokens, the "
+        f"trainer one of {len(trainer_ids)}, different from token {place} on. The versions of vllm and transformers "
+        f"do not fit together: install those of requirements.txt, or set worker.rollout.name=hf"
+    )

@@ -1,0 +1,234 @@
+"""Checkpoint folders of a run: complete or absent, the newest and the best kept, safe against a kill at any moment.
+
+    EXP/global_step_4/             what the caller wrote, and state.json, which is written last
+    EXP/global_step_6.tmp/         being written, or left by a run that was killed; removed by the next run
+    EXP/checkpoint_tracker.json    {"last_global_step", "best_global_step", "best_val", "last_actor_path"}
+
+A folder gets its name only once everything in it is on disk. Older ones go only after that. The tracker is for
+readers: it is made from the folders, never the other way round. Only one process, the driver, calls what is here.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from verl.trainer.config import TrainerConfig
+
+TRACKER_FILE = "checkpoint_tracker.json"
+STATE_FILE = "state.json"
+ACTOR_FOLDER = "actor"
+LOCK_FILE = ".lock"
+TEMPORARY_SUFFIX = ".tmp"
+STEP_NAME = re.compile(r"global_step_(\d+)")
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointFolder:
+    """The checkpoints under `root`, which is made if need be."""
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.root = Path(root)
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._lock_descriptor: int | None = None
+
+    def lock(self) -> None:
+        """Hold the folder until this process ends. Raises ValueError if another run writes into it."""
+        descriptor = os.open(self.root / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise ValueError(
+                f"another run is writing into {self.root}: wait for it, or choose another trainer.experiment_name"
+            ) from error
+        except OSError as error:  # some network file systems know no locks
+            logger.warning("%s cannot be locked (%s): start no second run in it", self.root, error)
+        self._lock_descriptor = descriptor
+
+    def unlock(self) -> None:
+        """Let another run of this process, or of others, write here."""
+        if self._lock_descriptor is not None:
+            os.close(self._lock_descriptor)
+            self._lock_descriptor = None
+
+    def steps(self) -> list[int]:
+        """Steps that have a complete checkpoint, in ascending order."""
+        found = []
+        for path in self.root.iterdir():
+            match = STEP_NAME.fullmatch(path.name)
+            if match and (path / STATE_FILE).is_file():
+                found.append(int(match[1]))
+        return sorted(found)
+
+    def path_of(self, step: int) -> Path:
+        return self.root / f"global_step_{step}"
+
+    def find_last(self) -> Path | None:
+        """The complete checkpoint of the highest step, or None."""
+        steps = self.steps()
+        return self.path_of(steps[-1]) if steps else None
+
+    def find_best(self) -> Path | None:
+        """The complete checkpoint with the highest validation score (the later of equals), or None without scores."""
+        scores = ((_read_state(self.path_of(step))["val"], step) for step in self.steps())
+        best = max((pair for pair in scores if pair[0] is not None), default=None)
+        return None if best is None else self.path_of(best[1])
+
+    def clean(self) -> None:
+        """Remove what killed runs left half written, and bring the tracker up to date. Call it with the lock held."""
+        for path in self.root.glob(f"*{TEMPORARY_SUFFIX}"):
+            logger.info("removing %s, which was never finished", path)
+            _remove(path)
+        if self.steps():
+            self._write_tracker()
+
+    @contextmanager
+    def writing(
+        self, step: int, *, state: Mapping[str, Any] | None, val: float | None = None, save_limit: int = -1
+    ) -> Iterator[Path]:
+        """Gives an empty folder to write the checkpoint of `step` into; when the block ends well, it becomes
+        `global_step_N`, the tracker follows, and older checkpoints beyond `save_limit` go (see `prune`).
+
+        `state`: what the trainer needs to continue, as JSON; None for a checkpoint that cannot be resumed from. `val`:
+        validation score of these very weights, higher is better. All writers, on every rank, must have closed their
+        files when the block ends. If it raises, nothing remains of it and older checkpoints stay as they are.
+        """
+        final = self.path_of(step)
+        assert step not in self.steps(), f"{final} is complete and would be written again"
+        temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
+        _remove(temporary)
+        temporary.mkdir()
+        try:
+            yield temporary
+            content = {"global_step": step, "val": val, "state": None if state is None else dict(state)}
+            (temporary / STATE_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+            _sync_tree(temporary)
+        except BaseException:
+            _remove(temporary)
+            raise
+        _remove(final)  # if anything of that name is there, it is no complete checkpoint
+        os.rename(temporary, final)
+        _sync(self.root)
+        self._write_tracker()
+        self.prune(save_limit)
+
+    def prune(self, save_limit: int) -> None:
+        """Keep the newest `save_limit` checkpoints and the best; -1 keeps all. Never removes the newest."""
+        if save_limit == -1:
+            return
+        assert save_limit >= 1, f"save_limit {save_limit} would remove the last checkpoint"
+        best = self.find_best()
+        for step in self.steps()[:-save_limit]:
+            if self.path_of(step) != best:
+                _remove(self.path_of(step))
+
+    def _write_tracker(self) -> None:
+        last, best = self.find_last(), self.find_best()
+        assert last is not None, "a tracker needs a checkpoint"
+        tracker = {
+            "last_global_step": step_of(last),
+            "best_global_step": None if best is None else step_of(best),
+            "best_val": None if best is None else _read_state(best)["val"],
+            "last_actor_path": str((last / ACTOR_FOLDER).absolute()),
+        }
+        write_atomically(self.root / TRACKER_FILE, json.dumps(tracker, indent=2) + "\n")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step N of a folder global_step_N. Raises ValueError for another name."""
+    match = STEP_NAME.fullmatch(Path(checkpoint).name)
+    if not match:
+        raise ValueError(f"{checkpoint}: not a checkpoint folder; its name must be global_step_N")
+    return int(match[1])
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """The `state` that was given to `CheckpointFolder.writing`. Raises ValueError if it was None."""
+    state = _read_state(checkpoint)["state"]
+    if state is None:
+        raise ValueError(
+            f"{checkpoint} was saved with trainer.save_model_only=true and cannot be continued; start a new "
+            f"trainer.experiment_name with worker.actor.model.model_path={checkpoint}/{ACTOR_FOLDER}/huggingface"
+        )
+    return state
+
+
+def find_resume(folder: CheckpointFolder, trainer: TrainerConfig) -> Path | None:
+    """The checkpoint that the settings ask to continue from; None for a fresh start.
+
+    Raises ValueError rather than mix two runs in one folder: for a fresh start, or one from another checkpoint than
+    the folder's last, where there are checkpoints already.
+    """
+    last = folder.find_last()
+    if trainer.load_checkpoint_path is None:
+        if last is not None and not trainer.find_last_checkpoint:
+            raise ValueError(
+                f"{folder.root} already holds {last.name}: continue it with trainer.find_last_checkpoint=true, or "
+                "choose another trainer.experiment_name"
+            )
+        return last
+    wanted = Path(trainer.load_checkpoint_path)
+    if not (wanted / STATE_FILE).is_file():
+        raise ValueError(f"trainer.load_checkpoint_path={wanted}: no complete checkpoint (it has no {STATE_FILE})")
+    if last is not None and wanted.resolve() != last.resolve():
+        raise ValueError(
+            f"{folder.root} already holds {last.name}, which trainer.load_checkpoint_path={wanted} would mix "
+            "with another run: choose another trainer.experiment_name, or leave trainer.load_checkpoint_path out"
+        )
+    return wanted
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that is never seen half written."""
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    path = Path(checkpoint) / STATE_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not readable: {error}") from error
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder; a folder loses its name first, so that a kill in between leaves no half checkpoint."""
+    if path.is_dir() and not path.is_symlink():
+        doomed = path
+        if not path.name.endswith(TEMPORARY_SUFFIX):
+            doomed = path.with_name(f"{path.name}.old{TEMPORARY_SUFFIX}")
+            _remove(doomed)
+            os.rename(path, doomed)
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Wait until every file and folder under `folder`, whoever wrote it, is on disk."""
+    for directory, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(directory) / name)
+        _sync(Path(directory))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,174 @@
+"""Ray: the cluster, one worker per GPU (or CPU rank), and calls that cannot hang when one of them fails."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from verl.trainer.checks import num_ranks, ranks_per_node
+from verl.trainer.config import Config, TrainerConfig
+from verl.workers.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+PLACEMENT_TIMEOUT_SECONDS = 120
+SECONDS_FOR_OTHER_FAILURES = 5.0  # one rank's failure makes others fail; the first to be noticed need not be the cause
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+QUIET_LIBRARIES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # also transformers' own
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of ranks that fail because another did
+}
+"""Environment of driver and workers: libraries' notes to developers are not for the console. Users' own values win."""
+
+
+class WorkerError(RuntimeError):
+    """A worker failed or died; the message says which and why."""
+
+
+def connect(settings: TrainerConfig) -> None:
+    """Join the running Ray cluster (RAY_ADDRESS, or `ray start` on this machine), or start one here for this run.
+
+    Raises ValueError when it has too few nodes, GPUs or CPUs for what the configuration asks.
+    """
+    environment = {name: os.environ.setdefault(name, value) for name, value in QUIET_LIBRARIES.items()}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
+    arguments = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": True,
+        "runtime_env": {"env_vars": {**environment, **_thread_limits(settings)}},
+    }
+    address = os.environ.get("RAY_ADDRESS")
+    if address or settings.nnodes > 1:
+        try:
+            ray.init(address=address or "auto", **arguments)
+        except ConnectionError as error:
+            raise ValueError(
+                f"trainer.nnodes={settings.nnodes}, but no Ray cluster answers at {address or 'this machine'}: start "
+                "it with `ray start --head` here and `ray start --address=HEAD:6379` on the other nodes"
+            ) from error
+    else:
+        num_cpus = max(os.cpu_count() or 1, ranks_per_node(settings))
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **arguments)
+    _require_resources(settings)
+
+
+def _thread_limits(settings: TrainerConfig) -> dict[str, str]:
+    """CPU ranks share the machine's cores; more threads than cores make them wait for each other."""
+    if settings.n_gpus_per_node:
+        return {}
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // settings.n_cpu_ranks_per_node))
+    return {"OMP_NUM_THREADS": threads}
+
+
+def _require_resources(settings: TrainerConfig) -> None:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kind, wanted = ("GPU", settings.n_gpus_per_node) if settings.n_gpus_per_node else ("CPU", ranks_per_node(settings))
+    fitting = sum(node.get(kind, 0) >= wanted for node in nodes)
+    if fitting < settings.nnodes:
+        found = ", ".join(f"{node.get(kind, 0):g} {kind}(s)" for node in nodes)
+        raise ValueError(
+            f"the run asks for {settings.nnodes} node(s) with {wanted} {kind}(s) each, but the Ray cluster has "
+            f"{len(nodes)} node(s) with {found}; lower trainer.nnodes or trainer.n_{kind.lower()}"
+            f"{'s' if kind == 'GPU' else '_ranks'}_per_node"
+            f"{'; trainer.n_gpus_per_node=0 trains on CPUs' if kind == 'GPU' else ''}"
+        )
+
+
+class WorkerGroup:
+    """One worker per rank; ranks of a node are neighbours, so that node i has ranks i * per_node and on."""
+
+    def __init__(self, config: Config) -> None:
+        settings = config.trainer
+        self.per_node = ranks_per_node(settings)
+        self.world_size = num_ranks(settings)
+        self._actors: list = []
+        actor_class = ray.remote(num_cpus=1, num_gpus=min(settings.n_gpus_per_node, 1))(Worker)
+        reserved = self._reserve(settings)
+        for rank in range(self.world_size):
+            place = PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=rank // self.per_node)
+            actor = actor_class.options(scheduling_strategy=place).remote(config, rank, self.world_size)
+            self._actors.append(actor)
+        address, port = self.call_one(0, "choose_meeting_point", settings.master_port)
+        self.call("start", address, port)
+
+    def _reserve(self, settings: TrainerConfig) -> PlacementGroup:
+        """One bundle a node, each on a node of its own."""
+        bundle = {"CPU": self.per_node}
+        if settings.n_gpus_per_node:
+            bundle["GPU"] = self.per_node
+        group = placement_group([bundle] * settings.nnodes, strategy="STRICT_SPREAD")
+        if not group.wait(PLACEMENT_TIMEOUT_SECONDS):
+            raise ValueError(
+                f"{settings.nnodes} node(s) with {self.per_node} free place(s) each could not be reserved within "
+                f"{PLACEMENT_TIMEOUT_SECONDS} s: is another run on this cluster? See `ray status`"
+            )
+        return group
+
+    def call(self, method: str, *arguments: object) -> list:
+        """Call a method with the same arguments on every rank; results in order of rank."""
+        return self._wait(method, [getattr(actor, method).remote(*arguments) for actor in self._actors])
+
+    def call_each(self, method: str, per_rank: Sequence[tuple]) -> list:
+        """Call a method with each rank's own arguments; results in order of rank."""
+        calls = zip(self._actors, per_rank, strict=True)
+        return self._wait(method, [getattr(actor, method).remote(*arguments) for actor, arguments in calls])
+
+    def call_one(self, rank: int, method: str, *arguments: object) -> object:
+        """Call a method on one rank."""
+        return self._wait(method, [getattr(self._actors[rank], method).remote(*arguments)])[0]
+
+    def _wait(self, method: str, references: list) -> list:
+        """Results of all calls; the first failure ends the wait, since other ranks may be waiting for the failed one."""
+        pending = list(references)
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1)
+            if _find_failures(done):
+                more, _ = ray.wait(pending, num_returns=len(pending), timeout=SECONDS_FOR_OTHER_FAILURES)
+                failures = _find_failures([*done, *more])
+                self.stop()
+                cause = min(failures, key=lambda reference: _rank_of_cause(failures[reference]))
+                raise WorkerError(
+                    _describe(failures[cause], references.index(cause), method)
+                ) from failures[cause]
+        return ray.get(references)
+
+    def stop(self) -> None:
+        """End every worker."""
+        for actor in self._actors:
+            try:
+                ray.kill(actor)
+            except RayError as error:
+                logger.debug("worker already gone: %s", error)
+
+
+def _find_failures(references: Sequence[ray.ObjectRef]) -> dict[ray.ObjectRef, RayError]:
+    """The calls, of finished ones, that failed, and how."""
+    failures = {}
+    for reference in references:
+        try:
+            ray.get(reference)
+        except (RayTaskError, RayActorError) as error:
+            failures[reference] = error
+    return failures
+
+
+def _rank_of_cause(error: RayError) -> int:
+    """0 for what makes other ranks fail: a death; then mistakes of users; last what may be its consequence."""
+    if isinstance(error, RayActorError):
+        return 0
+    return 1 if isinstance(error.cause, ValueError) else 2
+
+
+def _describe(error: RayError, rank: int, method: str) -> str:
+    if isinstance(error, RayActorError):
+        return f"rank {rank} died in {method}(): {str(error).strip().splitlines()[-1]}"
+    if isinstance(error.cause, (ValueError, RuntimeError, OSError)) and not isinstance(error.cause, RayError):
+        return f"rank {rank}: {error.cause}"
+    return f"rank {rank}: {error}"

@@ -1,0 +1,122 @@
+"""What crosses module boundaries in stage 2.
+
+The pair is the unit that everything moves: it is drawn, generated for, balanced over ranks, packed and updated as a
+whole. A response is named by `ResponseKey`, and rewards, advantages and log-probs are looked up by that name, never by
+their place in a list.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from verl.data.vision_process import VideoFrames
+
+Side = Literal["A", "B"]
+SIDES: tuple[Side, Side] = ("A", "B")
+
+
+class VideoKey(NamedTuple):
+    """One video of one pair; its n responses form a group. `pair_id` is the row of the CSV, counted from 0."""
+
+    pair_id: int
+    side: Side
+
+
+class ResponseKey(NamedTuple):
+    """One response: the `sample`-th (from 0) that was written for a video."""
+
+    pair_id: int
+    side: Side
+    sample: int
+
+    @property
+    def video(self) -> VideoKey:
+        return VideoKey(self.pair_id, self.side)
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One row of a stage 2 CSV.
+
+    `videos`: absolute paths of A and B. `problem`: user turn with at most one `<video>`. `answer`: the annotation as
+    it stands in the CSV, handed to the reward function. `preference`: +1 when A is better, -1 when B is, 0 for a tie,
+    None when the row has no usable label (such a pair takes part in GRPO but not in Bradley-Terry).
+    """
+
+    pair_id: int
+    videos: tuple[str, str]
+    problem: str
+    answer: str
+    preference: int | None
+
+
+@dataclass(frozen=True)
+class VideoPrompt:
+    """The user turn of one video, ready for generation and for the packed forward.
+
+    `text`: rendered chat text with one video placeholder token, ending in the generation prompt. `input_ids`: int64
+    [prompt_length], the same with the placeholder expanded. `video`: sampled, resized uint8 frames with metadata.
+    `grid_thw`: patches along time, height and width.
+    """
+
+    key: VideoKey
+    text: str
+    input_ids: torch.Tensor
+    video: VideoFrames
+    grid_thw: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. `seed` is mixed with each response's key, so that draws depend on neither rank nor batch.
+
+    `n` responses a video, `temperature` 0 for greedy, `top_k` -1 for all tokens, at most `max_tokens` tokens each.
+    """
+
+    n: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """What was generated: ids are carried from here to training and scoring, never re-tokenised.
+
+    `cot_ids`: token ids without EOS. `is_finished`: EOS was generated; False when cut at the length limit.
+    `log_probs`: float32 [num_labels], the rollout engine's log-probability of each CoT token and, when finished, EOS.
+
+    Example: ids (5, 9, 2) and finished give num_labels 4: three CoT tokens and EOS.
+    """
+
+    key: ResponseKey
+    cot_ids: tuple[int, ...]
+    is_finished: bool
+    log_probs: torch.Tensor
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.cot_ids) + int(self.is_finished)
+
+
+@dataclass(frozen=True)
+class PairRollout:
+    """A pair with the responses for both videos, n each, in order of `sample`."""
+
+    pair: PreferencePair
+    responses_a: tuple[Response, ...]
+    responses_b: tuple[Response, ...]
+    prompt_tokens: tuple[int, int]
+
+    @property
+    def responses(self) -> tuple[Response, ...]:
+        """All 2n responses, A's before B's."""
+        return self.responses_a + self.responses_b
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the packed row: each prompt once, each CoT with its `<Reward>`."""
+        return sum(self.prompt_tokens) + sum(len(response.cot_ids) + 1 for response in self.responses)

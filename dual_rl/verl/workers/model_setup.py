@@ -1,0 +1,138 @@
+"""From a checkpoint on disk to a sharded actor, a reference, an optimizer and a rollout engine; and back to disk."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids
+from verl.model.building import build_policy, initial_state
+from verl.model.policy import PolicyModel
+from verl.model.reward_files import (
+    HEAD_FILE,
+    PolicyCheckpoint,
+    load_checkpoint,
+    save_engine_folder,
+    save_head,
+    save_policy,
+)
+from verl.rollout.engine import RolloutEngine, build_engine
+from verl.trainer.config import Config, FsdpConfig, ModelConfig
+from verl.types import VideoPrompt
+from verl.workers.optimizer import build_optimizer
+from verl.workers.parallel import Rank, iterate_weights, materialize, resolve_precision, shard_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PolicyRuntime:
+    """What a rank computes with. `reference` is None with LoRA, where the actor without its adapter is it."""
+
+    rank: Rank
+    checkpoint: PolicyCheckpoint
+    builder: SequenceBuilder
+    actor: PolicyModel
+    reference: PolicyModel | None
+    optimizer: torch.optim.Optimizer
+
+    def pixel_values(self, prompts: Sequence[VideoPrompt]) -> torch.Tensor:
+        """Normalised patches of all videos, one after the other, float32 [num_patches, patch_dim]."""
+        return torch.cat([self.builder.pixel_values(prompt, self.rank.device) for prompt in prompts])
+
+    @contextmanager
+    def reference_policy(self) -> Iterator[PolicyModel]:
+        """The reference policy, for as long as the context lasts."""
+        if self.reference is not None:
+            yield self.reference
+            return
+        with self.actor.adapter_disabled():
+            yield self.actor
+
+
+def read_checkpoint(config: Config, *, with_weights: bool) -> PolicyCheckpoint:
+    """The checkpoint that training starts from, with what the settings override; warns where they do."""
+    settings, data = config.worker.actor.model, config.data
+    checkpoint = load_checkpoint(settings.model_path, settings.head_path, with_weights=with_weights)
+    budget = checkpoint.video_budget.replace(
+        fps=data.video_fps, min_pixels=data.min_pixels, max_pixels=data.max_pixels
+    )
+    format_prompt = checkpoint.format_prompt
+    if data.format_prompt is not None:
+        format_prompt = Path(data.format_prompt).read_text()
+    if not with_weights:  # the driver's copy: one warning is enough
+        if budget != checkpoint.video_budget:
+            logger.warning("the model was trained with %s, this run uses %s", checkpoint.video_budget, budget)
+        if format_prompt != checkpoint.format_prompt:
+            logger.warning("the model was trained with another format prompt than %s", data.format_prompt)
+    return dataclasses.replace(checkpoint, video_budget=budget, format_prompt=format_prompt)
+
+
+def build_runtime(config: Config, rank: Rank) -> PolicyRuntime:
+    """Load, shard and place everything. Only rank 0 reads weights; it sends them round."""
+    actor_config = config.worker.actor
+    checkpoint = read_checkpoint(config, with_weights=rank.index == 0)
+    actor = _build_sharded(checkpoint, actor_config.model, actor_config.fsdp, rank=rank)
+    reference = None
+    if not config.algorithm.disable_kl and not actor_config.model.lora.rank:
+        frozen = dataclasses.replace(actor_config.model, enable_gradient_checkpointing=False)
+        reference = _build_sharded(checkpoint, frozen, config.worker.ref.fsdp, rank=rank, is_frozen=True)
+    return PolicyRuntime(
+        rank=rank,
+        checkpoint=dataclasses.replace(checkpoint, weights=None),
+        builder=SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt),
+        actor=actor,
+        reference=reference,
+        optimizer=build_optimizer(actor, actor_config.optim),
+    )
+
+
+def _build_sharded(
+    checkpoint: PolicyCheckpoint, settings: ModelConfig, fsdp: FsdpConfig, *, rank: Rank, is_frozen: bool = False
+) -> PolicyModel:
+    compute_dtype = resolve_precision(fsdp.precision, rank.device)
+    model = build_policy(checkpoint, settings, frozen_dtype=compute_dtype)
+    if is_frozen:
+        _freeze(model, compute_dtype)
+    state = None if checkpoint.weights is None else initial_state(model, checkpoint)
+    shard_model(model, fsdp, rank=rank)
+    materialize(model, state, rank=rank, is_offloaded=fsdp.enable_cpu_offload)
+    return model
+
+
+def _freeze(model: PolicyModel, dtype: torch.dtype) -> None:
+    """Make a model that is not sharded yet a pure reference, its backbone in `dtype`; parameters are on meta."""
+    model.requires_grad_(False)
+    for parameter in model.backbone.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def build_rollout_engine(config: Config, runtime: PolicyRuntime, folder: Path) -> RolloutEngine:
+    """The engine of this rank, without weights yet. `folder`: for its files, which must live as long as the engine."""
+    data, checkpoint = config.data, runtime.checkpoint
+    longest = data.max_prompt_length + data.max_response_length
+    save_engine_folder(folder, checkpoint, dtype=resolve_precision("auto", runtime.rank.device))
+    return build_engine(
+        folder,
+        config=config.worker.rollout,
+        max_model_len=min(longest, checkpoint.config.text_config.max_position_embeddings),
+        forbidden_token_ids=forbidden_token_ids(checkpoint.processor, checkpoint.config.text_config.vocab_size),
+        eos_token_id=checkpoint.processor.tokenizer.eos_token_id,
+        device=runtime.rank.device,
+    )
+
+
+def save_actor(folder: Path, runtime: PolicyRuntime, *, dtype: torch.dtype) -> None:
+    """Write `folder/huggingface/` and `folder/rm_head.pth` from rank 0; every rank takes part in the gathering."""
+    weights = iterate_weights(runtime.actor, dtype=dtype)
+    if runtime.rank.index == 0:
+        head = runtime.actor.rm_head.weight
+        save_policy(folder / "huggingface", weights=weights, head_weight=head, checkpoint=runtime.checkpoint)
+        save_head(folder / HEAD_FILE, head)
+    else:
+        for _ in weights:
+            pass

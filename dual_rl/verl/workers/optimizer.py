@@ -1,0 +1,69 @@
+"""AdamW over fp32 masters and its learning-rate schedule, a pure function of the step."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from verl.model.policy import PolicyModel
+from verl.trainer.config import OptimConfig
+
+
+def build_optimizer(model: PolicyModel, settings: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over what the model trains; vectors are not decayed, the head group may have its own learning rate."""
+    replicated = {id(parameter) for parameter in model.replicated_parameters()}
+    head_lr = settings.lr if settings.head_lr is None else settings.head_lr
+    groups: dict[tuple[bool, bool], dict] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        is_head, is_decayed = id(parameter) in replicated, parameter.ndim > 1
+        group = groups.setdefault(
+            (is_head, is_decayed),
+            {
+                "params": [],
+                "base_lr": head_lr if is_head else settings.lr,
+                "weight_decay": settings.weight_decay if is_decayed else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    if not groups:
+        raise ValueError("nothing to train: the head is frozen and so is the model")
+    # Head (plain tensors) and body (sharded ones) cannot share one multi-tensor kernel, but they are separate groups.
+    return torch.optim.AdamW(groups.values(), lr=settings.lr, betas=tuple(settings.betas), foreach=True)
+
+
+def learning_rate_factor(step: int, settings: OptimConfig, *, total_steps: int) -> float:
+    """Share of the full learning rate in step `step` (from 1) of `total_steps`."""
+    warmup = math.ceil(settings.lr_warmup_ratio * total_steps)
+    if step <= warmup:
+        return step / (warmup + 1)
+    if settings.lr_scheduler_type == "constant":
+        return 1.0
+    progress = (step - warmup) / max(total_steps - warmup, 1)
+    cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * cosine
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set every group to `factor` of its full learning rate; returns the model's."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["base_lr"]
+    return optimizer.param_groups[0]["lr"]
+
+
+@torch.no_grad()
+def move_optimizer_state(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
+    """Move moments to `device`; step counters stay where they are."""
+    for state, name, tensor in _moments(optimizer):
+        state[name] = tensor.to(device, non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, str, torch.Tensor]]:
+    for state in optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if isinstance(state.get(name), (torch.Tensor, DTensor)):
+                yield state, name, state[name]

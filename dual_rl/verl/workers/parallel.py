@@ -1,0 +1,188 @@
+"""Ranks, FSDP2 sharding and whole tensors.
+
+Weights are sharded with FSDP2: each text layer and each vision block is a unit, the rest of the model the root.
+Trained weights are fp32 masters that enter computation in the compute dtype; frozen ones are stored in it. The reward
+head and the `<Reward>` row are small, stay whole in fp32 on every rank, and have their gradients averaged by hand.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from verl.model.policy import PolicyModel
+from verl.trainer.config import FsdpConfig, Precision
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=60)  # a rank may wait for another's long responses
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among all: `index` of `world_size`, computing on `device`."""
+
+    index: int
+    world_size: int
+    device: torch.device
+
+
+def join_process_group(*, index: int, world_size: int, address: str, port: int) -> Rank:
+    """Meet the other ranks at address:port and choose the device: the one visible GPU, or the CPU."""
+    has_gpu = torch.cuda.is_available()
+    # vLLM's external launcher reads these. Ray shows each rank one GPU, which is therefore local rank 0.
+    os.environ.update(
+        RANK=str(index), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port)
+    )
+    device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if has_gpu else "gloo", rank=index, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+    return Rank(index, world_size, device)
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: `auto` is bf16 on GPUs and fp32 on CPUs."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def build_mesh(fsdp_size: int, rank: Rank) -> DeviceMesh:
+    """One dimension (all ranks share one copy of the weights), or two for hybrid sharding: replicas x shards."""
+    shards = rank.world_size if fsdp_size == -1 else fsdp_size
+    if rank.world_size % shards:
+        raise ValueError(f"fsdp_size={shards} does not divide the {rank.world_size} ranks; choose a divisor, or -1")
+    if shards == rank.world_size:
+        return init_device_mesh(rank.device.type, (shards,))
+    return init_device_mesh(
+        rank.device.type, (rank.world_size // shards, shards), mesh_dim_names=("replicas", "shards")
+    )
+
+
+def shard_model(model: PolicyModel, settings: FsdpConfig, *, rank: Rank) -> PolicyModel:
+    """Shard a model in place; the backbone's parameters may be on the meta device."""
+    compute_dtype = resolve_precision(settings.precision, rank.device)
+    arguments = {
+        "mesh": build_mesh(settings.fsdp_size, rank),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+    }
+    if settings.enable_cpu_offload:
+        arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=rank.device.type == "cuda")
+    for unit in model.sharding_units():
+        fully_shard(unit, **arguments)
+    fully_shard(model, **arguments, ignored_params=set(model.replicated_parameters()))
+    register_fsdp_forward_method(model, "encode_videos")
+    return model
+
+
+@torch.no_grad()
+def materialize(
+    model: PolicyModel, state: dict[str, torch.Tensor] | None, *, rank: Rank, is_offloaded: bool = False
+) -> None:
+    """Give a sharded model its weights, one tensor at a time.
+
+    `state`: whole tensors by parameter name on rank 0, None elsewhere. `is_offloaded`: the shards stay in host memory.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device="cpu" if is_offloaded else rank.device)
+    for name, buffer in buffers.items():
+        _set_buffer(model, name, buffer.to(rank.device))
+    for parameter in model.replicated_parameters():
+        parameter.data = parameter.data.to(rank.device)
+    parameters = dict(model.named_parameters())
+    for name in [name for name in parameters if ".lora_" not in name]:
+        parameter = parameters.pop(name)
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=rank.device)
+        if state is not None:
+            whole.copy_(state[name])
+        if isinstance(parameter, DTensor):
+            sharded = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+            parameter.to_local().copy_(sharded.to_local())
+        else:
+            dist.broadcast(whole, src=0)
+            parameter.copy_(whole)
+    model.initialize_adapters(parameters)
+
+
+def _set_buffer(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, value)
+
+
+@torch.no_grad()
+def iterate_weights(model: PolicyModel, *, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole weights under Hugging Face names, adapters merged and the `<Reward>` row in its place of the embedding.
+
+    A collective: every rank walks through all of them, one in memory at a time. Merging is done in fp32.
+    """
+    parameters = dict(model.backbone.named_parameters())
+    for name, parameter in parameters.items():
+        if ".lora_" in name:
+            continue
+        whole = gather_tensor(parameter)
+        if ".base_layer." in name:
+            down = gather_tensor(parameters[name.replace("base_layer", "lora_A.default")])
+            up = gather_tensor(parameters[name.replace("base_layer", "lora_B.default")])
+            whole = whole.float() + model.lora_scale * (up.float() @ down.float())
+        whole = whole.to(dtype)
+        if parameter is model.embedding_weight:
+            whole = whole.clone()
+            whole[model.reward_token_id] = model.reward_embedding.to(whole)
+        yield model.hub_name(name), whole
+
+
+def gather_tensor(parameter: torch.Tensor) -> torch.Tensor:
+    """The whole tensor on every rank. A collective: every rank must ask for the same one."""
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum, in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(value: float, *, device: torch.device) -> float:
+    """The largest value of any rank."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+@torch.no_grad()
+def average_replicated_gradients(parameters: Iterable[torch.nn.Parameter], *, world_size: int) -> None:
+    """Average over ranks the gradients of parameters that FSDP does not manage, as it does with its own."""
+    for parameter in parameters:
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad.div_(world_size)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> tuple[float, float]:
+    """Scale all gradients so that their joint norm is at most `max_norm`.
+
+    Returns the norm before clipping, of everything and of the replicated parameters (head and `<Reward>` row) alone.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    replicated = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    head_square = sum(float(gradient.double().square().sum()) for gradient in replicated)
+    body_norm = 0.0
+    if sharded:
+        norm = torch.nn.utils.get_total_norm(sharded)
+        body_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = (body_norm**2 + head_square) ** 0.5
+    if total > max_norm:
+        torch._foreach_mul_(sharded, max_norm / total)
+        torch._foreach_mul_(replicated, max_norm / total)
+    return total, head_square**0.5

@@ -1,0 +1,46 @@
+"""Sharded state for resuming: what is trained, and the optimizer's moments, on any number of ranks.
+
+Written with torch's distributed checkpoint, which re-shards on reading. Frozen weights are not in it: they come from
+the model that training started from. All randomness of a step is derived from its number, so no generator is stored.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from verl.model.policy import PolicyModel
+
+STATE_FOLDER = "state"
+OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def save_training_state(folder: Path, model: PolicyModel, optimizer: torch.optim.Optimizer) -> None:
+    """Write trained weights and optimizer state under `folder`; every rank takes part."""
+    weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=str(folder / STATE_FOLDER))
+
+
+def load_training_state(folder: Path, model: PolicyModel, optimizer: torch.optim.Optimizer) -> None:
+    """Restore what `save_training_state` wrote, in place; every rank takes part.
+
+    Raises ValueError when the folder holds no state (saved with save_model_only) or that of another set-up.
+    """
+    place = folder / STATE_FOLDER
+    if not place.is_dir():
+        raise ValueError(
+            f"{folder} cannot be continued: it was saved with trainer.save_model_only=true. Start from its "
+            "huggingface/ folder as model_path instead, with another experiment name"
+        )
+    weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
+    state = {"model": weights, "optimizer": moments}
+    try:
+        dcp.load(state, checkpoint_id=str(place))
+    except dcp.api.CheckpointException as error:
+        raise ValueError(
+            f"{place} does not fit this run (other model, LoRA rank or frozen parts?): {str(error).splitlines()[0]}"
+        ) from error
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=OPTIONS
+    )

@@ -1,0 +1,188 @@
+"""One rank: the sharded policy, its optimizer and a rollout engine in one process. A Ray actor per GPU or CPU rank.
+
+Every method is called on all ranks at once, because FSDP's collectives (and tensor-parallel engines) need them all.
+"""
+
+import socket
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ray
+import torch
+
+from verl.trainer.config import Config
+from verl.types import SIDES, PairRollout, PreferencePair, ResponseKey, Sampling, VideoKey, VideoPrompt
+from verl.workers.experience import ExperienceMaker, sum_kl_by_response
+from verl.workers.model_setup import build_rollout_engine, build_runtime, save_actor
+from verl.workers.optimizer import move_optimizer_state
+from verl.workers.parallel import iterate_weights, join_process_group, resolve_precision
+from verl.workers.shard import Shard
+from verl.workers.state import load_training_state, save_training_state
+from verl.workers.updater import Updater
+
+GIB = 2**30
+PairPrompts = tuple[VideoPrompt, VideoPrompt]
+
+
+class Worker:
+    """Made empty and cheaply; `start` joins the other ranks and loads the model."""
+
+    def __init__(self, config: Config, rank: int, world_size: int) -> None:
+        self.config = config
+        self.index, self.world_size = rank, world_size
+
+    def choose_meeting_point(self, port: int) -> tuple[str, int]:
+        """Address of this rank's node and `port`, or a free one for 0. Raises ValueError when the port is taken."""
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections of the last run may linger
+            try:
+                probe.bind(("", port))
+                probe.listen()
+            except OSError as error:
+                raise ValueError(
+                    f"port {port} on {address} is in use; choose another with trainer.master_port, or 0 for a free one"
+                ) from error
+            return address, probe.getsockname()[1]
+
+    def start(self, address: str, port: int) -> None:
+        """Join the process group, build the policy, the reference and the engine, and hand the first weights over."""
+        actor = self.config.worker.actor
+        self.rank = join_process_group(index=self.index, world_size=self.world_size, address=address, port=port)
+        self.runtime = build_runtime(self.config, self.rank)
+        self.experience = ExperienceMaker(
+            self.runtime,
+            micro_batch_size=actor.micro_batch_size_per_device_for_experience,
+            temperature=self.config.worker.rollout.temperature,
+        )
+        self.updater = Updater(self.runtime, self.experience, self.config)
+        self.engine_files = tempfile.TemporaryDirectory(prefix="descore_engine_")
+        self.engine = build_rollout_engine(self.config, self.runtime, Path(self.engine_files.name))
+        self.is_engine_awake = True
+        self.shard: Shard | None = None
+        self.hand_over_weights()
+
+    def hand_over_weights(self) -> None:
+        """Give the engine the policy's current weights, in memory, and free what the training step held."""
+        self.shard = None
+        if not self.is_engine_awake:
+            self._release_device_memory()
+            self.engine.wake()
+            self.is_engine_awake = True
+        self._place_policy(self.rank.device)
+        dtype = resolve_precision(self.config.worker.rollout.precision, self.rank.device)
+        self.engine.load_weights(iterate_weights(self.runtime.actor, dtype=dtype))
+        if self.config.worker.actor.offload.offload_params:
+            self._place_policy(torch.device("cpu"))
+        self._release_device_memory()
+
+    def generate(
+        self, pairs: Sequence[PreferencePair], prompts: Sequence[ray.ObjectRef], sampling: Sampling
+    ) -> list[PairRollout]:
+        """Write n responses for both videos of each pair. `prompts`: one object of PairPrompts per pair."""
+        fetched: list[PairPrompts] = ray.get(list(prompts))
+        responses = self.engine.generate([prompt for both in fetched for prompt in both], sampling)
+        by_pair = zip(pairs, fetched, responses[0::2], responses[1::2], strict=True)
+        return [
+            PairRollout(
+                pair=pair,
+                responses_a=tuple(responses_a),
+                responses_b=tuple(responses_b),
+                prompt_tokens=tuple(prompt.input_ids.numel() for prompt in both),
+            )
+            for pair, both, responses_a, responses_b in by_pair
+        ]
+
+    def prepare_step(
+        self, mini_batches: Sequence[Sequence[PairRollout]], prompts: Mapping[int, ray.ObjectRef]
+    ) -> dict[ResponseKey, float]:
+        """Take this rank's pairs of a step, put the engine to sleep, and compute what is fixed before the update.
+
+        `prompts`: by pair_id. Returns each response's summed KL to the reference where that goes into the reward.
+        """
+        self.rollout_memory = self._device_memory()
+        self.engine.sleep()
+        self.is_engine_awake = False
+        self._place_policy(self.rank.device)
+        self.shard = self._build_shard(mini_batches, prompts)
+        algorithm, actor = self.config.algorithm, self.config.worker.actor
+        if actor.model.freeze_vision_tower:
+            self.experience.encode_vision(self.shard)
+        has_kl_in_reward = not algorithm.disable_kl and not algorithm.use_kl_loss
+        if has_kl_in_reward or len(mini_batches) * actor.ppo_epochs > 1:
+            self.shard.old_log_probs = self.experience.old_log_probs(self.shard)
+        if not algorithm.disable_kl and algorithm.kl_penalty != "full":
+            self.shard.ref_log_probs = self.experience.ref_log_probs(self.shard)
+        return sum_kl_by_response(self.shard, kind=algorithm.kl_penalty) if has_kl_in_reward else {}
+
+    def update(self, advantages: Mapping[ResponseKey, float], step: int, lr_factor: float) -> dict[str, float]:
+        """All optimizer steps on the pairs of `prepare_step`; returns metrics, the same on every rank."""
+        assert self.shard is not None, "prepare_step comes before update"
+        offload = self.config.worker.actor.offload.offload_optimizer
+        if offload:
+            move_optimizer_state(self.runtime.optimizer, self.rank.device)
+        metrics = self.updater.update(self.shard, advantages, step=step, lr_factor=lr_factor)
+        if offload:
+            move_optimizer_state(self.runtime.optimizer, "cpu")
+        return {**metrics, **self._memory_metrics()}
+
+    def score(self, rollouts: Sequence[PairRollout], prompts: Mapping[int, ray.ObjectRef]) -> dict[ResponseKey, float]:
+        """The head's reward of every response."""
+        self._place_policy(self.rank.device)
+        shard = self._build_shard([rollouts], prompts)
+        rewards = self.experience.rewards(shard)
+        if self.config.worker.actor.offload.offload_params:
+            self._place_policy(torch.device("cpu"))
+        return rewards
+
+    def save(self, folder: str) -> None:
+        """Write `actor/`: Hugging Face model, head, and unless save_model_only the state for resuming."""
+        self._place_policy(self.rank.device)
+        target = Path(folder) / "actor"
+        dtype = resolve_precision(self.config.worker.actor.fsdp.precision, self.rank.device)
+        save_actor(target, self.runtime, dtype=dtype)
+        if not self.config.trainer.save_model_only:
+            save_training_state(target, self.runtime.actor, self.runtime.optimizer)
+
+    def load(self, folder: str) -> None:
+        """Continue from what `save` wrote, on any number of ranks, and hand the weights over."""
+        load_training_state(Path(folder) / "actor", self.runtime.actor, self.runtime.optimizer)
+        self.hand_over_weights()
+
+    def _build_shard(
+        self, mini_batches: Sequence[Sequence[PairRollout]], prompts: Mapping[int, ray.ObjectRef]
+    ) -> Shard:
+        pair_ids = [rollout.pair.pair_id for mini_batch in mini_batches for rollout in mini_batch]
+        fetched: list[PairPrompts] = ray.get([prompts[pair_id] for pair_id in pair_ids])
+        by_video = {
+            VideoKey(pair_id, side): prompt
+            for pair_id, both in zip(pair_ids, fetched, strict=True)
+            for side, prompt in zip(SIDES, both, strict=True)
+        }
+        return Shard(tuple(tuple(mini_batch) for mini_batch in mini_batches), by_video)
+
+    def _place_policy(self, device: torch.device) -> None:
+        """Move the sharded weights, where `offload_params` asks for moving them at all."""
+        if self.config.worker.actor.offload.offload_params:
+            self.runtime.actor.to(device)
+        if self.runtime.reference is not None and self.config.worker.ref.offload.offload_params:
+            self.runtime.reference.to(device)
+
+    def _memory_metrics(self) -> dict[str, float]:
+        if self.rank.device.type != "cuda":
+            return {}
+        peak = torch.cuda.max_memory_allocated() / GIB
+        torch.cuda.reset_peak_memory_stats()
+        return {"perf/max_memory_gib": peak, "perf/rollout_memory_gib": self.rollout_memory / GIB}
+
+    def _device_memory(self) -> int:
+        """Bytes of device memory in use, the engine's included."""
+        if self.rank.device.type != "cuda":
+            return 0
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    def _release_device_memory(self) -> None:
+        if self.rank.device.type == "cuda":
+            torch.cuda.empty_cache()
