@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
-STAGES ?= cold_start
+STAGES ?= cold_start dual_rl
 ARGS ?=
 export VENV STAGES
 WITH_VENV := PATH="$(abspath $(VENV))/bin:$$PATH"
@@ -15,7 +15,8 @@ help: ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 14
 
 quickstart: setup ## train a tiny video reward model on this machine and show how well it judges unseen videos
-	@$(WITH_VENV) bash cold_start/quickstart.sh $(ARGS)
+	@$(WITH_VENV) bash cold_start/quickstart.sh
+	@$(WITH_VENV) bash dual_rl/quickstart.sh $(ARGS)
 
 # One pytest process: on two cores `-n 2` was slower than none, as every worker imports torch and transformers anew and
 # the training tests start processes of their own. With more cores, ARGS="-n 4 --dist loadfile" may pay.
@@ -30,7 +31,7 @@ style: setup ## format the code and fix what can be fixed
 	@$(WITH_VENV) ruff check --fix .
 	@$(WITH_VENV) ruff format .
 
-setup: ## prepare the virtual environment (VENV=.venv, STAGES="cold_start", MACHINE=cpu|gpu)
+setup: ## prepare the virtual environment (VENV=.venv, STAGES="cold_start dual_rl", MACHINE=cpu|gpu)
 	@bash .ci/setup_env.sh
 
 clean: ## remove caches; the environment and everything trained stay

@@ -2,7 +2,7 @@
 # Prepare the project's own virtual environment. Safe to repeat: instant when nothing changed, redone when interrupted.
 #
 #   VENV=.venv           where the environment lives (default: .venv in the repository)
-#   STAGES="cold_start"  whose requirements to install; "cold_start dual_rl" puts both stages into one environment
+#   STAGES="cold_start"  whose requirements to install (default: both stages, in one environment)
 #   MACHINE=cpu|gpu      overrides the look at the machine
 #   PYTHON=python3.12    overrides the search for an interpreter (3.11 or newer)
 #   TORCH_CPU_INDEX=URL  a mirror of PyTorch's index of CPU builds
@@ -13,7 +13,7 @@ set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$(realpath -m "${VENV:-$ROOT/.venv}")"
-STAGES="${STAGES:-cold_start}"
+STAGES="${STAGES:-cold_start dual_rl}"
 STATE="$VENV/.setup" # made_here, unfinished, and one stamp for each installed part
 TORCH_CPU_INDEX="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
 INDEX_ARGS=()

@@ -1,6 +1,6 @@
 """Turns the log of a benchmark run into a small JSON and a table: medians over all steps but the first.
 
-python benchmarks/summarize.py RUN_FOLDER --output result.json -- the settings that the run was given
+python benchmarks/summarize.py RUN_FOLDER --output result.json --settings worker.actor.model.lora.rank=64
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--settings", nargs="*", default=[], help="what the run was given beside its defaults")
     arguments = parser.parse_args()
     lines = [json.loads(line) for line in (arguments.run / "train_log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "timing/seconds/step" in line]
@@ -43,9 +43,8 @@ def main() -> None:
         "settings": arguments.settings,
         "num_steps": len(steps),
         "seconds_by_step": [round(line["timing/seconds/step"], 2) for line in steps],
-        "median": {
-            name: statistics.median(line[name] for line in later) for name in SHOWN if name in later[0]
-        },
+        "median": {name: statistics.median(line[name] for line in later) for name in SHOWN if name in later[0]},
+        "save_seconds": steps[-1].get("timing/seconds/save"),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from model_support import write_small_model
-from training_support import Running, Workplace
+from training_support import Run, Running, Workplace
 
 
 @pytest.fixture(scope="session")
@@ -21,10 +21,15 @@ def workplace(tmp_path, small_model) -> Workplace:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory, small_model) -> tuple[Workplace, Running]:
-    """Three steps on one rank, without trouble: what interrupted, spread and continued runs must equal.
-
-    It goes on beside the first tests; `wait` for it.
-    """
+def background_run(tmp_path_factory, small_model) -> tuple[Workplace, Running]:
+    """`uninterrupted`, perhaps still going on."""
     workplace = Workplace.make(tmp_path_factory.mktemp("work") / "w", **{"worker.actor.model.model_path": small_model})
     return workplace, workplace.start()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(background_run) -> tuple[Workplace, Run]:
+    """Three steps on one rank, without trouble: what interrupted, spread and continued runs must equal."""
+    run = background_run[1].wait()
+    assert run.code == 0, run.output
+    return background_run[0], run

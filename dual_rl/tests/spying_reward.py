@@ -22,7 +22,9 @@ def compute_score(reward_inputs: list[dict], *, log: str, fault: str, videos: st
     global calls
     calls += 1
     with open(log, "a") as file:
-        file.write(json.dumps([[item["ground_truth"], item["side"], item["response"]] for item in reward_inputs]) + "\n")
+        file.write(
+            json.dumps([[item["ground_truth"], item["side"], item["response"]] for item in reward_inputs]) + "\n"
+        )
     scores = [{"overall": sum(map(ord, item["response"])) % 7 / 7} for item in reward_inputs]
     name, _, call = Path(fault).read_text().partition(" ") if Path(fault).is_file() else ("", "", "")
     return _fail(name, scores, fault=Path(fault), videos=Path(videos)) if call and int(call) == calls else scores

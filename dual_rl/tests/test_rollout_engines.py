@@ -53,7 +53,7 @@ def engines(folder):
     """Each engine once: starting vLLM takes most of the time of these tests."""
     made = {"hf": make_engine(folder, "hf")}
     if HAS_VLLM:
-        made["vllm"] = make_engine(folder, "vllm")
+        made["vllm"] = make_engine(folder, "vllm", max_num_batched_tokens=MAX_MODEL_LEN)
     yield made
     for engine in made.values():
         engine.close()
@@ -117,6 +117,13 @@ def test_draws_do_not_depend_on_the_batch(engine, prompts):
     assert ids_of(engine.generate(prompts[::-1], WRITING)) == together[::-1]
     fewer = dataclasses.replace(WRITING, n=1)
     assert ids_of(engine.generate(prompts, fewer)) == [group[:1] for group in together]
+
+
+def test_more_prompts_than_one_batch_of_tokens_draw_the_same(engine, prompts):
+    assert sum(prompt.input_ids.numel() for prompt in 2 * prompts) > MAX_MODEL_LEN
+    sampling = dataclasses.replace(WRITING, n=1)
+    alone = ids_of(engine.generate(prompts, sampling))
+    assert ids_of(engine.generate(2 * prompts, sampling)) == 2 * alone
 
 
 def test_samples_and_seeds_draw_differently(engine, prompts):

@@ -6,11 +6,15 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import psutil
@@ -40,8 +44,6 @@ SMALL_RUN = {
 }
 UNREPEATABLE = ("timing/", "perf/tokens_per_second")
 RUN_TIMEOUT = 240.0
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["verl.trainer.main"])  # its imports take longer than a run of a small model
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Run:
         return [
             {name: value for name, value in line.items() if not name.startswith(UNREPEATABLE)} for line in self.log
         ]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """Names of the checkpoint folders that are there now, unfinished ones included."""
+        return sorted(path.name for path in self.folder.glob("global_step_*"))
 
     def weights(self, step: int) -> dict[str, torch.Tensor]:
         """Everything that the checkpoint of `step` holds for users, fp32."""
@@ -135,14 +142,28 @@ class Workplace:
         return self.start(name, settings, **variables).wait()
 
 
+@cache
+def _forks() -> BaseContext:
+    """Forks processes from one that has imported stage 2 already, which takes longer than a run of a small model."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["verl.trainer.main"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(DUAL_RL), before]))
+    forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+    return context
+
+
 class Running:
-    """A run in progress: a process of its own, forked where stage 2 is imported already."""
+    """A run in progress: a process of its own."""
 
     def __init__(self, folder: Path, arguments: list[str], variables: Mapping[str, str]) -> None:
         self.folder = folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.console = folder.with_name(f"{folder.name}.console")
-        self.process = _forks.Process(target=_main, args=(arguments, str(self.console), dict(variables)))
+        self.process = _forks().Process(target=_main, args=(arguments, str(self.console), dict(variables)))
         self.process.start()
 
     def kill_when(self, path: Path) -> None:
@@ -201,9 +222,23 @@ def wait_until_gone(processes: set[int], *, seconds: float = 20.0) -> set[int]:
     return {process for process in processes if psutil.pid_exists(process)}
 
 
+def wait_for_line(log: Path, text: str, *, process: subprocess.Popen, seconds: float = 60.0) -> None:
+    """Wait until `text` stands in what `process` writes into `log`."""
+    deadline = time.monotonic() + seconds
+    while text not in log.read_text():
+        assert process.poll() is None, f"ended:\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"no {text!r} after {seconds} s:\n{log.read_text()}"
+        time.sleep(0.1)
+
+
+def free_port() -> int:
+    """A port that nothing listens on, outside of the range that Ray's workers take."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def largest_difference(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> float:
     """Largest absolute difference over all weights; both must have the same names."""
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
-
-

@@ -3,6 +3,8 @@
 import heapq
 from collections.abc import Sequence
 
+from verl.types import PairRollout
+
 
 def balance_pairs(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Indices of pairs for each rank, every index once and ascending within a rank.
@@ -33,6 +35,22 @@ def balance_pairs(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
         order += 1
     parts = heap[0][2] if heap else [(0, [])] * num_ranks
     return [sorted(indices) for _, indices in parts]
+
+
+def distribute_pairs(
+    rollouts: Sequence[PairRollout], *, mini_batch_size: int, num_ranks: int, ulysses_size: int = 1
+) -> list[list[list[PairRollout]]]:
+    """Every rank's pairs by mini-batch: whole pairs, balanced by tokens inside each run of `mini_batch_size` pairs.
+
+    `ulysses_size`: so many neighbouring ranks share each row and get the same pairs.
+    """
+    shards: list[list[list[PairRollout]]] = [[] for _ in range(num_ranks // ulysses_size)]
+    for start in range(0, len(rollouts), mini_batch_size):
+        mini_batch = rollouts[start : start + mini_batch_size]
+        assignment = balance_pairs([rollout.num_tokens for rollout in mini_batch], len(shards))
+        for shard, indices in zip(shards, assignment, strict=True):
+            shard.append([mini_batch[index] for index in indices])
+    return [shards[rank // ulysses_size] for rank in range(num_ranks)]
 
 
 def imbalance(num_tokens: Sequence[int], partition: Sequence[Sequence[int]]) -> float:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from verl.core.kl import compute_full_kl
+
 CHUNK_ELEMENTS = 2**27  # logits at a time: half a GiB in fp32, 883 rows of Qwen3-VL's vocabulary
 FORBIDDEN_LOGIT = -1e30  # finite, so that p * log p of a forbidden token is 0 and not NaN
 
@@ -89,8 +91,7 @@ def _chunk(
         reference_logits = _scaled_logits(*reference, temperature, forbidden_ids)
         reference_log_probs = reference_logits - reference_logits.logsumexp(dim=-1, keepdim=True)
     policy_log_probs = logits - normaliser.unsqueeze(1)
-    kl = (policy_log_probs.exp() * (policy_log_probs - reference_log_probs)).sum(dim=-1)
-    return log_probs, entropy, kl
+    return log_probs, entropy, compute_full_kl(policy_log_probs, reference_log_probs)
 
 
 def _scaled_logits(

@@ -21,6 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from verl.core.row_layout import SharedPromptLayout
+from verl.model.ulysses import RowPart
 
 # transformers hands the vision tower's frames over together to implementations with "flash" in their name.
 SHARED_PROMPT_ATTENTION = "shared_prompt_flash_or_sdpa"
@@ -43,12 +44,13 @@ def shared_prompt_attention(
     *,
     scaling: float,
     layout: SharedPromptLayout | None = None,
+    row_part: RowPart | None = None,
     **arguments: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention signature: query [1, heads, T, dim], key and value [1, kv_heads, T, dim].
 
-    `layout`: structure of the row (text); with `cu_seq_lens_q` (vision) frames attend to themselves. Returns
-    [1, T, heads, dim].
+    `layout`: structure of the row (text); with `cu_seq_lens_q` (vision) frames attend to themselves. `row_part`: which
+    tokens of the row these are, where ranks share it. Returns [1, T, heads, dim].
     """
     assert attention_mask is None, "packed rows carry their structure in a layout, not in a mask"
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -58,9 +60,15 @@ def shared_prompt_attention(
         attend = _attend_frames_by_flash if is_flash else _attend_frames
         return attend(query, key, value, bounds, int(longest), scaling=scaling), None
     flat = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if row_part is not None:
+        flat = row_part.gather_tokens(*flat)
     if is_flash:
-        return SharedPromptFlash.apply(*flat, layout, scaling, FlashKernels).unsqueeze(0), None
-    return _attend_unrolled(*flat, layout, scaling).unsqueeze(0), None
+        output = SharedPromptFlash.apply(*flat, layout, scaling, FlashKernels)
+    else:
+        output = _attend_unrolled(*flat, layout, scaling)
+    if row_part is not None:
+        output = row_part.gather_heads(output)
+    return output.unsqueeze(0), None
 
 
 def _attend_unrolled(

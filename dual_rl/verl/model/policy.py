@@ -21,6 +21,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from verl.core.packing import PackedGroups
 from verl.core.token_log_probs import Distributions, compute_token_log_probs
+from verl.model.ulysses import RowPart, SequenceGroup
 
 ADAPTER = "default"
 BACKBONE_PREFIX = "backbone."
@@ -45,6 +46,11 @@ class VisionFeatures(NamedTuple):
             for embeddings, *deepstack in pieces
         ]
 
+    def take(self, tokens: torch.Tensor) -> "VisionFeatures":
+        """Features of some of the N tokens, `tokens` int64, as if they were one video's."""
+        deepstack = tuple(layer.index_select(0, tokens) for layer in self.deepstack)
+        return VisionFeatures(self.embeddings.index_select(0, tokens), deepstack, (len(tokens),))
+
     def to(self, device: torch.device | str) -> "VisionFeatures":
         """A copy on `device`."""
         embeddings, *deepstack = (
@@ -67,7 +73,8 @@ class PolicyOutput(NamedTuple):
     """What one packed forward gives, fp32: of R responses `rewards`, of L labels `log_probs` and `entropy`, [L].
 
     `entropy`, in nats, has no gradient. `full_kl`: [L], KL(policy || reference) over the whole vocabulary, where the
-    reference's distributions were given. `distributions`: this model's own, where asked for. Else None.
+    reference's distributions were given. `distributions`: this model's own, where asked for (in a sequence group: of
+    the labels that this rank's tokens predict). Else None.
     """
 
     rewards: torch.Tensor
@@ -81,7 +88,8 @@ class PolicyModel(nn.Module):
     """`backbone`: Qwen3-VL with shared-prompt attention, LoRA layers injected or not.
 
     `reward_embedding`: fp32 [hidden], the row of `reward_token_id`. `rm_head`: bias-free Linear(hidden, 1) in fp32.
-    `forbidden_ids`: tokens that the policy can never draw.
+    `forbidden_ids`: tokens that the policy can never draw. `sequence_group`: the ranks that work on each row together,
+    set after construction; all of them call the model with the same row and get the same scores.
     """
 
     def __init__(
@@ -95,6 +103,7 @@ class PolicyModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.sequence_group: SequenceGroup | None = None
         self.reward_token_id = reward_token_id
         self.reward_embedding = nn.Parameter(reward_embedding.detach().float().clone())
         self.rm_head = nn.Linear(head_weight.shape[1], 1, bias=False, dtype=torch.float32)
@@ -139,7 +148,34 @@ class PolicyModel(nn.Module):
             if pixel_values is None:
                 raise ValueError("the forward needs vision features or pixel values")
             vision = self.encode_videos(pixel_values, torch.tensor(batch.grid_thw))
-        hidden = self._compute_hidden_states(batch, vision)
+        options = {
+            "temperature": temperature,
+            "ref_distributions": ref_distributions,
+            "return_distributions": return_distributions,
+        }
+        if self.sequence_group is None:
+            return self._score(batch, vision, None, **options)
+        part = RowPart(batch, self.sequence_group)
+        output = self._score(part.batch, vision.take(part.videos), part, **options)
+        labels = {
+            name: part.join_labels(values)
+            for name in ("log_probs", "entropy", "full_kl")
+            if (values := getattr(output, name)) is not None
+        }
+        return output._replace(rewards=part.join_rewards(output.rewards), **labels)
+
+    def _score(
+        self,
+        batch: PackedGroups,
+        vision: VisionFeatures,
+        part: RowPart | None,
+        *,
+        temperature: float | None,
+        ref_distributions: Distributions | None,
+        return_distributions: bool,
+    ) -> PolicyOutput:
+        """`forward` for a row, or for the `part` of one that `batch` holds."""
+        hidden = self._compute_hidden_states(batch, vision, part)
         rewards = hidden[batch.reward_positions].float() @ self.rm_head.weight.float()[0]
         if temperature is None:
             return PolicyOutput(rewards)
@@ -158,10 +194,12 @@ class PolicyModel(nn.Module):
             distributions = Distributions(states.detach(), own_head)
         return PolicyOutput(rewards, *scores, distributions)
 
-    def _compute_hidden_states(self, batch: PackedGroups, vision: VisionFeatures) -> torch.Tensor:
+    def _compute_hidden_states(
+        self, batch: PackedGroups, vision: VisionFeatures, part: RowPart | None
+    ) -> torch.Tensor:
         """Final normed hidden states of the row, [T, hidden]."""
         embeddings = self.backbone.get_input_embeddings()(batch.input_ids)
-        row = self.reward_embedding.to(embeddings.dtype).expand(batch.num_responses, -1)
+        row = self.reward_embedding.to(embeddings.dtype).expand(len(batch.reward_positions), -1)
         embeddings = embeddings.index_copy(0, batch.reward_positions, row)
         embeddings = embeddings.index_copy(0, batch.video_positions, vision.embeddings.to(embeddings.dtype))
         is_video = torch.zeros_like(batch.input_ids, dtype=torch.bool).index_fill_(0, batch.video_positions, True)
@@ -171,6 +209,7 @@ class PolicyModel(nn.Module):
             visual_pos_masks=is_video.unsqueeze(0),
             deepstack_visual_embeds=list(vision.deepstack),
             layout=batch.layout,
+            row_part=part,
             use_cache=False,
         )
         return output.last_hidden_state.squeeze(0)

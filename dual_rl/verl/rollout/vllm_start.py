@@ -55,7 +55,12 @@ def start_llm(
     is_distributed = torch.distributed.is_initialized()
     if config.tensor_parallel_size > 1 and not is_distributed:
         raise ValueError("worker.rollout.tensor_parallel_size > 1 needs several ranks; set it to 1")
-    on_device = {"block_size": CPU_BLOCK_SIZE} if device.type == "cpu" else {"enable_sleep_mode": True}
+    on_device: dict[str, object] = {"enable_sleep_mode": True}
+    num_batched_tokens = config.max_num_batched_tokens
+    if device.type == "cpu":
+        # A prompt cut in two would make vLLM rewind its request's random generator, which CPU generators cannot.
+        on_device = {"block_size": CPU_BLOCK_SIZE, "enable_chunked_prefill": False}
+        num_batched_tokens = max(num_batched_tokens, max_model_len)
     return vllm.LLM(
         model=str(folder),
         load_format=NO_WEIGHTS,
@@ -63,7 +68,7 @@ def start_llm(
         seed=config.seed,
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=num_batched_tokens,
         gpu_memory_utilization=config.gpu_memory_utilization,
         tensor_parallel_size=config.tensor_parallel_size,
         distributed_executor_backend="external_launcher" if is_distributed else None,

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from verl.workers.worker import Worker
 
 logger = logging.getLogger(__name__)
 
+ANSWER_TIMEOUT_SECONDS = 10
 PLACEMENT_TIMEOUT_SECONDS = 120
 SECONDS_FOR_OTHER_FAILURES = 5.0  # one rank's failure makes others fail; the first to be noticed need not be the cause
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -47,16 +49,29 @@ def connect(settings: TrainerConfig) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address or settings.nnodes > 1:
         try:
+            _require_answer(address)
             ray.init(address=address or "auto", **arguments)
         except ConnectionError as error:
+            where = f"at RAY_ADDRESS={address}" if address else "on this machine"
             raise ValueError(
-                f"trainer.nnodes={settings.nnodes}, but no Ray cluster answers at {address or 'this machine'}: start "
-                "it with `ray start --head` here and `ray start --address=HEAD:6379` on the other nodes"
+                f"no Ray cluster answers {where}: start it with `ray start --head` here and "
+                "`ray start --address=HEAD:6379` on the other nodes, RAY_AUTH_MODE and the token being the "
+                "same everywhere; or unset RAY_ADDRESS and set trainer.nnodes=1"
             ) from error
     else:
         num_cpus = max(os.cpu_count() or 1, ranks_per_node(settings))
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **arguments)
     _require_resources(settings)
+
+
+def _require_answer(address: str | None) -> None:
+    """Raise ConnectionError if nothing listens at host:port, for which Ray itself would wait many minutes."""
+    host, separator, port = (address or "").rpartition(":")
+    if separator and "://" not in host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_SECONDS).close()
+        except OSError as error:
+            raise ConnectionError(f"{address}: {error}") from error
 
 
 def _thread_limits(settings: TrainerConfig) -> dict[str, str]:
@@ -125,7 +140,7 @@ class WorkerGroup:
         return self._wait(method, [getattr(self._actors[rank], method).remote(*arguments)])[0]
 
     def _wait(self, method: str, references: list) -> list:
-        """Results of all calls; the first failure ends the wait, since other ranks may be waiting for the failed one."""
+        """Results of all calls; the first failure ends the wait, since other ranks may be waiting for that one."""
         pending = list(references)
         while pending:
             done, pending = ray.wait(pending, num_returns=1)
@@ -134,9 +149,7 @@ class WorkerGroup:
                 failures = _find_failures([*done, *more])
                 self.stop()
                 cause = min(failures, key=lambda reference: _rank_of_cause(failures[reference]))
-                raise WorkerError(
-                    _describe(failures[cause], references.index(cause), method)
-                ) from failures[cause]
+                raise WorkerError(_describe(failures[cause], references.index(cause), method)) from failures[cause]
         return ray.get(references)
 
     def stop(self) -> None:
@@ -168,7 +181,10 @@ def _rank_of_cause(error: RayError) -> int:
 
 def _describe(error: RayError, rank: int, method: str) -> str:
     if isinstance(error, RayActorError):
-        return f"rank {rank} died in {method}(): {str(error).strip().splitlines()[-1]}"
+        return (
+            f"rank {rank} died in {method}(): its process was killed, or crashed (if the kernel did it for want of "
+            "memory, `dmesg` says so). The same command continues from the last checkpoint"
+        )
     if isinstance(error.cause, (ValueError, RuntimeError, OSError)) and not isinstance(error.cause, RayError):
         return f"rank {rank}: {error.cause}"
     return f"rank {rank}: {error}"

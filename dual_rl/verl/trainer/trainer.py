@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from verl.core.advantages import compute_advantages, compute_group_means
-from verl.core.balancing import balance_pairs
+from verl.core.balancing import distribute_pairs
 from verl.data.batches import BatchStream
 from verl.trainer.checkpoints import CheckpointFolder, load_state, step_of
 from verl.trainer.cluster import WorkerGroup
@@ -102,8 +102,8 @@ class DualTrainer:
                 return kept
             logger.info("step %d: %d of %d pairs pass the filter, drawing more", step, len(kept.rollouts), wanted)
         raise ValueError(
-            f"step {step}: {algorithm.max_filter_rounds} batches gave only {len(kept.rollouts)} of {wanted} pairs with "
-            f"a mean {algorithm.filter_key!r} between {algorithm.filter_low} and {algorithm.filter_high}; widen "
+            f"step {step}: {algorithm.max_filter_rounds} batches gave only {len(kept.rollouts)} of {wanted} pairs "
+            f"with a mean {algorithm.filter_key!r} between {algorithm.filter_low} and {algorithm.filter_high}; widen "
             "algorithm.filter_low and filter_high or raise algorithm.max_filter_rounds"
         )
 
@@ -122,14 +122,13 @@ class DualTrainer:
 
     def distribute(self, batch: ScoredBatch) -> list[RankShard]:
         """Whole pairs to ranks, by tokens, inside each mini-batch of `global_batch_size` pairs."""
-        size = self.config.worker.actor.global_batch_size
-        shards: list[RankShard] = [[] for _ in range(self.workers.world_size)]
-        for start in range(0, len(batch.rollouts), size):
-            mini_batch = batch.rollouts[start : start + size]
-            assignment = balance_pairs([rollout.num_tokens for rollout in mini_batch], self.workers.world_size)
-            for shard, indices in zip(shards, assignment, strict=True):
-                shard.append([mini_batch[index] for index in indices])
-        return shards
+        actor = self.config.worker.actor
+        return distribute_pairs(
+            batch.rollouts,
+            mini_batch_size=actor.global_batch_size,
+            num_ranks=self.workers.world_size,
+            ulysses_size=actor.ulysses_size,
+        )
 
     def prepare(self, shards: list[RankShard]) -> dict[ResponseKey, float]:
         """Vision features, old and reference log-probs on the ranks; KL by response where the reward takes it."""

@@ -48,9 +48,10 @@ class Validator:
     def _score(self, batch: ScoredBatch) -> dict[ResponseKey, float]:
         """The head's reward of every response. A rank without a pair of its own repeats one, to take part."""
         handles, world_size = self.generator.handles, self.workers.world_size
+        copies = self.config.worker.actor.ulysses_size  # neighbouring ranks that share each row
         arguments = []
         for rank in range(world_size):
-            mine = batch.rollouts[rank::world_size] or batch.rollouts[:1]
+            mine = batch.rollouts[rank // copies :: world_size // copies] or batch.rollouts[:1]
             arguments.append((mine, {rollout.pair.pair_id: handles[rollout.pair.pair_id] for rollout in mine}))
         results: list[dict[ResponseKey, float]] = self.workers.call_each("score", arguments)
         return {key: reward for result in results for key, reward in result.items()}

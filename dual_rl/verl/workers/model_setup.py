@@ -20,6 +20,7 @@ from verl.model.reward_files import (
     save_head,
     save_policy,
 )
+from verl.model.ulysses import SequenceGroup, build_sequence_group
 from verl.rollout.engine import RolloutEngine, build_engine
 from verl.trainer.config import Config, FsdpConfig, ModelConfig
 from verl.types import VideoPrompt
@@ -31,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PolicyRuntime:
-    """What a rank computes with. `reference` is None with LoRA, where the actor without its adapter is it."""
+    """What a rank computes with. `reference` is None with LoRA, where the actor without its adapter is it.
+
+    `sequence_group`: the ranks that hold the same pairs and share each row; None where every rank works alone.
+    """
 
     rank: Rank
     checkpoint: PolicyCheckpoint
@@ -39,6 +43,12 @@ class PolicyRuntime:
     actor: PolicyModel
     reference: PolicyModel | None
     optimizer: torch.optim.Optimizer
+    sequence_group: SequenceGroup | None = None
+
+    @property
+    def copies(self) -> int:
+        """How many ranks hold each pair: sums over all ranks count it so many times."""
+        return 1 if self.sequence_group is None else self.sequence_group.size
 
     def pixel_values(self, prompts: Sequence[VideoPrompt]) -> torch.Tensor:
         """Normalised patches of all videos, one after the other, float32 [num_patches, patch_dim]."""
@@ -55,9 +65,18 @@ class PolicyRuntime:
 
 
 def read_checkpoint(config: Config, *, with_weights: bool) -> PolicyCheckpoint:
-    """The checkpoint that training starts from, with what the settings override; warns where they do."""
+    """The checkpoint that training starts from, with what the settings override; warns where they do.
+
+    Raises ValueError when the attention heads cannot be shared out as `ulysses_size` asks.
+    """
     settings, data = config.worker.actor.model, config.data
     checkpoint = load_checkpoint(settings.model_path, settings.head_path, with_weights=with_weights)
+    num_heads, ranks = checkpoint.config.text_config.num_attention_heads, config.worker.actor.ulysses_size
+    if num_heads % ranks:
+        raise ValueError(
+            f"worker.actor.ulysses_size={ranks} does not divide the {num_heads} attention heads of "
+            f"{settings.model_path}: choose a divisor"
+        )
     budget = checkpoint.video_budget.replace(
         fps=data.video_fps, min_pixels=data.min_pixels, max_pixels=data.max_pixels
     )
@@ -76,11 +95,14 @@ def build_runtime(config: Config, rank: Rank) -> PolicyRuntime:
     """Load, shard and place everything. Only rank 0 reads weights; it sends them round."""
     actor_config = config.worker.actor
     checkpoint = read_checkpoint(config, with_weights=rank.index == 0)
+    sequence_group = build_sequence_group(actor_config.ulysses_size)
     actor = _build_sharded(checkpoint, actor_config.model, actor_config.fsdp, rank=rank)
+    actor.sequence_group = sequence_group
     reference = None
     if not config.algorithm.disable_kl and not actor_config.model.lora.rank:
         frozen = dataclasses.replace(actor_config.model, enable_gradient_checkpointing=False)
         reference = _build_sharded(checkpoint, frozen, config.worker.ref.fsdp, rank=rank, is_frozen=True)
+        reference.sequence_group = sequence_group
     return PolicyRuntime(
         rank=rank,
         checkpoint=dataclasses.replace(checkpoint, weights=None),
@@ -88,6 +110,7 @@ def build_runtime(config: Config, rank: Rank) -> PolicyRuntime:
         actor=actor,
         reference=reference,
         optimizer=build_optimizer(actor, actor_config.optim),
+        sequence_group=sequence_group,
     )
 
 

@@ -11,7 +11,10 @@ from verl.trainer.config import OptimConfig
 
 
 def build_optimizer(model: PolicyModel, settings: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over what the model trains; vectors are not decayed, the head group may have its own learning rate."""
+    """AdamW over what the model trains; vectors are not decayed, the head group may have its own learning rate.
+
+    Groups of the model come before those of the head.
+    """
     replicated = {id(parameter) for parameter in model.replicated_parameters()}
     head_lr = settings.lr if settings.head_lr is None else settings.head_lr
     groups: dict[tuple[bool, bool], dict] = {}
@@ -30,8 +33,9 @@ def build_optimizer(model: PolicyModel, settings: OptimConfig) -> torch.optim.Ad
         group["params"].append(parameter)
     if not groups:
         raise ValueError("nothing to train: the head is frozen and so is the model")
+    model_first = [groups[kind] for kind in sorted(groups)]
     # Head (plain tensors) and body (sharded ones) cannot share one multi-tensor kernel, but they are separate groups.
-    return torch.optim.AdamW(groups.values(), lr=settings.lr, betas=tuple(settings.betas), foreach=True)
+    return torch.optim.AdamW(model_first, lr=settings.lr, betas=tuple(settings.betas), foreach=True)
 
 
 def learning_rate_factor(step: int, settings: OptimConfig, *, total_steps: int) -> float:

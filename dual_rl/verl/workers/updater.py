@@ -1,7 +1,8 @@
 """The update: one packed forward gives log-probs and rewards; policy loss, KL and Bradley-Terry share one backward.
 
 Each loss is a sum that is divided by a count over all ranks and micro-batches (response tokens or responses; valid
-pairs), so the gradient depends on neither. FSDP averages gradients over ranks, hence the factor world_size.
+pairs), so the gradient depends on neither. FSDP averages gradients over ranks, hence the factor world_size. Where
+several ranks share each row, all of them hold its whole loss, hence the division by their number (`copies`).
 """
 
 import math
@@ -33,7 +34,7 @@ from verl.workers.shard import MicroBatch, Shard, split_into_micro_batches
 
 @dataclass(frozen=True)
 class GlobalCounts:
-    """Of one mini-batch over all ranks: response tokens with a label, responses, and (A_i, B_i) with a preference."""
+    """Of one mini-batch over all ranks: labels, responses with a label, and (A_i, B_i) with a preference."""
 
     tokens: int
     responses: int
@@ -83,14 +84,15 @@ class Updater:
         size = self.actor_config.micro_batch_size_per_device_for_update
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.runtime.rank.device))
         largest_difference = 0.0
+        copies = self.runtime.copies
         for micro_batch in split_into_micro_batches(mini_batch, size, count=counts.micro_batches):
             loss, metrics, difference = self._micro_batch_loss(shard, micro_batch, advantages, counts)
-            (loss * self.runtime.rank.world_size).backward()
+            (loss * (self.runtime.rank.world_size / copies)).backward()
             largest_difference = max(largest_difference, difference)
             for name, value in metrics.items():
-                sums[name] += value
+                sums[name] += value.detach()
         names = sorted(sums)
-        totals = sum_over_ranks(torch.stack([sums[name].detach().float() for name in names])).tolist()
+        totals = sum_over_ranks(torch.stack([sums[name].float() for name in names]) / copies).tolist()
         metrics = dict(zip(names, totals, strict=True))
         metrics["actor/grad_norm"], metrics["actor/head_grad_norm"] = self._step_optimizer(metrics, step=step)
         metrics["rollout/log_prob_difference_max"] = max_over_ranks(
@@ -105,13 +107,14 @@ class Updater:
         local = torch.tensor(
             [
                 sum(response.num_labels for response in responses),
-                len(responses),
+                sum(response.num_labels > 0 for response in responses),
                 sum(len(rollout.responses_a) for rollout in decided),
             ],
             dtype=torch.float64,
             device=device,
         )
-        tokens, num_responses, pairs = (int(value) for value in sum_over_ranks(local).tolist())
+        copies = self.runtime.copies
+        tokens, num_responses, pairs = (int(value) // copies for value in sum_over_ranks(local).tolist())
         mine = math.ceil(len(mini_batch) / self.actor_config.micro_batch_size_per_device_for_update)
         return GlobalCounts(tokens, num_responses, pairs, int(max_over_ranks(mine, device=device)))
 

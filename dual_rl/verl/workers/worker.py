@@ -36,7 +36,9 @@ class Worker:
         """Address of this rank's node and `port`, or a free one for 0. Raises ValueError when the port is taken."""
         address = ray.util.get_node_ip_address()
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections of the last run may linger
+            probe.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # closed connections of the last run may linger
             try:
                 probe.bind(("", port))
                 probe.listen()

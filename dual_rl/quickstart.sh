@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Stage 2 on a CPU: goes on from the stage 1 quick start and trains thinking and scoring together on its toy world.
+# Can be repeated; training continues where it stopped. STEPS, VAL_PAIRS and WORK make it shorter, longer or put it
+# elsewhere; further arguments are settings (key=value).
+set -euo pipefail
+stage="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+STAGE1="${STAGE1:-$stage/../cold_start/output/quickstart}"   # what cold_start/quickstart.sh wrote: world/ and stage1/
+WORK="${WORK:-$stage/results/quickstart}"
+STEPS="${STEPS:-80}"
+SEED="${SEED:-1}"
+PROCESSES="${PROCESSES:-$(( $(nproc) > 1 ? 2 : 1 ))}"
+SECONDS=0
+
+newest() { find "$1" -maxdepth 1 -name 'checkpoint-*' 2>/dev/null | sort -V | tail -n 1 || true; }
+MODEL_PATH="${MODEL_PATH:-$(newest "$STAGE1/stage1")}"
+[[ -n "$MODEL_PATH" ]] || { echo "no stage 1 checkpoint in $STAGE1: run bash cold_start/quickstart.sh first" >&2 && exit 1; }
+
+# The tiny model learns at rates that would ruin a large one. Validation draws as training does.
+export OMP_NUM_THREADS=1 NUM_GPUS=0 NUM_PROCESSES="$PROCESSES" OUTPUT_DIR="$WORK"
+MODEL_PATH="$MODEL_PATH" TRAIN_FILES="$STAGE1/world/train_rl.csv" VAL_FILES="$STAGE1/world/eval_rl.csv" \
+  bash "$stage/examples/train.sh" \
+  data.seed="$SEED" worker.rollout.seed="$SEED" \
+  data.max_prompt_length=512 data.max_response_length=256 \
+  data.rollout_batch_size=8 data.val_batch_size=100 worker.actor.global_batch_size=4 \
+  worker.actor.micro_batch_size_per_device_for_update=1 worker.actor.micro_batch_size_per_device_for_experience=2 \
+  worker.actor.optim.lr=5e-5 worker.actor.optim.head_lr=1e-3 worker.actor.optim.lr_scheduler_type=cosine \
+  algorithm.kl_coef=1e-3 worker.rollout.n=8 'worker.rollout.val_override_config={temperature: 1.0, n: 2}' \
+  trainer.max_steps="$STEPS" trainer.val_freq=40 trainer.save_freq=40 trainer.save_limit=1 "$@"
+
+echo
+python3 "$stage/examples/summarize_run.py" "$WORK"
+printf '\ntime of stage 2: %d:%02d\n' $((SECONDS / 60)) $((SECONDS % 60))
+cat <<TEXT
+reward model:     $WORK/global_step_$STEPS/actor/huggingface  (rm_head.pth beside it)
+training curves:  $WORK/train_log.jsonl, tensorboard --logdir $WORK/tensorboard
+thoughts:         $WORK/generations.jsonl
+TEXT

@@ -1,0 +1,140 @@
+"""Sequence parallelism after DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv 2309.14509).
+
+The P neighbouring ranks of a group work on the same packed row. It is cut into P equal runs of tokens (padded at its
+end), and each rank computes all that is done token by token for its run: embeddings, projections, MLPs, norms, and in
+the end the log-probs and rewards of the labels that its tokens predict. Only attention needs the others: there each
+rank trades its tokens' heads for all tokens of its share of the heads, and back again.
+
+Unlike the original, hidden states are never gathered. The scores of all labels are put together instead, L numbers,
+and so every rank of the group has the whole row's scores and the same loss. With each copy of the loss divided by P,
+the sum of the ranks' gradients is that of one rank with the whole row.
+"""
+
+import dataclasses
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from verl.core.packing import PackedGroups
+
+
+class SequenceGroup:
+    """Ranks that share each row: `size` neighbours, of which this is the `index`-th."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.index = dist.get_rank(group)
+
+
+def build_sequence_group(size: int) -> SequenceGroup | None:
+    """The group of this rank, None where every rank works alone. A collective over all ranks; `size` divides them."""
+    if size == 1:
+        return None
+    group, _ = dist.new_subgroups(group_size=size)
+    return SequenceGroup(group)
+
+
+class RowPart:
+    """This rank's run of tokens of a row, `start` to `end`, in a buffer of `length` tokens.
+
+    `batch`: what lies in the run, with positions counted from `start`: its tokens, video tokens, labels and rewards;
+    layout, keys and grids stay those of the whole row. `videos`, `labels`, `rewards`: int64, which of the row's video
+    tokens, labels and responses these are.
+
+    Example: a row of 5 tokens over 2 ranks has runs of 0..3 and 3..5, the latter with one token of padding.
+
+    Not a dataclass, because FSDP2 takes dataclasses among a layer's arguments apart.
+    """
+
+    def __init__(self, batch: PackedGroups, group: SequenceGroup) -> None:
+        self.group = group
+        self.num_tokens = batch.num_tokens
+        self.length = -(-batch.num_tokens // group.size)
+        self.start = min(group.index * self.length, batch.num_tokens)
+        self.end = min(self.start + self.length, batch.num_tokens)
+        self.num_labels, self.num_responses = len(batch.labels), batch.num_responses
+        self.videos = self._find(batch.video_positions)
+        self.labels = self._find(batch.label_positions)
+        self.rewards = self._find(batch.reward_positions)
+        padding = (0, self.length - (self.end - self.start))
+        self.batch = dataclasses.replace(
+            batch,
+            input_ids=F.pad(batch.input_ids[self.start : self.end], padding),
+            position_ids=F.pad(batch.position_ids[:, self.start : self.end], padding),
+            video_positions=batch.video_positions[self.videos] - self.start,
+            labels=batch.labels[self.labels],
+            label_positions=batch.label_positions[self.labels] - self.start,
+            label_owner=batch.label_owner[self.labels],
+            reward_positions=batch.reward_positions[self.rewards] - self.start,
+        )
+
+    def _find(self, positions: torch.Tensor) -> torch.Tensor:
+        return ((positions >= self.start) & (positions < self.end)).nonzero().squeeze(1)
+
+    def gather_tokens(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """From the run's [length, heads, dim] to [T, heads / P, dim]: the whole row, for this rank's heads.
+
+        Key and value heads that do not divide into P are repeated until they do.
+        """
+        repeats = math.lcm(key.shape[1], self.group.size) // key.shape[1]
+        if repeats > 1:
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        query, key, value = (self._trade_heads_for_tokens(tensor) for tensor in (query, key, value))
+        return query, key, value
+
+    def _trade_heads_for_tokens(self, tensor: torch.Tensor) -> torch.Tensor:
+        by_rank = tensor.unflatten(1, (self.group.size, -1)).transpose(0, 1)  # [P, length, heads / P, dim]
+        return _Exchange.apply(by_rank, self.group.group).flatten(0, 1)[: self.num_tokens]
+
+    def gather_heads(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The way back, for attention's output: [T, heads / P, dim] to the run's [length, heads, dim]."""
+        padded = F.pad(tensor, (0, 0, 0, 0, 0, self.group.size * self.length - self.num_tokens))
+        by_rank = padded.unflatten(0, (self.group.size, self.length))
+        return _Exchange.apply(by_rank, self.group.group).transpose(0, 1).flatten(1, 2)
+
+    def join_labels(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the run's labels to those of all the row's labels, [L], the same on every rank of the group."""
+        return self._join(values, self.labels, self.num_labels)
+
+    def join_rewards(self, values: torch.Tensor) -> torch.Tensor:
+        """The same for responses, [R]."""
+        return self._join(values, self.rewards, self.num_responses)
+
+    def _join(self, values: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
+        return _Sum.apply(values.new_zeros(count).index_copy(0, places, values), self.group.group)
+
+
+class _Exchange(torch.autograd.Function):
+    """[P, ...]: piece j goes to rank j of the group, whose piece for this rank takes its place. Its own adjoint."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        tensor = tensor.contiguous()
+        received = torch.empty_like(tensor)
+        dist.all_to_all_single(received, tensor, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _Exchange.apply(gradient, ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the group, on every rank. Its own adjoint, because every rank's copy is used."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _Sum.apply(gradient, ctx.group), None
