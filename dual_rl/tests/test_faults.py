@@ -15,7 +15,7 @@ IN_A_STEP = {
     "raise": r"reward function .*spying_reward.py:compute_score raised KeyError: 'no such dimension'",
     "short": r"reward function .* returned 15 items for 16 responses; return one dict per response",
     "nan": r"reward function .*, item 0: 'overall' is nan; return finite numbers only",
-    "remove": r"videos could not be loaded; replace the files or remove the rows\nrow 1, video A: video not found: ",
+    "remove": r"videos could not be loaded; replace the files or remove the rows\nrow \d, video [AB]: video not found: ",
 }
 QUICK = ("kill_worker", "raise")
 AT_THE_START = [
@@ -59,8 +59,8 @@ def test_a_fault_in_a_step_leaves_the_last_checkpoint_whole(fault, uninterrupted
 def test_a_run_continues_after_every_fault(uninterrupted, workplace):
     folder = workplace.root / "run"
     shutil.copytree(uninterrupted[1].folder / "global_step_1", folder / "global_step_1")
-    for fault in ("kill_worker", "nan"):
-        workplace.fault.write_text(f"{fault} 2")
+    for fault, call in (("kill_worker", 2), ("nan", 1)):
+        workplace.fault.write_text(f"{fault} {call}")
         assert_one_message(workplace.run(), IN_A_STEP[fault])
     workplace.fault.unlink()
     run = workplace.run()
@@ -73,7 +73,7 @@ def test_a_run_continues_after_every_fault(uninterrupted, workplace):
     ("settings", "fault", "pattern"),
     [
         ({}, "kill_worker 1", r"rank [01] died in prepare_step\(\): its process was killed"),
-        ({"worker.actor.optim.lr": 1e30}, "", r"rank [01]: step 2: loss .* stopped before the weights were changed"),
+        ({"worker.actor.optim.lr": 1e30}, "", r"rank [01]: step 1: loss .* stopped before the weights were changed"),
     ],
     ids=["a rank dies", "the loss is not finite"],
 )

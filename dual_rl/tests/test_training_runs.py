@@ -197,10 +197,12 @@ def two_nodes() -> Iterator[dict[str, str]]:
 
 @pytest.mark.slow
 def test_two_ray_nodes_train_as_one(two_nodes, uninterrupted, workplace):
-    run = workplace.run(settings={"trainer.nnodes": 2}, **two_nodes)
+    folder = workplace.root / "run"  # Ray reads its variables when it is imported: no fork
+    run = run_command(folder, workplace.arguments(folder, {"trainer.nnodes": 2}), **two_nodes)
     assert run.code == 0, run.output
     assert_same_training(run, workplace, uninterrupted)
 
-    run = workplace.run("more", {"trainer.nnodes": 3, "worker.actor.global_batch_size": 4}, **two_nodes)
+    settings = {"trainer.nnodes": 3, "worker.actor.global_batch_size": 4}
+    run = run_command(folder, workplace.arguments(workplace.root / "more", settings), **two_nodes)
     assert run.code == 1
     assert "asks for 3 node(s) with 1 CPU(s) each, but the Ray cluster has 2 node(s)" in run.output

@@ -105,7 +105,7 @@ def one_rank(bench, folder) -> Outcome:
     return bench.run(Case(KL, save=folder / "of_one"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)  # they work while this process goes through the first tests
 def two_ranks(folder, model, one_rank) -> Iterator[Ranks]:
     cases = {
         name: dataclasses.replace(case, settings={**case.settings, **(ULYSSES if "ulysses" in name else {})})
@@ -324,6 +324,12 @@ def test_training_state_moves_between_one_and_two_ranks(bench, folder, one_rank,
     assert_bit_equal(back.weights, saved.weights)
     assert_bit_equal(back.moments, saved.moments)
     assert_same_update(two_ranks.outcome("continued"), bench.run(Case(KL, load=folder / "of_one")))
+
+
+def test_a_continued_run_may_have_another_learning_rate(bench, folder, one_rank):
+    changed = {**KL, "worker.actor.optim.lr": 3e-4, "worker.actor.optim.head_lr": 2e-4}
+    continued = bench.run(Case(changed, load=folder / "of_one"))
+    assert continued.metrics["actor/lr"] == pytest.approx(3e-4)
 
 
 FOUR_RANKS = {

@@ -198,13 +198,13 @@ def _main(arguments: list[str], console: str, variables: dict[str, str]) -> None
     sys.exit(main(arguments))
 
 
-def run_command(folder: Path, arguments: list[str]) -> Run:
+def run_command(folder: Path, arguments: list[str], **variables: str) -> Run:
     """A run just as users start it, with stdout and stderr together."""
-    variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     result = subprocess.run(
         [sys.executable, "-m", "verl.trainer.main", *arguments],
         cwd=DUAL_RL,
-        env={**variables, "OMP_NUM_THREADS": "1"},
+        env={**environment, "OMP_NUM_THREADS": "1", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

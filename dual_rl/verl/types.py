@@ -69,7 +69,7 @@ class VideoPrompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. `seed` is mixed with each response's key, so that draws depend on neither rank nor batch.
+    """How responses are drawn. `seed` is mixed with each response's key: draws depend on neither rank nor batch.
 
     `n` responses a video, `temperature` 0 for greedy, `top_k` -1 for all tokens, at most `max_tokens` tokens each.
     """

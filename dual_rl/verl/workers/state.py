@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from verl.model.policy import PolicyModel
 
 STATE_FOLDER = "state"
+GROUP_SETTINGS = ("lr", "base_lr", "weight_decay", "betas")  # the run's, which may differ from the saved one's
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -25,6 +26,7 @@ def save_training_state(folder: Path, model: PolicyModel, optimizer: torch.optim
 def load_training_state(folder: Path, model: PolicyModel, optimizer: torch.optim.Optimizer) -> None:
     """Restore what `save_training_state` wrote, in place; every rank takes part.
 
+    Learning rates, betas and weight decay stay those of `optimizer`, not of the saved run.
     Raises ValueError when the folder holds no state (saved with save_model_only) or that of another set-up.
     """
     place = folder / STATE_FOLDER
@@ -41,6 +43,9 @@ def load_training_state(folder: Path, model: PolicyModel, optimizer: torch.optim
         raise ValueError(
             f"{place} does not fit this run (other model, LoRA rank or frozen parts?): {str(error).splitlines()[0]}"
         ) from error
+    own = [{name: group[name] for name in GROUP_SETTINGS} for group in optimizer.param_groups]
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=OPTIONS
     )
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
