@@ -145,7 +145,9 @@ def _probe_videos(pairs: Sequence[PreferencePair], budget: VideoBudget) -> dict[
             return error
 
     with ThreadPoolExecutor(PROBE_THREADS) as pool:
-        return dict(zip(paths, tqdm(pool.map(probe, paths), total=len(paths), desc="videos"), strict=True))
+        return dict(
+            zip(paths, tqdm(pool.map(probe, paths), total=len(paths), desc="videos", disable=None), strict=True)
+        )
 
 
 def _name_video(pair: PreferencePair, side: Side) -> str:

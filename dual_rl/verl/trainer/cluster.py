@@ -35,7 +35,7 @@ class WorkerError(RuntimeError):
 
 
 def connect(settings: TrainerConfig) -> None:
-    """Join the running Ray cluster (RAY_ADDRESS, or `ray start` on this machine), or start one here for this run.
+    """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine for this run.
 
     Raises ValueError when it has too few nodes, GPUs or CPUs for what the configuration asks.
     """
@@ -50,11 +50,11 @@ def connect(settings: TrainerConfig) -> None:
     if address or settings.nnodes > 1:
         try:
             _require_answer(address)
-            ray.init(address=address or "auto", **arguments)
+            ray.init(address=address, **arguments)
         except ConnectionError as error:
-            where = f"at RAY_ADDRESS={address}" if address else "on this machine"
+            reason = f"nothing answers at RAY_ADDRESS={address}" if address else "RAY_ADDRESS is not set"
             raise ValueError(
-                f"no Ray cluster answers {where}: start it with `ray start --head` here and "
+                f"no Ray cluster to join, {reason}: start it with `ray start --head` here and "
                 "`ray start --address=HEAD:6379` on the other nodes, RAY_AUTH_MODE and the token being the "
                 "same everywhere; or unset RAY_ADDRESS and set trainer.nnodes=1"
             ) from error
@@ -65,8 +65,13 @@ def connect(settings: TrainerConfig) -> None:
 
 
 def _require_answer(address: str | None) -> None:
-    """Raise ConnectionError if nothing listens at host:port, for which Ray itself would wait many minutes."""
-    host, separator, port = (address or "").rpartition(":")
+    """Raise ConnectionError if nothing listens at host:port, for which Ray itself would wait many minutes.
+
+    Without an address Ray would join whatever cluster it finds on this machine, perhaps another user's.
+    """
+    if not address:
+        raise ConnectionError("RAY_ADDRESS is not set")
+    host, separator, port = address.rpartition(":")
     if separator and "://" not in host and port.isdigit():
         try:
             socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_SECONDS).close()

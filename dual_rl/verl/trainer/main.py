@@ -43,6 +43,7 @@ def run(config: Config) -> None:
             logger.info("continuing from %s", checkpoint)
             trainer.resume(checkpoint)
         trainer.fit()
+        trainer.workers.call("close")
     finally:
         inputs.loader.close()
         tracker.close()

@@ -137,12 +137,11 @@ def _freeze(model: PolicyModel, dtype: torch.dtype) -> None:
 def build_rollout_engine(config: Config, runtime: PolicyRuntime, folder: Path) -> RolloutEngine:
     """The engine of this rank, without weights yet. `folder`: for its files, which must live as long as the engine."""
     data, checkpoint = config.data, runtime.checkpoint
-    longest = data.max_prompt_length + data.max_response_length
     save_engine_folder(folder, checkpoint, dtype=resolve_precision("auto", runtime.rank.device))
     return build_engine(
         folder,
         config=config.worker.rollout,
-        max_model_len=min(longest, checkpoint.config.text_config.max_position_embeddings),
+        max_model_len=data.max_prompt_length + data.max_response_length,
         forbidden_token_ids=forbidden_token_ids(checkpoint.processor, checkpoint.config.text_config.vocab_size),
         eos_token_id=checkpoint.processor.tokenizer.eos_token_id,
         device=runtime.rank.device,

@@ -152,6 +152,10 @@ class Worker:
         load_training_state(Path(folder) / "actor", self.runtime.actor, self.runtime.optimizer)
         self.hand_over_weights()
 
+    def close(self) -> None:
+        """Remove the engine's files; the process is ended from outside."""
+        self.engine_files.cleanup()
+
     def _build_shard(
         self, mini_batches: Sequence[Sequence[PairRollout]], prompts: Mapping[int, ray.ObjectRef]
     ) -> Shard:
