@@ -5,6 +5,7 @@ a response depends on (seed, step, response) only, so that a resumed run writes 
 """
 
 import logging
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class DualTrainer:
                 metrics = self.update(step, self.judge(batch, kl))
             with self._phase("hand_over", watch):
                 self.workers.call("hand_over_weights")
-            metrics |= self.describe(batch, seconds=watch.total)
+            metrics |= self.describe(batch, kl, seconds=watch.total)
             self.generator.forget()
             if self._is_due(step, settings.val_freq):
                 with self._phase("validate", watch):
@@ -154,13 +155,14 @@ class DualTrainer:
             for name, value in by_rank[0].items()
         }
 
-    def describe(self, batch: ScoredBatch, *, seconds: float) -> dict[str, float]:
-        """Metrics of the step's responses, and of its speed up to the hand-over."""
+    def describe(self, batch: ScoredBatch, kl: dict[ResponseKey, float], *, seconds: float) -> dict[str, float]:
+        """Metrics of the step's responses, of the KL that their rewards lost, and of the speed up to the hand-over."""
         responses = [response for rollout in batch.rollouts for response in rollout.responses]
         return {
             **reward_metrics(batch.rewards),
             **group_metrics(batch.overall()),
             **response_metrics(responses),
+            **({"reward/kl/mean": statistics.fmean(kl.values())} if kl else {}),
             **packing_metrics(batch.rollouts),
             **throughput_metrics(batch.rollouts, seconds=seconds, num_devices=self.workers.world_size),
         }
