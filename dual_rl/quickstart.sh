@@ -7,7 +7,7 @@ stage="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 STAGE1="${STAGE1:-$stage/../cold_start/output/quickstart}"   # what cold_start/quickstart.sh wrote: world/ and stage1/
 WORK="${WORK:-$stage/results/quickstart}"
-STEPS="${STEPS:-80}"
+STEPS="${STEPS:-60}"
 SEED="${SEED:-1}"
 PROCESSES="${PROCESSES:-$(( $(nproc) > 1 ? 2 : 1 ))}"
 SECONDS=0

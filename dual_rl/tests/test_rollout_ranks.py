@@ -83,6 +83,7 @@ def run_ranks(work: Path, *, tensor_parallel_size: int) -> list[list[list[tuple[
     return [torch.load(work / f"ids_{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_two_ranks_have_an_engine_each(model, expected):
     first, second = run_ranks(model.parent, tensor_parallel_size=1)
     assert first + second == expected
