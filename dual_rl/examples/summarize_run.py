@@ -11,6 +11,7 @@ ROWS = {
     "sub-scores right": "val/reward/sub/mean",
     "well-formed answers": "val/reward/format/mean",
     "pair accuracy of the head": "val/gsb_acc",
+    "Bradley-Terry loss": "val/bt_loss",
     "tokens of a thought": "val/response_length/mean",
 }
 TRAINING = {

@@ -1,5 +1,6 @@
 """Metrics of a step against values worked out by hand."""
 
+import math
 import time
 
 import pytest
@@ -92,9 +93,10 @@ def test_pair_accuracy_is_strict_and_leaves_ties_out():
         for side, reward in zip("AB", both, strict=True)
     }
     expected = {"val/num_decided_pairs": 4.0, "val/gsb_acc": 0.5, "val/reward_margin": (1 - 1 + 0 + 4) / 4}
-    assert pair_metrics(pairs, head_rewards) == expected
+    expected["val/bt_loss"] = sum(math.log(1 + math.exp(-margin)) for margin in (1, -1, 0, 4)) / 4
+    assert pair_metrics(pairs, head_rewards) == pytest.approx(expected)
     in_another_order = dict(reversed(head_rewards.items()))
-    assert pair_metrics(pairs[::-1], in_another_order) == expected
+    assert pair_metrics(pairs[::-1], in_another_order) == pytest.approx(expected)
 
 
 def test_pair_accuracy_averages_over_the_responses_of_a_video():
@@ -104,6 +106,7 @@ def test_pair_accuracy_averages_over_the_responses_of_a_video():
         "val/num_decided_pairs": 1.0,
         "val/gsb_acc": 1.0,
         "val/reward_margin": 1.0,
+        "val/bt_loss": pytest.approx((math.log(1 + math.exp(1)) + math.log(1 + math.exp(-3))) / 2),
     }
 
 

@@ -92,23 +92,26 @@ def throughput_metrics(rollouts: Sequence[PairRollout], *, seconds: float, num_d
 def pair_metrics(
     pairs: Sequence[PreferencePair], head_rewards: Mapping[ResponseKey, float], *, prefix: str = "val"
 ) -> dict[str, float]:
-    """How often the head's reward is strictly higher for the preferred video: `gsb_acc`, and the mean margin.
+    """How often the head's reward is strictly higher for the preferred video: `gsb_acc`; mean margin; `bt_loss`.
 
-    Ties and rows without a label are left out. A video's reward is the mean over its responses; of two equal rewards
-    neither is preferred, which counts as wrong. Without a single preference there is no `gsb_acc`.
+    Ties and rows without a label are left out. For accuracy and margin a video's reward is the mean over its
+    responses; of two equal rewards neither is preferred, which counts as wrong. `bt_loss` is Bradley-Terry's over the
+    response pairs (A_i, B_i), as in training. Without a single preference there is only their number.
     """
-    by_video: dict[VideoKey, list[float]] = defaultdict(list)
+    by_video: dict[VideoKey, dict[int, float]] = defaultdict(dict)
     for key, reward in head_rewards.items():
-        by_video[key.video].append(reward)
-    margins = []
+        by_video[key.video][key.sample] = reward
+    margins, losses = [], []
     for pair in pairs:
         if pair.preference:
-            reward_a, reward_b = (float(np.mean(by_video[VideoKey(pair.pair_id, side)])) for side in SIDES)
-            margins.append(pair.preference * (reward_a - reward_b))
+            a, b = (by_video[VideoKey(pair.pair_id, side)] for side in SIDES)
+            margins.append(pair.preference * float(np.mean(list(a.values())) - np.mean(list(b.values()))))
+            losses += [float(np.logaddexp(0.0, -pair.preference * (a[sample] - b[sample]))) for sample in a]
     metrics = {f"{prefix}/num_decided_pairs": float(len(margins))}
     if margins:
         metrics[f"{prefix}/gsb_acc"] = sum(margin > 0 for margin in margins) / len(margins)
         metrics[f"{prefix}/reward_margin"] = float(np.mean(margins))
+        metrics[f"{prefix}/bt_loss"] = float(np.mean(losses))
     return metrics
 
 
