@@ -96,8 +96,12 @@ def test_engines_agree_on_greedy_responses(engines, prompts):
     written = {}
     for name, engine in engines.items():
         engine.load_weights(tiny_weights().items())
-        written[name] = ids_of(engine.generate(prompts, GREEDY))
+        written[name] = {
+            penalty: ids_of(engine.generate(prompts, dataclasses.replace(GREEDY, repetition_penalty=penalty)))
+            for penalty in (1.0, 1.5)
+        }
     assert written["vllm"] == written["hf"]
+    assert written["vllm"][1.0] != written["vllm"][1.5]
 
 
 def test_draws_are_the_same_again(engine, prompts):
@@ -265,11 +269,11 @@ def test_prompts_that_keep_the_marks_around_a_video_are_written(engines, prompts
     start, end = ids[video_start : video_start + 1], ids[video_end : video_end + 1]
     kept = torch.cat([ids[:video_start], start, ids[video_start : video_end + 1], end, ids[video_end + 1 :]])
     prompt = dataclasses.replace(prompts[0], input_ids=kept)
-    engine.wraps_video = None  # as before the first prompt
+    engine.form.wraps_video = None  # as before the first prompt
     try:
         responses = engine.generate([prompt], WRITING)
     finally:
-        engine.wraps_video = None
+        engine.form.wraps_video = None
     assert largest_difference(rescorer, [prompt], responses) < TOLERANCE
 
 

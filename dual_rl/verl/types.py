@@ -72,6 +72,8 @@ class Sampling:
     """How responses are drawn. `seed` is mixed with each response's key: draws depend on neither rank nor batch.
 
     `n` responses a video, `temperature` 0 for greedy, `top_k` -1 for all tokens, at most `max_tokens` tokens each.
+    `repetition_penalty`: logits of tokens that stand in prompt or response already are divided by it where positive
+    and multiplied where negative (CTRL, Keskar et al. 2019); 1 for none.
     """
 
     n: int
@@ -80,6 +82,7 @@ class Sampling:
     top_k: int
     max_tokens: int
     seed: int
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from verl.data.pair_csv import CsvError
 from verl.data.scored_sequence import SequenceBuilder
-from verl.data.vision_process import VideoBudget, VideoError, VideoHeader, load_video, probe_video
+from verl.data.vision_process import VideoBudget, VideoError, VideoFrames, VideoHeader, load_video, probe_video
 from verl.types import SIDES, PreferencePair, Side, VideoKey, VideoPrompt
 
 logger = logging.getLogger(__name__)
@@ -23,12 +23,11 @@ PROBE_THREADS = 8
 LENGTH_REMEDY = "lower data.video_fps or data.max_pixels, raise data.max_prompt_length"
 
 
-class PairLoader:
-    """Decodes and tokenises pairs in threads.
+class VideoLoader:
+    """Decodes and tokenises videos in threads.
 
-    `prefetch` starts the work and returns at once; `get` waits for it. What was fetched is handed over once and not
-    kept. Decoding releases the interpreter; tokenising is guarded by a lock, since tokenizers must not run in two
-    threads at a time. Close it, or use it as a context manager.
+    Decoding releases the interpreter; tokenising is guarded by a lock, since tokenizers must not run in two threads at
+    a time. Close it, or use it as a context manager.
     """
 
     def __init__(self, builder: SequenceBuilder, budget: VideoBudget, *, num_threads: int = 4) -> None:
@@ -36,6 +35,37 @@ class PairLoader:
         self.budget = budget
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self._lock = threading.Lock()
+
+    def submit(self, key: VideoKey, problem: str, video: str | VideoFrames) -> Future[VideoPrompt]:
+        """Start on a video, a path or frames already sampled; the future raises VideoError or ValueError."""
+        return self._pool.submit(self._load, key, problem, video)
+
+    def close(self) -> None:
+        """Drop what has not begun and stop the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _load(self, key: VideoKey, problem: str, video: str | VideoFrames) -> VideoPrompt:
+        if not isinstance(video, VideoFrames):
+            video = load_video(video, self.budget, size_factor=self.builder.size_factor)
+        with self._lock:
+            return self.builder.encode_prompt(key, problem, video)
+
+
+class PairLoader(VideoLoader):
+    """Prepares pairs ahead of the step that needs them.
+
+    `prefetch` starts the work and returns at once; `get` waits for it. What was fetched is handed over once and not
+    kept.
+    """
+
+    def __init__(self, builder: SequenceBuilder, budget: VideoBudget, *, num_threads: int = 4) -> None:
+        super().__init__(builder, budget, num_threads=num_threads)
         self._pending: dict[VideoKey, Future[VideoPrompt]] = {}
 
     def prefetch(self, pairs: Sequence[PreferencePair]) -> None:
@@ -44,7 +74,7 @@ class PairLoader:
             for side, path in zip(SIDES, pair.videos, strict=True):
                 key = VideoKey(pair.pair_id, side)
                 if key not in self._pending:
-                    self._pending[key] = self._pool.submit(self._load, key, pair.problem, path)
+                    self._pending[key] = self.submit(key, pair.problem, path)
 
     def get(self, pairs: Sequence[PreferencePair]) -> list[tuple[VideoPrompt, VideoPrompt]]:
         """The two prompts of every pair, in order; decodes now what was not prefetched.
@@ -69,19 +99,8 @@ class PairLoader:
 
     def close(self) -> None:
         """Drop what is pending and stop the threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        super().close()
         self._pending.clear()
-
-    def __enter__(self) -> "PairLoader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _load(self, key: VideoKey, problem: str, path: str) -> VideoPrompt:
-        video = load_video(path, self.budget, size_factor=self.builder.size_factor)
-        with self._lock:
-            return self.builder.encode_prompt(key, problem, video)
 
 
 def check_pairs(

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 
 import decord
+import numpy as np
 import torch
 from qwen_vl_utils.vision_process import VIDEO_READER_BACKENDS, smart_resize
 from torchvision.transforms import InterpolationMode
@@ -135,6 +136,34 @@ def load_video(path: str | os.PathLike, budget: VideoBudget, *, size_factor: int
         source_fps=float(metadata["fps"]),
         frame_indices=tuple(int(index) for index in metadata["frames_indices"]),
         total_frames=int(metadata["total_num_frames"]),
+    )
+
+
+def sample_frames(
+    frames: np.ndarray | torch.Tensor, *, fps: float, budget: VideoBudget, size_factor: int = 32
+) -> VideoFrames:
+    """The same as `load_video`, of a clip that is in memory: all its frames, `fps` of them a second.
+
+    `frames`: uint8, an array [num_frames, height, width, 3] or a tensor [num_frames, 3, height, width]. Raises
+    VideoError for another dtype or shape, or too few frames.
+    """
+    clip = (
+        torch.from_numpy(frames).permute(0, 3, 1, 2) if isinstance(frames, np.ndarray) and frames.ndim == 4 else frames
+    )
+    if not isinstance(clip, torch.Tensor) or clip.ndim != 4 or clip.shape[1] != 3 or clip.dtype != torch.uint8:
+        raise VideoError(
+            f"frames of shape {tuple(frames.shape)} and {frames.dtype}: give a uint8 array [frames, height, width, 3] "
+            "or a uint8 tensor [frames, 3, height, width]"
+        )
+    total, _, height, width = clip.shape
+    header = VideoHeader(width=width, height=height, total_frames=total, fps=fps)
+    _require_frames("the clip in memory", total, budget.min_frames)
+    indices = torch.linspace(0, total - 1, num_sampled_frames(header, budget)).round().long()
+    return VideoFrames(
+        frames=resize_frames(clip[indices], budget, size_factor=size_factor),
+        source_fps=float(fps),
+        frame_indices=tuple(indices.tolist()),
+        total_frames=total,
     )
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +25,20 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLCon
 
 from verl.data.scored_sequence import DEFAULT_FORMAT_PROMPT, REWARD_TOKEN, reward_token_id
 from verl.data.vision_process import VideoBudget
-from verl.model.weight_shards import SHARD_BYTES, WEIGHTS_FILE, WEIGHTS_INDEX_FILE, save_shards
+from verl.model.weight_shards import (
+    SHARD_BYTES,
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX_FILE,
+    iterate_shards,
+    save_shards,
+)
 
 HEAD_FILE, CONFIG_FILE = "rm_head.pth", "reward_config.json"
 ADAPTER_CONFIG_FILE, TUNED_FILE = "adapter_config.json", "tuned_weights.safetensors"
 HEAD_KEY = "rm_head.weight"
 HEAD_KEYS = (HEAD_KEY, f"base_model.model.{HEAD_KEY}")
 ROW_KEY, EMBEDDING_KEY = "reward_embedding", "model.language_model.embed_tokens.weight"
+OUTPUT_KEY = "lm_head.weight"
 EMBEDDING_ROWS_MULTIPLE = 64
 
 logger = logging.getLogger(__name__)
@@ -69,15 +76,12 @@ def load_checkpoint(
     what is missing and how to come by it.
     """
     processor = _load_processor(model_path)
-    folder = Path(model_path) if os.path.isdir(model_path) else Path(snapshot_download(str(model_path)))
+    _require_reward_token(processor, model_path)
+    folder = find_folder(model_path)
     values = _read_reward_config(folder)
     source = _find_base(values["base_model"], folder) if values.get("base_model") else folder
-    config = _load_config(source)
-    text = config.text_config
-    rows = len(processor.tokenizer)
-    if text.vocab_size < rows:  # as resize_token_embeddings(rows, pad_to_multiple_of=64) does
-        text.vocab_size = -(-rows // EMBEDDING_ROWS_MULTIPLE) * EMBEDDING_ROWS_MULTIPLE
-    head = load_head(_find_head(folder, head_path), hidden_size=text.hidden_size)
+    config = _load_config(source, num_tokens=len(processor.tokenizer))
+    head = load_head(_find_head(folder, head_path), hidden_size=config.text_config.hidden_size)
     token_id = reward_token_id(processor.tokenizer)
     weights = _load_weights(source, folder, config, token_id=token_id, dtype=dtype) if with_weights else None
     return PolicyCheckpoint(
@@ -92,18 +96,73 @@ def load_checkpoint(
     )
 
 
+def load_base(model_path: str | os.PathLike, *, seed: int) -> PolicyCheckpoint:
+    """A plain Qwen3-VL as stage 1 would start from it, without its weights: `<Reward>` added, its row the mean of the
+    others, and a fresh head drawn with `seed`. Its rewards mean nothing; they are what training is compared with.
+    """
+    processor = _load_processor(model_path)
+    processor.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
+    token_id = reward_token_id(processor.tokenizer)
+    folder = find_folder(model_path)
+    config = _load_config(folder, num_tokens=len(processor.tokenizer))
+    hidden_size = config.text_config.hidden_size
+    generator = torch.Generator().manual_seed(seed)
+    with _open_embedding(folder) as file:
+        row = file.get_slice(EMBEDDING_KEY)[:token_id].float().mean(dim=0)
+    return PolicyCheckpoint(
+        config=config,
+        generation_config=_load_generation_config(folder, config),
+        processor=processor,
+        video_budget=VideoBudget(**_read_reward_config(folder).get("video", {})),
+        format_prompt=DEFAULT_FORMAT_PROMPT,
+        reward_embedding=row,
+        head_weight=torch.randn(1, hidden_size, generator=generator) / (hidden_size + 1) ** 0.5,
+    )
+
+
+def stream_weights(
+    model_path: str | os.PathLike, checkpoint: PolicyCheckpoint, *, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pairs of Hugging Face name and whole weight, on the CPU in `dtype`, the `<Reward>` row in place.
+
+    `checkpoint`: of the same path, read by `load_checkpoint` or `load_base`. Stage 1's adapters are merged first,
+    which takes the whole model in host memory; complete folders are read weight by weight.
+    """
+    folder = find_folder(model_path)
+    base_model = _read_reward_config(folder).get("base_model")
+    token_id = reward_token_id(checkpoint.processor.tokenizer)
+    if base_model:
+        source = _find_base(base_model, folder)
+        yield from _load_weights(source, folder, checkpoint.config, token_id=token_id, dtype=dtype).items()
+        return
+    num_rows = checkpoint.config.text_config.vocab_size
+    for name, tensor in iterate_shards(folder, dtype=dtype):
+        if name in (EMBEDDING_KEY, OUTPUT_KEY) and len(tensor) < num_rows:
+            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, num_rows - len(tensor)))
+        if name == EMBEDDING_KEY:
+            tensor = tensor.clone()
+            tensor[token_id] = checkpoint.reward_embedding.to(dtype)
+        yield name, tensor
+
+
+def find_folder(model_path: str | os.PathLike) -> Path:
+    """The folder itself, or the local copy of a model on the hub."""
+    return Path(model_path) if os.path.isdir(model_path) else Path(snapshot_download(str(model_path)))
+
+
 def _load_processor(model_path: str | os.PathLike):
-    """The processor, with `<Reward>` among its tokens."""
     try:
-        processor = AutoProcessor.from_pretrained(model_path)
+        return AutoProcessor.from_pretrained(model_path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{model_path} holds no processor that loads: {str(error).splitlines()[0]}") from error
+
+
+def _require_reward_token(processor, model_path: str | os.PathLike) -> None:
     if REWARD_TOKEN not in processor.tokenizer.get_vocab():
         raise ValueError(
             f"{model_path} is no reward model: it does not know {REWARD_TOKEN!r}. Train it in stage 1 first, "
             f"MODEL_PATH={model_path} bash cold_start/train.sh, and give the checkpoint-N it writes as model_path"
         )
-    return processor
 
 
 def _read_reward_config(folder: Path) -> dict:
@@ -121,13 +180,17 @@ def _read_reward_config(folder: Path) -> dict:
     return values
 
 
-def _load_config(source: Path | str) -> Qwen3VLConfig:
+def _load_config(source: Path | str, *, num_tokens: int) -> Qwen3VLConfig:
+    """The model's config, with as many embedding rows as `num_tokens` need."""
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} is no model that transformers can load: {str(error).splitlines()[0]}") from error
     if config.model_type != "qwen3_vl":
         raise ValueError(f"{source} is a {config.model_type!r} model; this project needs a Qwen3-VL one (qwen3_vl)")
+    text = config.text_config
+    if text.vocab_size < num_tokens:  # as resize_token_embeddings(num_tokens, pad_to_multiple_of=64) does
+        text.vocab_size = -(-num_tokens // EMBEDDING_ROWS_MULTIPLE) * EMBEDDING_ROWS_MULTIPLE
     return config
 
 
@@ -180,10 +243,15 @@ def _load_reward_row(folder: Path, token_id: int) -> torch.Tensor:
     if (folder / TUNED_FILE).is_file():
         with safe_open(folder / TUNED_FILE, framework="pt") as file:
             return file.get_tensor(ROW_KEY).float()
+    with _open_embedding(folder) as file:
+        return file.get_slice(EMBEDDING_KEY)[token_id].float()
+
+
+def _open_embedding(folder: Path):
+    """The open safetensors file that holds the embedding."""
     index = folder / WEIGHTS_INDEX_FILE
     name = json.loads(index.read_text())["weight_map"][EMBEDDING_KEY] if index.is_file() else WEIGHTS_FILE
-    with safe_open(folder / name, framework="pt") as file:
-        return file.get_slice(EMBEDDING_KEY)[token_id].float()
+    return safe_open(folder / name, framework="pt")
 
 
 def _load_weights(

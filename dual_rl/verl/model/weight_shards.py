@@ -1,10 +1,11 @@
-"""Weights that arrive one by one, written as Hugging Face safetensors without ever being in memory together."""
+"""Hugging Face safetensors, written and read weight by weight without all of them ever being in memory together."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 WEIGHTS_FILE, WEIGHTS_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -47,3 +48,15 @@ def save_shards(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], *, sh
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / WEIGHTS_INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     return dtype
+
+
+def iterate_shards(folder: Path, *, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pairs of name and weight, on the CPU in `dtype`. Raises ValueError when the folder holds no safetensors."""
+    index = folder / WEIGHTS_INDEX_FILE
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS_FILE]
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"no weights at {folder / name}: the model folder is incomplete, copy it again")
+        with safe_open(folder / name, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118, it is no dict
+                yield key, file.get_tensor(key).to(dtype)

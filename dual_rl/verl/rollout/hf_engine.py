@@ -16,6 +16,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     Qwen3VLForConditionalGeneration,
+    RepetitionPenaltyLogitsProcessor,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -91,7 +92,7 @@ class HfEngine:
     def _generate_batch(self, prompts: Sequence[VideoPrompt], sampling: Sampling) -> list[list[Response]]:
         keys = [ResponseKey(*prompt.key, sample) for prompt in prompts for sample in range(sampling.n)]
         draws = SeededDraws(sampling, keys, forbidden_token_ids=self.forbidden_token_ids)
-        inputs = self._left_padded([prompt for prompt in prompts for _ in range(sampling.n)])
+        inputs = self.left_padded([prompt for prompt in prompts for _ in range(sampling.n)])
         output = self.model.generate(
             **inputs,
             logits_processor=LogitsProcessorList([draws]),
@@ -117,15 +118,24 @@ class HfEngine:
             log_probs=log_probs[: length + int(is_finished)].clone(),
         )
 
-    def _left_padded(self, prompts: Sequence[VideoPrompt]) -> dict[str, torch.Tensor]:
-        """Inputs of transformers' `generate`; token tensors int64 [num_prompts, longest]."""
-        longest = max(prompt.input_ids.numel() for prompt in prompts)
+    def left_padded(
+        self, prompts: Sequence[VideoPrompt], continuations: Sequence[Sequence[int]] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Inputs of transformers' `generate` and forward; token tensors int64 [num_prompts, longest].
+
+        `continuations`: ids that follow each prompt, none by default.
+        """
+        continuations = [()] * len(prompts) if continuations is None else continuations
+        rows = [
+            torch.cat([prompt.input_ids, torch.tensor(ids, dtype=torch.long)])
+            for prompt, ids in zip(prompts, continuations, strict=True)
+        ]
+        longest = max(row.numel() for row in rows)
         input_ids = torch.full((len(prompts), longest), self.builder.tokenizer.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):
-            start = longest - prompt.input_ids.numel()
-            input_ids[row, start:] = prompt.input_ids
-            attention_mask[row, start:] = 1
+        for number, row in enumerate(rows):
+            input_ids[number, longest - row.numel() :] = row
+            attention_mask[number, longest - row.numel() :] = 1
         pixel_values = {prompt.key: self.builder.pixel_values(prompt, self.device) for prompt in prompts}
         inputs = {
             "input_ids": input_ids,
@@ -148,6 +158,9 @@ class SeededDraws(LogitsProcessor):
         self.temperature = sampling.temperature
         self.forbidden_token_ids = forbidden_token_ids
         self.log_probs: list[torch.Tensor] = []
+        self.penalties: list[LogitsProcessor] = []
+        if sampling.repetition_penalty != 1:
+            self.penalties = [RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
         self.cuts: list[LogitsProcessor] = []
         if self.temperature > 0:
             self.cuts += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k > 0 else []
@@ -156,7 +169,10 @@ class SeededDraws(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """`scores`: logits [num_rows, vocab]; returns fp32 of the same shape."""
-        logits = scores.float().index_fill(1, self.forbidden_token_ids, -torch.inf)
+        logits = scores.float()
+        for penalty in self.penalties:
+            logits = penalty(input_ids, logits)
+        logits = logits.index_fill(1, self.forbidden_token_ids, -torch.inf)
         if self.temperature > 0:
             logits = logits / self.temperature
         for cut in self.cuts:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from verl.rollout.engine import check_lengths, video_seed
+from verl.rollout.vllm_prompts import PromptForm, require_same_prompt
 from verl.rollout.vllm_start import prepare_environment, process_state_kept, random_state_kept, start_llm
 from verl.trainer.config import RolloutConfig
 from verl.types import Response, ResponseKey, Sampling, VideoPrompt
@@ -39,23 +39,17 @@ class VllmEngine:
         self.eos_token_id = eos_token_id
         self.can_sleep = device.type == "cuda"
         self.num_videos = 0
-        self.wraps_video: bool | None = None  # see _learn_prompt_form
         prepare_environment(config, device)
         with process_state_kept(device):
             self.llm = start_llm(folder, config, max_model_len, forbidden_token_ids, device)
-        hf_config = AutoConfig.from_pretrained(folder)
-        start, pad, end = self.llm.get_tokenizer().convert_ids_to_tokens(
-            [hf_config.vision_start_token_id, hf_config.video_token_id, hf_config.vision_end_token_id]
-        )
-        self.placeholder, self.wrapped_placeholder = f"{start}{pad}{end}", f"{start}{start}{pad}{end}{end}"
+        self.form = PromptForm(folder, self.llm.get_tokenizer())
 
     def generate(self, prompts: Sequence[VideoPrompt], sampling: Sampling) -> list[list[Response]]:
         """See `RolloutEngine`. Raises ValueError when vLLM makes other token ids of a prompt than the trainer."""
         check_lengths(prompts, sampling, self.max_model_len)
         if not prompts:
             return []
-        if self.wraps_video is None:
-            self._learn_prompt_form(prompts[0])
+        self.form.learn(prompts[0], self._read_prompt)
         requests = [self._request(prompt) for prompt in prompts]
         parameters = [self._sampling_parameters(prompt, sampling) for prompt in prompts]
         with random_state_kept():
@@ -64,7 +58,7 @@ class VllmEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See `RolloutEngine`."""
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _with_output_layer(weights)})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": with_output_layer(weights)})
         self._forget()
 
     def sleep(self) -> None:
@@ -89,37 +83,19 @@ class VllmEngine:
         self.llm.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
 
-    def _learn_prompt_form(self, prompt: VideoPrompt) -> None:
-        """Find the text of which vLLM makes the trainer's tokens.
-
-        transformers from 5.10 on expands the video token alone and keeps the vision start and end around it; vLLM as
-        old as 0.24 replaces all three. There a second start and end around them give the same tokens.
-        """
+    def _read_prompt(self, request: dict) -> Sequence[int]:
+        """The prompt's ids as vLLM makes them of a request."""
         from vllm import SamplingParams
 
         greedy_token = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-        token_ids = {}
-        for wraps_video in (False, True):
-            self.wraps_video = wraps_video
-            with random_state_kept():
-                (output,) = self.llm.generate([self._request(prompt)], greedy_token, use_tqdm=False)
-            token_ids[wraps_video] = output.prompt_token_ids
-            if list(output.prompt_token_ids) == prompt.input_ids.tolist():
-                return
-        self.wraps_video = None
-        _require_same_prompt(prompt, token_ids[False])
+        with random_state_kept():
+            (output,) = self.llm.generate([request], greedy_token, use_tqdm=False)
+        return output.prompt_token_ids
 
     def _request(self, prompt: VideoPrompt) -> dict:
         """vLLM's form of a prompt. Its identifier is new each time: no feature outlives the weights it came from."""
         self.num_videos += 1
-        frames = prompt.video.frames.permute(0, 2, 3, 1).contiguous().numpy()
-        metadata = {**prompt.video.metadata, "do_sample_frames": False}
-        text = prompt.text.replace(self.placeholder, self.wrapped_placeholder) if self.wraps_video else prompt.text
-        return {
-            "prompt": text,
-            "multi_modal_data": {"video": [(frames, metadata)]},
-            "multi_modal_uuids": {"video": [f"video-{self.num_videos}"]},
-        }
+        return self.form.request(prompt, video_id=f"video-{self.num_videos}")
 
     def _sampling_parameters(self, prompt: VideoPrompt, sampling: Sampling):
         from vllm import SamplingParams
@@ -130,6 +106,7 @@ class VllmEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_tokens,
             seed=None if is_greedy else video_seed(sampling, prompt.key),  # vLLM adds the sample's number
             logprobs=0,  # of the drawn token only
@@ -139,7 +116,7 @@ class VllmEngine:
         )
 
     def _responses(self, prompt: VideoPrompt, output, sampling: Sampling) -> list[Response]:
-        _require_same_prompt(prompt, output.prompt_token_ids)
+        require_same_prompt(prompt, output.prompt_token_ids)
         completions = sorted(output.outputs, key=lambda completion: completion.index)
         if sampling.temperature == 0:
             completions = completions * sampling.n
@@ -161,7 +138,7 @@ class VllmEngine:
         )
 
 
-def _with_output_layer(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def with_output_layer(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights, and those of the output layer where they are the embedding's and have no name of their own.
 
     vLLM's reloading treats a tied output layer as one by itself: on CPUs it would keep what it packed at the start.
@@ -181,16 +158,3 @@ def _zero_deepstack_buffers(worker) -> None:
     """Restore what level 2 sleep forgets: the zeros in the model's deepstack buffers, which no state dict holds."""
     for buffer in getattr(worker.model_runner.model, "deepstack_input_embeds", None) or ():
         buffer.zero_()
-
-
-def _require_same_prompt(prompt: VideoPrompt, engine_ids: Sequence[int]) -> None:
-    trainer_ids = prompt.input_ids.tolist()
-    if list(engine_ids) == trainer_ids:
-        return
-    pairs = enumerate(zip(engine_ids, trainer_ids, strict=False))
-    place = next((i for i, (theirs, ours) in pairs if theirs != ours), min(len(engine_ids), len(trainer_ids)))
-    raise ValueError(
-        f"pair {prompt.key.pair_id}, video {prompt.key.side}: vLLM reads a prompt of {len(engine_ids)} tokens, the "
-        f"trainer one of {len(trainer_ids)}, different from token {place} on. The versions of vllm and transformers "
-        f"do not fit together: install those of requirements.txt, or set worker.rollout.name=hf"
-    )

@@ -47,8 +47,12 @@ def start_llm(
     max_model_len: int,
     forbidden_token_ids: Sequence[int],
     device: torch.device,
+    **overrides: object,
 ):
-    """A `vllm.LLM` whose weights are all zero; arguments as of `verl.rollout.engine.build_engine`."""
+    """A `vllm.LLM` whose weights are all zero; arguments as of `verl.rollout.engine.build_engine`.
+
+    `overrides`: arguments of `vllm.LLM` that take the place of these.
+    """
     import vllm
 
     _register_loader()
@@ -61,29 +65,30 @@ def start_llm(
         # A prompt cut in two would make vLLM rewind its request's random generator, which CPU generators cannot.
         on_device = {"block_size": CPU_BLOCK_SIZE, "enable_chunked_prefill": False}
         num_batched_tokens = max(num_batched_tokens, max_model_len)
-    return vllm.LLM(
-        model=str(folder),
-        load_format=NO_WEIGHTS,
-        dtype=engine_dtype(config, device),
-        seed=config.seed,
-        max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=num_batched_tokens,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        tensor_parallel_size=config.tensor_parallel_size,
-        distributed_executor_backend="external_launcher" if is_distributed else None,
-        disable_custom_all_reduce=True,  # each process may see its own GPU only
-        enforce_eager=config.enforce_eager or device.type == "cpu",
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",
-        logits_processors=[_forbidding(forbidden_token_ids)],
-        generation_config="vllm",  # not the folder's: sampling is what `Sampling` says
-        limit_mm_per_prompt={"image": 0, "video": 1},
-        mm_processor_kwargs={"do_resize": False},  # frames come sampled and resized
-        mm_processor_cache_gb=0,  # each video is asked for once
-        disable_log_stats=True,
+    arguments: dict[str, object] = {
+        "model": str(folder),
+        "load_format": NO_WEIGHTS,
+        "dtype": engine_dtype(config, device),
+        "seed": config.seed,
+        "max_model_len": max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": num_batched_tokens,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "distributed_executor_backend": "external_launcher" if is_distributed else None,
+        "disable_custom_all_reduce": True,  # each process may see its own GPU only
+        "enforce_eager": config.enforce_eager or device.type == "cpu",
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "logits_processors": [_forbidding(forbidden_token_ids)],
+        "generation_config": "vllm",  # not the folder's: sampling is what `Sampling` says
+        "limit_mm_per_prompt": {"image": 0, "video": 1},
+        "mm_processor_kwargs": {"do_resize": False},  # frames come sampled and resized
+        "mm_processor_cache_gb": 0,  # each video is asked for once
+        "disable_log_stats": True,
         **on_device,
-    )
+    }
+    return vllm.LLM(**(arguments | overrides))
 
 
 def _register_loader() -> None:

@@ -1,0 +1,250 @@
+"""Benchmark CSVs: the pairs (or single videos) that inference scores, in the columns that each benchmark came with.
+
+Everything is read and checked before a model is loaded. Each distinct (video, problem) becomes one item, however many
+rows name it; rows hold ids of items. Cells are not kept: `iterate_cells` streams them again for the file of results.
+"""
+
+import csv
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from sys import intern
+from typing import Literal
+
+from verl.data.answers import parse_annotation, parse_label
+from verl.data.pair_csv import BARE_PROMPT_COLUMN, CsvError
+from verl.data.scored_sequence import judge_problem
+
+BenchType = Literal["tabench", "videoalign", "genai", "react", "videofeedback"]
+PROBLEM_COLUMN = "problem"  # where a row has it, it takes the place of the judge prompt around `prompt`
+VOTES = {"leftvote": "A", "rightvote": "B", "tievote": "same", "bothbad_vote": "same"}
+BLANK = ("", "nan")
+MAX_CELL_CHARS = 2**31 - 1  # Python's own limit is 131072
+RAGGED = "not as many cells as the header line has; quote cells that hold commas or line breaks"
+_NO_TEXT = re.compile(r"[\0\udc80-\udcff]")  # NUL, and what surrogateescape makes of bytes that are not UTF-8
+
+
+@dataclass(frozen=True)
+class BenchFormat:
+    """What is particular to a format. All have `prompt` or `problem`; other columns, such as fps_A, are not read.
+
+    `video_columns`: A and B, or the one of single videos. `model_columns`: who made A and B, optional.
+    `label_columns`: names, `*` standing for any text; a file needs at least one. `parse`: text of a label -> +1 when
+    A is better, -1 when B is, 0 for a tie, None for `invalid`; raises ValueError for anything else.
+    """
+
+    video_columns: tuple[str, ...]
+    model_columns: tuple[str, ...] = ()
+    label_columns: tuple[str, ...] = ()
+    parse: Callable[[str], int | None] = parse_label
+
+    def find_labels(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """The label columns among `columns`, in their order."""
+        return tuple(name for name in columns if any(fnmatchcase(name, label) for label in self.label_columns))
+
+    def find_missing(self, columns: Sequence[str]) -> list[str]:
+        """What a file with these columns lacks, in words; empty when it is of this format."""
+        missing = [column for column in self.video_columns if column not in columns]
+        if BARE_PROMPT_COLUMN not in columns and PROBLEM_COLUMN not in columns:
+            missing.append(BARE_PROMPT_COLUMN)
+        if self.label_columns and not self.find_labels(columns):
+            missing.append(" or ".join(self.label_columns))
+        return missing
+
+
+BENCH_FORMATS: dict[BenchType, BenchFormat] = {
+    "tabench": BenchFormat(("video_A", "video_B"), (), ("answer",), lambda text: parse_annotation(text).preference),
+    "videoalign": BenchFormat(("path_A", "path_B"), ("A_model", "B_model"), ("VQ", "MQ", "TA", "Overall")),
+    "genai": BenchFormat(
+        ("left_video_path", "right_video_path"),
+        ("left_model", "right_model"),
+        ("vote_type",),
+        lambda text: parse_label(VOTES.get(text.lower(), text)),
+    ),
+    "react": BenchFormat(("path_A", "path_B"), ("A_model", "B_model"), ("GSB_*",)),
+    "videofeedback": BenchFormat(("video_path",)),  # not video_fps: clips are sampled by the checkpoint's own budget
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BenchItem:
+    """One distinct (video, problem), scored once: its `compute_item_id`, absolute path and user turn."""
+
+    item_id: str
+    video: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """One row. `item_ids`: of A and B, or of the single video. `labels`: in the order of `Bench.label_columns`, each
+    +1, -1, 0 or None as from `BenchFormat.parse`. `models`: who made A and B, None where the file does not say.
+
+    With label columns VQ, Overall: BenchRow(("0f3a61c2d4e5b697", "b1c8800a72f35d4e"), (1, None), ("sora", "kling"))
+    """
+
+    item_ids: tuple[str, ...]
+    labels: tuple[int | None, ...]
+    models: tuple[str, str] | None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark file. `rows` and `iterate_cells(path)` have the same order; `items` has that of first mention.
+
+    `num_duplicate_rows`: rows with the items and labels of an earlier one; they stay in `rows`. `missing`: item_id ->
+    "video not found: PATH" for items that cannot be scored.
+    """
+
+    path: str
+    bench_type: BenchType
+    label_columns: tuple[str, ...]
+    items: dict[str, BenchItem]
+    rows: list[BenchRow]
+    num_duplicate_rows: int
+    missing: dict[str, str]
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether rows compare two videos; a benchmark of single videos has no labels either."""
+        return len(BENCH_FORMATS[self.bench_type].video_columns) == 2
+
+
+def compute_item_id(video: str, *, problem: str) -> str:
+    """16 hex digits of the path in the CSV ("./a.mp4" is "a.mp4") and the problem. They last when the data move."""
+    return blake2b(f"{os.path.normpath(video)}\0{problem}".encode(), digest_size=8).hexdigest()
+
+
+def read_bench(path: str | os.PathLike, bench_type: BenchType, *, video_root: str | None = None) -> Bench:
+    """Read and check a benchmark CSV.
+
+    Relative video paths start from `video_root`, by default the CSV's folder. A label or model name that is empty or
+    "nan" counts as none. Videos that do not exist are listed in `Bench.missing`. Raises CsvError for a file that is no
+    UTF-8 CSV with this format's columns, or that lists all faults of the rows (counted from 1, without the header).
+    """
+    if video_root and not Path(video_root).is_dir():
+        raise CsvError(path, [f"video_root {video_root} is no folder; give the one that video paths start from"])
+    root = Path(video_root or Path(path).parent).resolve()
+    table = _read_table(path)
+    columns = tuple(next(table)[1])
+    _require_columns(path, columns, bench_type)
+    builder = _BenchBuilder(BENCH_FORMATS[bench_type], columns, root)
+    problems: list[str] = []
+    for number, (line, cells) in enumerate(table, start=1):
+        problems += [f"row {number} (line {line}): {fault}" for fault in builder.add_row(cells)]
+    items, rows = builder.items, builder.rows
+    if not rows and not problems:
+        problems.append("no rows; add at least one")
+    absent = {video for video in {item.video for item in items.values()} if not os.path.isfile(video)}
+    missing = {item.item_id: f"video not found: {item.video}" for item in items.values() if item.video in absent}
+    if items and len(missing) == len(items):
+        problems.append(f"none of the videos exists, {min(absent)} for one; paths start from {root}: set video_root")
+    if problems:
+        raise CsvError(path, problems)
+    num_duplicate_rows = len(rows) - len({(row.item_ids, row.labels) for row in rows})
+    return Bench(str(path), bench_type, builder.label_columns, items, rows, num_duplicate_rows, missing)
+
+
+def read_columns(path: str | os.PathLike) -> tuple[str, ...]:
+    """The names in the header line. Raises CsvError when there is none or one stands twice."""
+    return tuple(next(_read_table(path))[1])
+
+
+def iterate_cells(path: str | os.PathLike) -> Iterator[dict[str, str]]:
+    """Column -> cell of every row, as in the file and in its order. Raises CsvError at a row that cannot be read."""
+    for line, cells in islice(_read_table(path), 1, None):
+        if cells is None:
+            raise CsvError(path, [f"line {line}: {RAGGED}"])
+        yield cells
+
+
+class _BenchBuilder:
+    """Collects rows and their distinct items. Equal strings are held once."""
+
+    def __init__(self, bench_format: BenchFormat, columns: Sequence[str], root: Path) -> None:
+        self.format, self.root = bench_format, root
+        self.label_columns = bench_format.find_labels(columns)
+        self.items: dict[str, BenchItem] = {}
+        self.rows: list[BenchRow] = []
+
+    def add_row(self, cells: dict[str, str] | None) -> list[str]:
+        """Keeps a row, or returns its faults. `cells` is None for a ragged row."""
+        if cells is None:
+            return [RAGGED]
+        videos = {column: cells[column].strip() for column in self.format.video_columns}
+        faults = [f"{column} is empty; write the path of a video" for column, video in videos.items() if not video]
+        problem, prompt = cells.get(PROBLEM_COLUMN, ""), cells.get(BARE_PROMPT_COLUMN, "")
+        if not problem.strip():
+            problem = judge_problem(prompt)
+            if not prompt.strip():
+                faults.append(f"{BARE_PROMPT_COLUMN} is empty; write the text that the video was made from")
+        labels = []
+        for column in self.label_columns:
+            text = cells[column].strip()
+            try:
+                labels.append(None if text.lower() in BLANK else self.format.parse(text))
+            except ValueError as error:
+                faults.append(f"{column}: {error}")
+        if not faults:
+            item_ids = tuple(self._add_item(video, problem) for video in videos.values())
+            self.rows.append(BenchRow(item_ids, tuple(labels), self._read_models(cells)))
+        return faults
+
+    def _add_item(self, video: str, problem: str) -> str:
+        item_id, path = compute_item_id(video, problem=problem), os.path.normpath(self.root / video)
+        item = self.items.setdefault(item_id, BenchItem(item_id, intern(path), intern(problem)))
+        assert (item.video, item.problem) == (path, problem), f"two items have the id {item_id}: {item.video}, {path}"
+        return item.item_id
+
+    def _read_models(self, cells: dict[str, str]) -> tuple[str, ...] | None:
+        models = tuple(intern(cells.get(column, "").strip()) for column in self.format.model_columns)
+        return None if not models or any(model.lower() in BLANK for model in models) else models
+
+
+def _require_columns(path: str | os.PathLike, columns: Sequence[str], bench_type: BenchType) -> None:
+    missing = BENCH_FORMATS[bench_type].find_missing(columns)
+    if missing:
+        fitting = [name for name, other in BENCH_FORMATS.items() if not other.find_missing(columns)]
+        remedy = f"it looks like --bench_type {' or '.join(fitting)}" if fitting else "add them to its header line"
+        has = ", ".join(columns)[:400]
+        raise CsvError(path, [f"{bench_type} needs {', '.join(missing)}; the file has {has}: {remedy}"])
+
+
+def _read_table(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, str] | None]]:
+    """First line and cells of the header (each name under itself) and of every row (None: ragged), no blank lines."""
+    if not Path(path).is_file():
+        raise CsvError(path, ["file not found; give the path of a CSV"])
+    columns: list[str] = []
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.reader(_check_lines(path, file), strict=True)
+        while True:
+            line = reader.line_num + 1
+            previous_limit = csv.field_size_limit(MAX_CELL_CHARS)  # the process has one limit: put it back every time
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                raise CsvError(path, [f"line {line}: no readable CSV from here on: {error}; save it again"]) from error
+            finally:
+                csv.field_size_limit(previous_limit)
+            if cells is None:
+                break
+            columns = columns or cells
+            if len(set(columns)) < len(columns):
+                raise CsvError(path, [f"two columns have one name in {', '.join(columns)}; rename or remove one"])
+            if cells:
+                yield line, dict(zip(columns, cells, strict=True)) if len(cells) == len(columns) else None
+    if not columns:
+        raise CsvError(path, ["no header line, the file is empty; begin with a line that names the columns"])
+
+
+def _check_lines(path: str | os.PathLike, lines: Iterable[str]) -> Iterator[str]:
+    """The same lines. Raises CsvError at the first that holds a byte that is no text."""
+    for number, line in enumerate(lines, start=1):
+        if bad := _NO_TEXT.search(line):
+            raise CsvError(path, [f"line {number}: byte {ord(bad[0]) & 0xFF:#04x} is no UTF-8 text; save it as UTF-8"])
+        yield line

@@ -1,0 +1,161 @@
+"""A benchmark from its CSV to the table: plan, score what is missing, write.
+
+    out.csv             the benchmark's rows with Reward_A Reward_B CoT_A CoT_B (Reward CoT for single videos)
+    out.json            accuracies, counts, failures, and what the rewards depend on
+    out.rewards.jsonl   the journal: a killed run goes on from it
+
+Data and checkpoint are checked before an engine starts.
+"""
+
+import hashlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from verl.data.pair_csv import CsvError
+from verl.inference.bench_csv import Bench, BenchType, read_bench, read_columns
+from verl.inference.fleet import ModelSource, score_tasks
+from verl.inference.journal import Journal
+from verl.inference.report import added_columns, format_table, summarise, write_csv, write_json
+from verl.inference.reward_model import choose_prompt_length, find_model, read_checkpoint
+from verl.inference.scoring import Outcome, VideoTask
+from verl.model.reward_files import find_folder
+
+JOURNAL_SUFFIX = ".rewards.jsonl"
+SECONDS_BETWEEN_LINES = 30.0
+PROBES_PER_FILE, PROBE_BYTES = 256, 4096
+
+logger = logging.getLogger("verl")
+
+
+@dataclass(frozen=True)
+class BenchmarkRun:
+    """What a run is asked for. `output`: the CSV; the other files stand beside it. `seed`: of the bootstrap.
+
+    `num_workers`: engines, None for one a GPU. `save_every`: videos between two moments at which the journal is forced
+    to disk. `video_root`: folder of relative video paths, None for the CSV's.
+    """
+
+    data_path: str
+    bench_type: BenchType
+    output: str
+    source: ModelSource
+    seed: int = 0
+    save_every: int = 100
+    num_workers: int | None = None
+    video_root: str | None = None
+    overwrite: bool = False
+
+
+def run_benchmark(run: BenchmarkRun) -> dict[str, object]:
+    """Score the benchmark and return what was written as JSON. Raises ValueError or WorkerError for people."""
+    bench = read_bench(run.data_path, run.bench_type, video_root=run.video_root)
+    _check_output(run, bench)
+    output = Path(run.output)
+    identity = describe_run(run)
+    with Journal(
+        output.with_suffix(JOURNAL_SUFFIX), identity, overwrite=run.overwrite, save_every=run.save_every
+    ) as journal:
+        journal.failures.update(bench.missing)
+        _score_missing(run, bench, journal)
+        summary = summarise(bench, journal, seed=run.seed)
+        result = {"run": identity, **summary}
+        write_csv(output, bench, journal)
+        write_json(output.with_suffix(".json"), result)
+    return result
+
+
+def _check_output(run: BenchmarkRun, bench: Bench) -> None:
+    if Path(run.output).suffix != ".csv":
+        raise ValueError(f"--output is {run.output}; name a .csv file, the others are written beside it")
+    if os.path.abspath(run.output) == os.path.abspath(run.data_path):
+        raise ValueError(f"--output is the benchmark itself, {run.data_path}; name another file")
+    taken = [column for column in added_columns(bench) if column in read_columns(run.data_path)]
+    if taken:
+        raise CsvError(run.data_path, [f"it has the column(s) {', '.join(taken)} already; rename them"])
+
+
+def describe_run(run: BenchmarkRun) -> dict[str, object]:
+    """What the rewards depend on, JSON values; the model by its content, so that it may be moved."""
+    source = run.source
+    checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt, fresh_head_seed=source.fresh_head_seed)
+    choose_prompt_length(checkpoint, source.settings)
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in (checkpoint.head_weight, checkpoint.reward_embedding):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    for path in sorted(find_folder(find_model(source.model_ckpt)).glob("*.safetensors")):
+        _probe(path, digest)
+    return {
+        "model": os.path.basename(os.path.normpath(source.model_ckpt)),
+        "weights": digest.hexdigest(),
+        "data": hashlib.blake2b(Path(run.data_path).read_bytes(), digest_size=8).hexdigest(),
+        "bench_type": run.bench_type,
+        "backend": source.settings.backend,
+        "video": asdict(checkpoint.video_budget),
+        "format_prompt": checkpoint.format_prompt,
+        **source.settings.affecting_rewards(),
+    }
+
+
+def _probe(path: Path, digest) -> None:
+    """Evenly spaced pieces of a file that may be many gigabytes long; all of a short one."""
+    size = path.stat().st_size
+    stride = max(PROBE_BYTES, size // PROBES_PER_FILE)
+    digest.update(f"{path.name} {size}".encode())
+    with open(path, "rb") as file:
+        for place in range(0, size, stride):
+            file.seek(place)
+            digest.update(file.read(PROBE_BYTES))
+
+
+def _score_missing(run: BenchmarkRun, bench: Bench, journal: Journal) -> None:
+    names = [name for name in bench.items if name not in journal.rewards and name not in bench.missing]
+    num_gpus = torch.cuda.device_count()
+    num_workers = min(run.num_workers or max(1, num_gpus), max(1, len(names)))
+    logger.info(
+        "%s: %d rows, %d duplicate, over %d videos, %d not found; %d scored before, %d to score on %s",
+        run.bench_type, len(bench.rows), bench.num_duplicate_rows, len(bench.items), len(bench.missing),
+        len(journal.rewards), len(names), f"{num_workers} GPU(s)" if num_gpus else f"{num_workers} CPU engine(s)",
+    )  # fmt: skip
+    if not names:
+        return
+    tasks = (VideoTask(name, bench.items[name].video, bench.items[name].problem) for name in names)
+    outcomes = score_tasks(run.source, tasks, num_gpus=num_gpus, num_workers=num_workers)
+    for outcome in _with_progress(outcomes, len(names), journal):
+        journal.add(outcome)
+
+
+def _with_progress(outcomes: Iterator[Outcome], total: int, journal: Journal) -> Iterator[Outcome]:
+    """A bar on terminals; elsewhere a line now and then, with the time that is left."""
+    has_bar = sys.stderr.isatty()
+    start, last, count = time.monotonic(), time.monotonic(), 0
+    with tqdm(total=total, desc="score", unit="video", disable=not has_bar, dynamic_ncols=True) as bar:
+        for outcome in outcomes:
+            yield outcome
+            count += 1
+            bar.update()
+            if not count % 10:
+                bar.set_postfix(failed=len(journal.failures))
+            now = time.monotonic()
+            if not has_bar and now - last >= SECONDS_BETWEEN_LINES:
+                last, left = now, (now - start) / count * (total - count)
+                logger.info(
+                    "%d of %d videos, %d failed, %.2f a second, %d:%02d left",
+                    count, total, len(journal.failures), count / (now - start), left // 60, left % 60,
+                )  # fmt: skip
+
+
+def describe_result(result: dict[str, object]) -> str:
+    """The table for the console, failures first."""
+    failures = [f"failed: {failure['error']}" for failure in result["failures"][:10]]
+    more = len(result["failures"]) - len(failures)
+    if more > 0:
+        failures.append(f"... and {more} more, see the JSON")
+    return "\n".join([*failures, format_table(result)])

@@ -1,0 +1,91 @@
+"""Thinking and scoring with plain transformers: for machines without vLLM, and to hold the other engine against.
+
+One copy of the model serves both: the rollout engine of the same kind writes, and a second forward over the whole
+sequences reads the states at `<Reward>`. Batches are worked off one after the other.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from verl.inference.scoring import ScoringSettings, ThoughtScore
+from verl.model.reward_files import PolicyCheckpoint
+from verl.rollout.hf_engine import HfEngine
+from verl.trainer.config import RolloutConfig
+from verl.types import Response, Sampling, VideoPrompt
+
+
+class HfScorer:
+    """`ScoringEngine` with transformers; arguments as of `VllmScorer`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: PolicyCheckpoint,
+        settings: ScoringSettings,
+        *,
+        forbidden_token_ids: Sequence[int],
+        reward_token_id: int,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        self.reward_token_id = reward_token_id
+        self.batch_size = settings.batch_size
+        self.head_weight = checkpoint.head_weight.to(device)
+        self.sampling = Sampling(
+            n=1,
+            temperature=0.0,
+            top_p=1.0,
+            top_k=-1,
+            max_tokens=settings.max_new_tokens,
+            seed=0,
+            repetition_penalty=settings.repetition_penalty,
+        )
+        self.engine = HfEngine(
+            folder,
+            config=RolloutConfig(name="hf", precision=settings.precision, max_num_seqs=settings.batch_size),
+            max_model_len=max_model_len,
+            forbidden_token_ids=forbidden_token_ids,
+            eos_token_id=checkpoint.processor.tokenizer.eos_token_id,
+            device=device,
+        )
+        self._waiting: list[tuple[str, VideoPrompt]] = []
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take the model's weights, pairs of Hugging Face name and whole tensor."""
+        self.engine.load_weights(weights)
+
+    def submit(self, name: str, prompt: VideoPrompt) -> None:
+        """See `ScoringEngine`."""
+        self._waiting.append((name, prompt))
+
+    def step(self) -> list[tuple[str, ThoughtScore]]:
+        """See `ScoringEngine`: a whole batch."""
+        batch, self._waiting = self._waiting[: self.batch_size], self._waiting[self.batch_size :]
+        if not batch:
+            return []
+        names, prompts = zip(*batch, strict=True)
+        responses = [response for (response,) in self.engine.generate(prompts, self.sampling)]
+        rewards = self._compute_rewards(prompts, responses)
+        scores = [
+            ThoughtScore(response.cot_ids, response.is_finished, reward)
+            for response, reward in zip(responses, rewards, strict=True)
+        ]
+        return list(zip(names, scores, strict=True))
+
+    @property
+    def num_unfinished(self) -> int:
+        """See `ScoringEngine`."""
+        return len(self._waiting)
+
+    def close(self) -> None:
+        """See `ScoringEngine`; nothing to end."""
+
+    @torch.no_grad()
+    def _compute_rewards(self, prompts: Sequence[VideoPrompt], responses: Sequence[Response]) -> list[float]:
+        """The head on the final normed states of `prompt, CoT, <Reward>`, in fp32."""
+        continuations = [(*response.cot_ids, self.reward_token_id) for response in responses]
+        inputs = self.engine.left_padded(prompts, continuations)
+        hidden = self.engine.model.model(**inputs, use_cache=False).last_hidden_state
+        return (hidden[:, -1].float() @ self.head_weight[0]).tolist()

@@ -1,0 +1,268 @@
+"""The reward model for use: videos and prompts in, rewards and chains of thought out.
+
+    from inference import RewardModel
+
+    model = RewardModel.from_pretrained("results/mine/global_step_100")
+    rewards, cots = model.score(["a.mp4", "b.mp4"], ["a cat runs", "a cat runs"])
+
+Videos are decoded in threads ahead of the engine, which holds `batch_size` of them at a time and takes a new one as
+soon as one is done. A video that cannot be scored is an outcome of its own and stops nothing else.
+"""
+
+import dataclasses
+import logging
+import os
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from verl.data.loading import VideoLoader
+from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids, judge_problem
+from verl.data.vision_process import VideoBudget, VideoError, VideoFrames, sample_frames
+from verl.inference.scoring import (
+    MAX_PROMPT_LENGTH,
+    FailedVideo,
+    Outcome,
+    ScoredVideo,
+    ScoringEngine,
+    ScoringSettings,
+    ThoughtScore,
+    VideoTask,
+)
+from verl.model.reward_files import PolicyCheckpoint, load_base, load_checkpoint, save_engine_folder, stream_weights
+from verl.rollout.engine import engine_dtype
+from verl.trainer.config import RolloutConfig
+from verl.types import VideoKey, VideoPrompt
+
+NUM_TOKENS_AFTER_COT = 2
+"""`<Reward>`, and one that vLLM writes after it."""
+WINDOW = 2
+"""Videos under way, decoding included, as a multiple of `batch_size`."""
+
+logger = logging.getLogger(__name__)
+
+Frames = np.ndarray | torch.Tensor
+
+
+class Scores(NamedTuple):
+    """`rewards[i]` and the chain of thought `cots[i]` of the i-th video."""
+
+    rewards: list[float]
+    cots: list[str]
+
+
+def find_model(path: str | os.PathLike) -> str:
+    """The model's folder within a stage 2 `global_step_N` or `actor`; any other path as it is."""
+    for inner in ("actor/huggingface", "huggingface"):
+        if (Path(path) / inner).is_dir():
+            return str(Path(path) / inner)
+    return os.fspath(path)
+
+
+def read_checkpoint(
+    model_ckpt: str | os.PathLike, rm_ckpt: str | os.PathLike | None = None, *, fresh_head_seed: int | None = None
+) -> PolicyCheckpoint:
+    """Everything of a reward model but its weights; with `fresh_head_seed`, of a base model and an untrained head.
+
+    Raises ValueError saying what is missing and how to come by it.
+    """
+    if fresh_head_seed is None:
+        return load_checkpoint(find_model(model_ckpt), rm_ckpt, with_weights=False)
+    if rm_ckpt is not None:
+        raise ValueError(f"a fresh head and {rm_ckpt} exclude each other: give one of --fresh_head and --rm_ckpt")
+    return load_base(model_ckpt, seed=fresh_head_seed)
+
+
+class RewardModel:
+    """A reward model in one engine on one device. Close it, or use it as a context manager."""
+
+    def __init__(
+        self, checkpoint: PolicyCheckpoint, engine: ScoringEngine, settings: ScoringSettings, *, budget: VideoBudget
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.engine = engine
+        self.settings = settings
+        self.builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
+        self.loader = VideoLoader(self.builder, budget, num_threads=settings.num_threads)
+        self._decoding: deque[tuple[str, Future[VideoPrompt]]] = deque()
+        self._num_submitted = 0
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_ckpt: str | os.PathLike,
+        rm_ckpt: str | os.PathLike | None = None,
+        *,
+        settings: ScoringSettings | None = None,
+        fresh_head_seed: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> "RewardModel":
+        """Load stage 1's `checkpoint-N`, a merged model, or stage 2's `global_step_N` (or its `huggingface/`).
+
+        `rm_ckpt`: an `rm_head.pth` or its folder, by default the one beside the model. `device`: by default the GPU
+        if there is one. `fresh_head_seed`: see `read_checkpoint`. Raises ValueError as that does.
+        """
+        settings = settings or ScoringSettings()
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        checkpoint = read_checkpoint(model_ckpt, rm_ckpt, fresh_head_seed=fresh_head_seed)
+        settings = dataclasses.replace(settings, max_prompt_length=choose_prompt_length(checkpoint, settings))
+        model_len = settings.max_prompt_length + settings.max_new_tokens + NUM_TOKENS_AFTER_COT
+        files = tempfile.TemporaryDirectory(prefix="descore_engine_")
+        engine = _build_engine(Path(files.name), checkpoint, settings, max_model_len=model_len, device=device)
+        dtype = engine_dtype(RolloutConfig(precision=settings.precision), device)
+        engine.load_weights(stream_weights(find_model(model_ckpt), checkpoint, dtype=dtype))
+        budget = checkpoint.video_budget.replace(fps=settings.video_fps, max_pixels=settings.max_pixels)
+        if budget != checkpoint.video_budget:
+            logger.warning(
+                "the model was trained with %s, videos are now read with %s", checkpoint.video_budget, budget
+            )
+        model = cls(checkpoint, engine, settings, budget=budget)
+        model.files = files  # vLLM reads its folder lazily: it lives as long as the engine
+        return model
+
+    def score(
+        self,
+        videos: Sequence[str | os.PathLike | Frames],
+        prompts: Sequence[str] = (),
+        *,
+        problems: Sequence[str] | None = None,
+        fps: float | Sequence[float] | None = None,
+    ) -> Scores:
+        """Rewards and chains of thought, in order.
+
+        `videos`: paths, or all frames of a clip as uint8 array [num_frames, height, width, 3] or tensor [num_frames,
+        3, height, width], whose rate `fps` gives, one for all or one each. `prompts`: what each was generated from;
+        `problems`: whole instructions in place of the built-in judge prompt around them. Raises VideoError that lists
+        every video that cannot be scored.
+        """
+        texts = list(problems) if problems is not None else [judge_problem(prompt) for prompt in prompts]
+        rates = list(fps) if isinstance(fps, Sequence) else [fps] * len(videos)
+        tasks = [
+            VideoTask(str(number), self._prepare(video, rate), text)
+            for number, (video, text, rate) in enumerate(zip(videos, texts, rates, strict=True))
+        ]
+        outcomes = {int(outcome.name): outcome for outcome in self.score_stream(tasks)}
+        failures = [outcomes[n].error for n in sorted(outcomes) if isinstance(outcomes[n], FailedVideo)]
+        if failures:
+            raise VideoError("\n".join(["videos could not be scored", *failures]))
+        ordered = [outcomes[number] for number in range(len(tasks))]
+        return Scores([outcome.reward for outcome in ordered], [outcome.cot for outcome in ordered])
+
+    def score_stream(self, tasks: Iterable[VideoTask]) -> Iterator[Outcome]:
+        """Outcomes as they become ready; of `tasks` only a window is under way at a time."""
+        tasks = iter(tasks)
+        while True:
+            self.submit(islice(tasks, WINDOW * self.settings.batch_size - self.num_pending))
+            if not self.num_pending:
+                return
+            yield from self.advance()
+
+    def submit(self, tasks: Iterable[VideoTask]) -> None:
+        """Start decoding; `advance` gives the outcomes."""
+        for task in tasks:
+            key = VideoKey(self._num_submitted, "A")
+            self._num_submitted += 1
+            self._decoding.append((task.name, self.loader.submit(key, task.problem, task.video)))
+
+    @property
+    def num_pending(self) -> int:
+        """Videos submitted that have no outcome yet."""
+        return len(self._decoding) + self.engine.num_unfinished
+
+    def advance(self) -> list[Outcome]:
+        """Give the engine what is decoded, let it work for a step, and return what has become ready."""
+        outcomes: list[Outcome] = []
+        while self._decoding and self.engine.num_unfinished < self.settings.batch_size:
+            name, future = self._decoding[0]
+            if self.engine.num_unfinished and not future.done():
+                break  # the engine has work: decoding goes on meanwhile
+            self._decoding.popleft()
+            try:
+                prompt = future.result()
+                self._check_length(prompt)
+            except ValueError as error:
+                outcomes.append(FailedVideo(name, str(error)))
+            else:
+                self.engine.submit(name, prompt)
+        if self.engine.num_unfinished:
+            outcomes += [self._outcome(name, score) for name, score in self.engine.step()]
+        return outcomes
+
+    def close(self) -> None:
+        """End engine and threads."""
+        self.loader.close()
+        self.engine.close()
+
+    def __enter__(self) -> "RewardModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare(self, video: str | os.PathLike | Frames, fps: float | None) -> str | VideoFrames:
+        if isinstance(video, str | os.PathLike):
+            return os.fspath(video)
+        if fps is None:
+            raise ValueError("frames without a rate: say how many there are a second, score(..., fps=24)")
+        return sample_frames(video, fps=fps, budget=self.loader.budget, size_factor=self.builder.size_factor)
+
+    def _check_length(self, prompt: VideoPrompt) -> None:
+        length, longest = prompt.input_ids.numel(), self.settings.max_prompt_length
+        if length > longest:
+            raise ValueError(f"a prompt of {length} tokens, video included, is over max_prompt_length {longest}")
+
+    def _outcome(self, name: str, score: ThoughtScore) -> ScoredVideo:
+        return ScoredVideo(
+            name=name,
+            reward=score.reward,
+            cot=self.builder.tokenizer.decode(score.cot_ids, skip_special_tokens=True),
+            num_tokens=len(score.cot_ids),
+            is_finished=score.is_finished,
+        )
+
+
+def choose_prompt_length(checkpoint: PolicyCheckpoint, settings: ScoringSettings) -> int:
+    """Tokens of the longest prompt. Raises ValueError when they and the thought exceed the model's positions."""
+    positions = checkpoint.config.text_config.max_position_embeddings
+    room = positions - settings.max_new_tokens - NUM_TOKENS_AFTER_COT
+    length = settings.max_prompt_length or min(MAX_PROMPT_LENGTH, room)
+    if not 0 < length <= room:
+        raise ValueError(
+            f"max_new_tokens={settings.max_new_tokens} leaves {room} of {positions} positions to the prompt, "
+            f"which asks for {settings.max_prompt_length or 'some'}: lower max_new_tokens or max_prompt_length"
+        )
+    return length
+
+
+def _build_engine(
+    folder: Path,
+    checkpoint: PolicyCheckpoint,
+    settings: ScoringSettings,
+    *,
+    max_model_len: int,
+    device: torch.device,
+):
+    """The engine that `settings.backend` asks for, without weights; `folder` takes its files."""
+    if settings.backend == "vllm":
+        from verl.inference.vllm_scorer import VllmScorer as Engine
+    else:
+        from verl.inference.hf_scorer import HfScorer as Engine
+    dtype = engine_dtype(RolloutConfig(precision=settings.precision), device)
+    save_engine_folder(folder, checkpoint, dtype=dtype)
+    builder = SequenceBuilder(checkpoint.processor)
+    return Engine(
+        folder,
+        checkpoint,
+        settings,
+        forbidden_token_ids=forbidden_token_ids(checkpoint.processor, checkpoint.config.text_config.vocab_size),
+        reward_token_id=builder.reward_token_id,
+        max_model_len=max_model_len,
+        device=device,
+    )

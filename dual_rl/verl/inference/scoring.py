@@ -1,0 +1,111 @@
+"""What crosses module boundaries while videos are scored: tasks, outcomes, settings, and the engine's interface."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from verl.data.vision_process import VideoFrames
+from verl.trainer.config import Precision
+from verl.types import VideoPrompt
+
+MAX_PROMPT_LENGTH = 8192
+
+
+@dataclass(frozen=True)
+class VideoTask:
+    """A video to be scored. `name`: tells tasks apart. `video`: a path, or frames already sampled and resized.
+
+    `problem`: the user turn with at most one `<video>`.
+    """
+
+    name: str
+    video: str | VideoFrames
+    problem: str
+
+
+@dataclass(frozen=True)
+class ScoredVideo:
+    """`reward` after the chain of thought `cot`, which has `num_tokens` tokens; `is_finished`: it ended by itself.
+
+    When it was cut at the length limit, the reward is read after what there is.
+    """
+
+    name: str
+    reward: float
+    cot: str
+    num_tokens: int
+    is_finished: bool
+
+
+@dataclass(frozen=True)
+class FailedVideo:
+    """`error` says what is wrong with the video or its problem, and names the file."""
+
+    name: str
+    error: str
+
+
+Outcome = ScoredVideo | FailedVideo
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How videos are scored. What changes rewards is recorded with them, see `affecting_rewards`.
+
+    `batch_size`: videos in an engine at a time. `max_prompt_length`, `max_new_tokens`: tokens of the user turn, video
+    included, and of the chain of thought; None for what the model's positions leave, at most MAX_PROMPT_LENGTH.
+    `precision`: auto is bf16 on GPUs, fp32 on CPUs. `num_threads`: that decode videos. `video_fps`, `max_pixels`: None
+    for what the model was trained with.
+    """
+
+    backend: Literal["vllm", "hf"] = "vllm"
+    batch_size: int = 64
+    max_prompt_length: int | None = None
+    max_new_tokens: int = 4096
+    repetition_penalty: float = 1.05
+    precision: Precision = "auto"
+    gpu_memory_utilization: float = 0.9
+    cpu_kv_cache_gib: int = 2
+    enforce_eager: bool = False
+    num_threads: int = 4
+    video_fps: float | None = None
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_prompt_length", "max_new_tokens", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be positive, 1 for none")
+
+    def affecting_rewards(self) -> dict[str, object]:
+        """The settings that another value of would give other rewards with (beyond rounding)."""
+        names = ("max_prompt_length", "max_new_tokens", "repetition_penalty", "precision", "video_fps", "max_pixels")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class ThoughtScore:
+    """What an engine gives: ids of the chain of thought without EOS, whether it ended by itself, and the reward."""
+
+    cot_ids: tuple[int, ...]
+    is_finished: bool
+    reward: float
+
+
+class ScoringEngine(Protocol):
+    """Writes a greedy chain of thought for each prompt and reads the reward at `<Reward>` behind it."""
+
+    def submit(self, name: str, prompt: VideoPrompt) -> None:
+        """Take a prompt that fits; the caller has checked its length."""
+
+    def step(self) -> Sequence[tuple[str, ThoughtScore]]:
+        """Work on for a while; what has become ready, by name."""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Prompts submitted and not ready yet."""
+
+    def close(self) -> None:
+        """End the engine."""

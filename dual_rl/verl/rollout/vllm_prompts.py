@@ -1,0 +1,70 @@
+"""Our prompts in vLLM's form, by token ids, and the proof that vLLM reads the very tokens that the trainer has.
+
+A request holds the chat text's ids with its one video placeholder, which vLLM expands to timestamps and video tokens,
+and the ids of what the model has written so far; nothing is tokenised a second time.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from verl.types import VideoPrompt
+
+
+class PromptForm:
+    """How one vLLM wants our prompts. `learn` comes before `request`.
+
+    transformers from 5.10 on expands the video token alone and keeps the vision start and end around it; vLLM as old
+    as 0.24 replaces all three. There a second start and end around them give the same tokens.
+    """
+
+    def __init__(self, folder: Path, tokenizer) -> None:
+        config = AutoConfig.from_pretrained(folder)
+        self.tokenizer = tokenizer
+        start, pad, end = tokenizer.convert_ids_to_tokens(
+            [config.vision_start_token_id, config.video_token_id, config.vision_end_token_id]
+        )
+        self.placeholder, self.wrapped_placeholder = f"{start}{pad}{end}", f"{start}{start}{pad}{end}{end}"
+        self.wraps_video: bool | None = None
+
+    def learn(self, prompt: VideoPrompt, read_ids: Callable[[dict], Sequence[int]]) -> None:
+        """Find out, once, by a prompt whatever it is. `read_ids`: gives the prompt ids that vLLM makes of a request.
+
+        Raises ValueError when vLLM makes other ids than the trainer's of either form.
+        """
+        if self.wraps_video is not None:
+            return
+        ids_by_form = {}
+        for wraps_video in (False, True):
+            self.wraps_video = wraps_video
+            ids_by_form[wraps_video] = list(read_ids(self.request(prompt, video_id=f"form-{wraps_video}")))
+            if ids_by_form[wraps_video] == prompt.input_ids.tolist():
+                return
+        self.wraps_video = None
+        require_same_prompt(prompt, ids_by_form[False])
+
+    def request(self, prompt: VideoPrompt, *, video_id: str, continuation: Sequence[int] = ()) -> dict:
+        """vLLM's request for `prompt` and what follows it. Features are cached under `video_id`."""
+        text = prompt.text.replace(self.placeholder, self.wrapped_placeholder) if self.wraps_video else prompt.text
+        frames = prompt.video.frames.permute(0, 2, 3, 1).contiguous().numpy()
+        metadata = {**prompt.video.metadata, "do_sample_frames": False}
+        return {
+            "prompt_token_ids": [*self.tokenizer(text, add_special_tokens=False)["input_ids"], *continuation],
+            "multi_modal_data": {"video": [(frames, metadata)]},
+            "multi_modal_uuids": {"video": [video_id]},
+        }
+
+
+def require_same_prompt(prompt: VideoPrompt, engine_ids: Sequence[int], continuation: Sequence[int] = ()) -> None:
+    """Raise ValueError unless the engine read the trainer's prompt and then `continuation`."""
+    trainer_ids = [*prompt.input_ids.tolist(), *continuation]
+    if list(engine_ids) == trainer_ids:
+        return
+    pairs = enumerate(zip(engine_ids, trainer_ids, strict=False))
+    place = next((i for i, (theirs, ours) in pairs if theirs != ours), min(len(engine_ids), len(trainer_ids)))
+    raise ValueError(
+        f"pair {prompt.key.pair_id}, video {prompt.key.side}: vLLM reads a prompt of {len(engine_ids)} tokens, the "
+        f"trainer one of {len(trainer_ids)}, different from token {place} on. The versions of vllm and transformers "
+        f"do not fit together: install those of requirements.txt, or take the hf engine"
+    )
