@@ -9,6 +9,7 @@ model is needed. Speed and memory depend on shapes, not on what the weights know
 import argparse
 import csv
 import json
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import av
@@ -104,15 +105,26 @@ def write_clip(path: Path, *, seconds: float, side: int, seed: int) -> None:
 
 
 def write_csv(folder: Path, *, pairs: int, seconds: float, side: int) -> None:
-    """`train.csv` with `pairs` rows over clips of their own."""
+    """`train.csv` with `pairs` rows over clips of their own, which all cores write."""
     (folder / "clips").mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor() as pool:
+        jobs = [
+            pool.submit(
+                write_clip,
+                folder / "clips" / f"{number // 2}_{'ab'[number % 2]}.mp4",
+                seconds=seconds,
+                side=side,
+                seed=number,
+            )
+            for number in range(2 * pairs)
+        ]
+        for job in jobs:
+            job.result()
     with (folder / "train.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["videos", "problem", "answer"])
         for pair in range(pairs):
             videos = [f"clips/{pair}_{name}.mp4" for name in "ab"]
-            for offset, video in enumerate(videos):
-                write_clip(folder / video, seconds=seconds, side=side, seed=2 * pair + offset)
             scores = {"subject": 2, "dynamics": 1, "camera": 0, "environment": 2, "style": 1}
             answer = {"video_1_scores": scores, "video_2_scores": scores, "gsb_result": "AB"[pair % 2]}
             text = f"clip number {pair} drifts over a plain background. " * 8
@@ -121,8 +133,8 @@ def write_csv(folder: Path, *, pairs: int, seconds: float, side: int) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    write_model(arguments.output / "model", tokenizer=arguments.tokenizer, layers=arguments.layers)
     write_csv(arguments.output, pairs=arguments.pairs, seconds=arguments.seconds, side=arguments.side)
+    write_model(arguments.output / "model", tokenizer=arguments.tokenizer, layers=arguments.layers)
 
 
 if __name__ == "__main__":

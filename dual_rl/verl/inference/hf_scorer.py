@@ -13,7 +13,7 @@ from verl.inference.scoring import ScoringSettings, ThoughtScore
 from verl.model.reward_files import PolicyCheckpoint
 from verl.rollout.hf_engine import HfEngine
 from verl.trainer.config import RolloutConfig
-from verl.types import Response, Sampling, VideoPrompt
+from verl.types import Sampling, VideoPrompt
 
 
 class HfScorer:
@@ -67,7 +67,7 @@ class HfScorer:
             return []
         names, prompts = zip(*batch, strict=True)
         responses = [response for (response,) in self.engine.generate(prompts, self.sampling)]
-        rewards = self._compute_rewards(prompts, responses)
+        rewards = self.compute_rewards(prompts, [response.cot_ids for response in responses])
         scores = [
             ThoughtScore(response.cot_ids, response.is_finished, reward)
             for response, reward in zip(responses, rewards, strict=True)
@@ -83,9 +83,9 @@ class HfScorer:
         """See `ScoringEngine`; nothing to end."""
 
     @torch.no_grad()
-    def _compute_rewards(self, prompts: Sequence[VideoPrompt], responses: Sequence[Response]) -> list[float]:
+    def compute_rewards(self, prompts: Sequence[VideoPrompt], cot_ids: Sequence[Sequence[int]]) -> list[float]:
         """The head on the final normed states of `prompt, CoT, <Reward>`, in fp32."""
-        continuations = [(*response.cot_ids, self.reward_token_id) for response in responses]
+        continuations = [(*ids, self.reward_token_id) for ids in cot_ids]
         inputs = self.engine.left_padded(prompts, continuations)
         hidden = self.engine.model.model(**inputs, use_cache=False).last_hidden_state
         return (hidden[:, -1].float() @ self.head_weight[0]).tolist()

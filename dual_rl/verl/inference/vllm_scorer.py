@@ -97,7 +97,7 @@ class VllmScorer:
         self.form.learn(prompt, self._read_prompt)
         thinking = _Thinking(name, prompt, video_id=f"video-{next(self._numbers)}")
         request = self.form.request(prompt, video_id=thinking.video_id)
-        self._add(thinking, request, self._thinking_parameters(), priority=THINKING)
+        self._add(thinking, request, self.thinking_parameters(name), priority=THINKING)
 
     def step(self) -> list[tuple[str, ThoughtScore]]:
         """See `ScoringEngine`. Raises ValueError when vLLM reads other tokens than the trainer's."""
@@ -152,7 +152,8 @@ class VllmScorer:
                 if output.finished:
                     return output.prompt_token_ids
 
-    def _thinking_parameters(self):
+    def thinking_parameters(self, name: str):
+        """Sampling parameters of the chain of thought of the video `name`: all alike here."""
         from vllm import SamplingParams
 
         return SamplingParams(

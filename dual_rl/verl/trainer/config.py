@@ -112,7 +112,7 @@ class OffloadConfig:
     offload_params: bool = False
     """Move the sharded weights to host memory while responses are generated."""
     offload_optimizer: bool = False
-    """Keep the optimizer state in host memory outside of the update."""
+    """Keep the optimizer state in host memory outside of the optimizer's step."""
 
 
 @dataclass

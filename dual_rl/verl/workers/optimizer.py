@@ -35,7 +35,10 @@ def build_optimizer(model: PolicyModel, settings: OptimConfig) -> torch.optim.Ad
         raise ValueError("nothing to train: the head is frozen and so is the model")
     model_first = [groups[kind] for kind in sorted(groups)]
     # Head (plain tensors) and body (sharded ones) cannot share one multi-tensor kernel, but they are separate groups.
-    return torch.optim.AdamW(model_first, lr=settings.lr, betas=tuple(settings.betas), foreach=True)
+    # Fused, a step needs no memory beside the state; multi-tensor kernels need several times the largest group.
+    is_on_gpu = all(parameter.is_cuda for group in model_first for parameter in group["params"])
+    kernel = {"fused": True} if is_on_gpu else {"foreach": True}
+    return torch.optim.AdamW(model_first, lr=settings.lr, betas=tuple(settings.betas), **kernel)
 
 
 def learning_rate_factor(step: int, settings: OptimConfig, *, total_steps: int) -> float:

@@ -22,7 +22,7 @@ from verl.trainer.config import Config
 from verl.types import PairRollout, ResponseKey
 from verl.workers.experience import ExperienceMaker
 from verl.workers.model_setup import PolicyRuntime
-from verl.workers.optimizer import set_learning_rates
+from verl.workers.optimizer import move_optimizer_state, set_learning_rates
 from verl.workers.parallel import (
     average_replicated_gradients,
     clip_gradients,
@@ -226,6 +226,11 @@ class Updater:
                 f"step {step}: loss {metrics['actor/loss']} with gradient norm {norm}: stopped before the weights "
                 "were changed. Lower worker.actor.optim.lr, or look at the responses of the last logged step"
             )
+        is_offloaded = self.actor_config.offload.offload_optimizer
+        if is_offloaded:  # only now, when no activation is alive
+            move_optimizer_state(optimizer, self.runtime.rank.device)
         optimizer.step()
+        if is_offloaded:
+            move_optimizer_state(optimizer, "cpu")
         optimizer.zero_grad(set_to_none=True)
         return norm, head_norm

@@ -15,7 +15,6 @@ from verl.trainer.config import Config
 from verl.types import SIDES, PairRollout, PreferencePair, ResponseKey, Sampling, VideoKey, VideoPrompt
 from verl.workers.experience import ExperienceMaker, sum_kl_by_response
 from verl.workers.model_setup import build_rollout_engine, build_runtime, save_actor
-from verl.workers.optimizer import move_optimizer_state
 from verl.workers.parallel import iterate_weights, join_process_group, resolve_precision
 from verl.workers.shard import Shard
 from verl.workers.state import load_training_state, save_training_state
@@ -121,12 +120,7 @@ class Worker:
     def update(self, advantages: Mapping[ResponseKey, float], step: int, lr_factor: float) -> dict[str, float]:
         """All optimizer steps on the pairs of `prepare_step`; returns metrics, the same on every rank."""
         assert self.shard is not None, "prepare_step comes before update"
-        offload = self.config.worker.actor.offload.offload_optimizer
-        if offload:
-            move_optimizer_state(self.runtime.optimizer, self.rank.device)
         metrics = self.updater.update(self.shard, advantages, step=step, lr_factor=lr_factor)
-        if offload:
-            move_optimizer_state(self.runtime.optimizer, "cpu")
         return {**metrics, **self._memory_metrics()}
 
     def score(self, rollouts: Sequence[PairRollout], prompts: Mapping[int, ray.ObjectRef]) -> dict[ResponseKey, float]:
