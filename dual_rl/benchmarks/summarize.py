@@ -19,7 +19,7 @@ SHOWN = (
     "timing/seconds/hand_over",
     "perf/packed_tokens",
     "perf/tokens_per_second_per_device",
-    "perf/max_memory_gib",
+    "perf/update_memory_gib",
     "perf/rollout_memory_gib",
     "response_length/mean",
     "rollout/log_prob_difference_mean",

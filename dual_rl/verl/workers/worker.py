@@ -170,11 +170,16 @@ class Worker:
             self.runtime.reference.to(device)
 
     def _memory_metrics(self) -> dict[str, float]:
+        """Device memory while responses are written and in the update, whose peak the allocator still holds.
+
+        Not torch's own counter, which counts the sleeping engine's memory although the device has it back.
+        """
         if self.rank.device.type != "cuda":
             return {}
-        peak = torch.cuda.max_memory_allocated() / GIB
-        torch.cuda.reset_peak_memory_stats()
-        return {"perf/max_memory_gib": peak, "perf/rollout_memory_gib": self.rollout_memory / GIB}
+        return {
+            "perf/update_memory_gib": self._device_memory() / GIB,
+            "perf/rollout_memory_gib": self.rollout_memory / GIB,
+        }
 
     def _device_memory(self) -> int:
         """Bytes of device memory in use, the engine's included."""
