@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Stage 2 on a CPU: goes on from the stage 1 quick start and trains thinking and scoring together on its toy world.
-# Can be repeated; training continues where it stopped. STEPS, VAL_PAIRS and WORK make it shorter, longer or put it
-# elsewhere; further arguments are settings (key=value).
+# Stage 2 on a CPU: goes on from the stage 1 quick start, trains thinking and scoring together on its toy world, and
+# scores the toy benchmark with the result. Can be repeated; it continues where it stopped. STEPS and WORK make it
+# shorter, longer or put it elsewhere; further arguments are settings of the training (key=value).
 set -euo pipefail
 stage="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -9,6 +9,7 @@ STAGE1="${STAGE1:-$stage/../cold_start/output/quickstart}"   # what cold_start/q
 WORK="${WORK:-$stage/results/quickstart}"
 STEPS="${STEPS:-60}"
 SEED="${SEED:-1}"
+BACKEND="${BACKEND:-vllm}"                                   # of the benchmark
 PROCESSES="${PROCESSES:-$(( $(nproc) > 1 ? 2 : 1 ))}"
 SECONDS=0
 
@@ -30,9 +31,15 @@ MODEL_PATH="$MODEL_PATH" TRAIN_FILES="$STAGE1/world/train_rl.csv" VAL_FILES="$ST
 
 echo
 python3 "$stage/examples/summarize_run.py" "$WORK"
-printf '\ntime of stage 2: %d:%02d\n' $((SECONDS / 60)) $((SECONDS % 60))
+printf '\ntime of stage 2: %d:%02d\n\n' $((SECONDS / 60)) $((SECONDS % 60))
+
+SECONDS=0
+MODEL_CKPT="$WORK/global_step_$STEPS" DATA_PATH="$STAGE1/world/bench_tabench.csv" BENCH_TYPE=tabench \
+  OUTPUT="$WORK/bench_tabench.csv" bash "$stage/inference.sh" --max_new_tokens 256 --backend "$BACKEND"
+printf '\ntime of the benchmark: %d:%02d\n' $((SECONDS / 60)) $((SECONDS % 60))
 cat <<TEXT
 reward model:     $WORK/global_step_$STEPS/actor/huggingface  (rm_head.pth beside it)
 training curves:  $WORK/train_log.jsonl, tensorboard --logdir $WORK/tensorboard
 thoughts:         $WORK/generations.jsonl
+scored benchmark: $WORK/bench_tabench.csv, .json
 TEXT

@@ -24,12 +24,14 @@ def stage1(tmp_path) -> Path:
     shutil.copytree(DUAL_RL / "data" / "videos", world / "videos")
     for name in ("train_rl.csv", "eval_rl.csv"):
         shutil.copy(DUAL_RL / "data" / "example.csv", world / name)
+    rows = [f"videos/example_{number}_a.mp4,videos/example_{number}_b.mp4,a shape,A" for number in range(2)]
+    (world / "bench_tabench.csv").write_text("\n".join(["video_A,video_B,prompt,answer", *rows, ""]))
     return world.parent
 
 
 def test_quickstart_trains_and_shows_what_changed(stage1, small_model, tmp_path):
     work = tmp_path / "work"
-    variables = environment(STAGE1=stage1, MODEL_PATH=small_model, WORK=work, STEPS=1, PROCESSES=1)
+    variables = environment(STAGE1=stage1, MODEL_PATH=small_model, WORK=work, STEPS=1, PROCESSES=1, BACKEND="hf")
     settings = [
         "worker.rollout.name=hf",
         "worker.rollout.n=2",
@@ -41,6 +43,8 @@ def test_quickstart_trains_and_shows_what_changed(stage1, small_model, tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "pair accuracy of the head" in result.stdout
     assert (work / "global_step_1" / "actor" / "huggingface" / "model.safetensors").is_file()
+    assert "accuracy without ties" in result.stdout
+    assert json.loads((work / "bench_tabench.json").read_text())["num_scored"] == 4
 
 
 def test_quickstart_without_stage_1_says_what_to_run(tmp_path):

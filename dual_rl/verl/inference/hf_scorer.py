@@ -19,6 +19,8 @@ from verl.types import Sampling, VideoPrompt
 class HfScorer:
     """`ScoringEngine` with transformers; arguments as of `VllmScorer`."""
 
+    is_continuous = False
+
     def __init__(
         self,
         folder: Path,

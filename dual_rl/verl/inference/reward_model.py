@@ -181,7 +181,7 @@ class RewardModel:
         outcomes: list[Outcome] = []
         while self._decoding and self.engine.num_unfinished < self.settings.batch_size:
             name, future = self._decoding[0]
-            if self.engine.num_unfinished and not future.done():
+            if self.engine.is_continuous and self.engine.num_unfinished and not future.done():
                 break  # the engine has work: decoding goes on meanwhile
             self._decoding.popleft()
             try:

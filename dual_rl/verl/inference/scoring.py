@@ -95,7 +95,12 @@ class ThoughtScore:
 
 
 class ScoringEngine(Protocol):
-    """Writes a greedy chain of thought for each prompt and reads the reward at `<Reward>` behind it."""
+    """Writes a greedy chain of thought for each prompt and reads the reward at `<Reward>` behind it.
+
+    `is_continuous`: takes new prompts while others are under way; else a step is a batch, the fuller the better.
+    """
+
+    is_continuous: bool
 
     def submit(self, name: str, prompt: VideoPrompt) -> None:
         """Take a prompt that fits; the caller has checked its length."""

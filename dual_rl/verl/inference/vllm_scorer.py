@@ -46,6 +46,8 @@ class VllmScorer:
     `cached_tokens`, `prompt_tokens`: over all scoring requests, those found in the prefix cache and all of them.
     """
 
+    is_continuous = True
+
     def __init__(
         self,
         folder: Path,

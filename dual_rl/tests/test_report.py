@@ -1,0 +1,240 @@
+"""What is written about a benchmark: rewards in their rows, counts and accuracies worked out by hand, whole files."""
+
+import csv
+import json
+import random
+import re
+import tracemalloc
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from toy_world.tables import read_table, write_table
+from verl.inference.bench_csv import Bench, BenchType, compute_item_id, read_bench
+from verl.inference.benchmark import describe_result
+from verl.inference.journal import Journal
+from verl.inference.report import added_columns, format_table, summarise, write_csv, write_json
+from verl.inference.scoring import FailedVideo, ScoredVideo
+
+PROBLEM = "Judge <video>"
+REWARDS = {"a.mp4": 3.0, "b.mp4": 1.0, "c.mp4": 2.0, "d.mp4": 2.0}
+CUT = ("b.mp4", "c.mp4")
+ROWS = [  # A, B, their models, TA, Overall
+    ("a.mp4", "b.mp4", "sora", "kling", "B", "A"),
+    ("b.mp4", "c.mp4", "kling", "sora", "", "A"),
+    ("c.mp4", "d.mp4", "sora", "wan", "nan", "same"),
+    ("a.mp4", "e.mp4", "sora", "kling", "", "A"),
+    ("a.mp4", "b.mp4", "sora", "kling", "B", "A"),
+    ("d.mp4", "a.mp4", "wan", "sora", "same", "invalid"),
+]
+COLUMNS = ("path_A", "path_B", "A_model", "B_model", "TA", "Overall")
+NASTY = ['a "b", c\nd', " , ", '"', "caf\u00e9\r\nx\ry", ""]
+
+
+def item_id(video: str) -> str:
+    return compute_item_id(video, problem=PROBLEM)
+
+
+def write_bench(folder: Path, rows: Sequence[Mapping[str, str]]) -> Path:
+    """The file of a benchmark, beside empty videos."""
+    for video in {row[name] for row in rows for name in row if name.startswith(("path_", "video_path"))}:
+        (folder / video).touch()
+    write_table(folder / "bench.csv", [{**row, "problem": PROBLEM} for row in rows])
+    return folder / "bench.csv"
+
+
+def make_bench(folder: Path, rows: Sequence[Mapping[str, str]], bench_type: BenchType = "videoalign") -> Bench:
+    return read_bench(write_bench(folder, rows), bench_type)
+
+
+def cot_of(video: str) -> str:
+    return f'it shows "{video}",\nwhich is\r\n, well, good'
+
+
+def score(journal: Journal, rewards: Mapping[str, float] = REWARDS) -> None:
+    for video, reward in rewards.items():
+        journal.add(ScoredVideo(item_id(video), reward, cot_of(video), 7, video not in CUT))
+
+
+@pytest.fixture
+def journal(tmp_path) -> Iterator[Journal]:
+    with Journal(tmp_path / "scores.rewards.jsonl", {"model": "mine"}) as made:
+        yield made
+
+
+@pytest.fixture
+def bench(tmp_path) -> Bench:
+    """ROWS, between columns that are not read and hold everything that CSV has to quote."""
+    notes = NASTY * 2
+    rows = [{"note": notes[n], **dict(zip(COLUMNS, row, strict=True)), "x": notes[-n]} for n, row in enumerate(ROWS)]
+    return make_bench(tmp_path, rows)
+
+
+def test_rewards_and_thoughts_stand_in_their_rows_beside_all_that_was_there(tmp_path, bench, journal):
+    score(journal)
+    write_csv(tmp_path / "scores.csv", bench, journal)
+    before, after = read_table(Path(bench.path)), read_table(tmp_path / "scores.csv")
+    assert list(after[0]) == ["note", *COLUMNS, "x", "problem", "Reward_A", "Reward_B", "CoT_A", "CoT_B"]
+    for old, new, (a, b, *_) in zip(before, after, ROWS, strict=True):
+        assert {name: new[name] for name in old} == old
+        scored = {side: video for side, video in (("A", a), ("B", b)) if video != "e.mp4"}
+        for side in "AB":
+            assert new[f"Reward_{side}"] == (str(REWARDS[scored[side]]) if side in scored else "")
+            assert new[f"CoT_{side}"] == (cot_of(scored[side]) if side in scored else "")
+
+
+def test_single_videos_have_one_reward_and_every_digit_of_it(tmp_path, journal):
+    rewards = {"a.mp4": 0.1 + 0.2, "b.mp4": -1e-300}
+    bench = make_bench(tmp_path, [{"video_path": f"{name}.mp4"} for name in "abca"], "videofeedback")
+    score(journal, rewards)
+    write_csv(tmp_path / "scores.csv", bench, journal)
+    rows = read_table(tmp_path / "scores.csv")
+    assert added_columns(bench) == ("Reward", "CoT")
+    assert [list(row) for row in rows] == [["video_path", "problem", "Reward", "CoT"]] * 4
+    assert [row["Reward"] for row in rows] == ["0.30000000000000004", "-1e-300", "", "0.30000000000000004"]
+    summary = summarise(bench, journal, seed=0)
+    assert (summary["labels"], summary["num_duplicate_rows"], summary["num_scored"]) == ({}, 1, 2)
+    assert format_table(summary) == (
+        "4 rows, 3 videos: 2 scored, 0 failed, 1 thoughts cut at the length limit\nmean reward 0.1500"
+    )
+
+
+def test_a_csv_that_fails_half_way_leaves_the_old_one_or_none(tmp_path, bench, journal, monkeypatch):
+    score(journal)
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    write_csv(old, bench, journal)
+    content, read = old.read_bytes(), journal.read
+
+    def fail_in_the_last_row(name: str) -> ScoredVideo:
+        if name == item_id("d.mp4") and next(countdown) == 0:
+            assert old.read_bytes() == content
+            raise OSError("disk full")
+        return read(name)
+
+    monkeypatch.setattr(journal, "read", fail_in_the_last_row)
+    for path in (old, new):
+        countdown = iter((1, 0))
+        with pytest.raises(OSError, match="disk full"):
+            write_csv(path, bench, journal)
+    assert old.read_bytes() == content
+    assert not new.exists()
+    monkeypatch.undo()
+    write_csv(new, bench, journal)  # what is left of the failure is in nobody's way
+    assert new.read_bytes() == content
+
+
+def test_a_json_is_complete_or_absent(tmp_path):
+    path = tmp_path / "scores.json"
+    with pytest.raises(TypeError):
+        write_json(path, {"num_rows": 1, "failures": object()})
+    assert not path.exists()
+    write_json(path, {"num_rows": 1, "mean_reward": None})
+    content = path.read_text()
+    assert json.loads(content) == {"num_rows": 1, "mean_reward": None}
+    with pytest.raises(TypeError):
+        write_json(path, {"num_rows": 2, "failures": object()})
+    assert path.read_text() == content
+
+
+def test_the_summary_counts_as_by_hand(bench, journal):
+    score(journal)
+    journal.add(FailedVideo(item_id("e.mp4"), "video is empty: e.mp4"))
+    summary = summarise(bench, journal, seed=0)
+    assert summary == json.loads(json.dumps(summary))
+    labels = summary.pop("labels")
+    failures = [{"video": bench.items[item_id("e.mp4")].video, "error": "video is empty: e.mp4"}]
+    counts = {"num_rows": 6, "num_duplicate_rows": 1, "num_videos": 5, "num_scored": 4, "num_cut": 2}
+    assert summary == {**counts, "mean_reward": 2.0, "failures": failures}
+    assert list(labels) == ["TA", "Overall"]
+    # Margins (2, -1, 0, 2) of rows 1, 2, 3, 5 with labels (1, 1, 0, 1); row 4 lacks a reward, row 6 a label.
+    overall, ta = labels["Overall"], labels["TA"]
+    numbers = ("num_pairs", "num_decided", "num_ties", "num_unlabelled", "num_unscored", "threshold", "sweep")
+    assert [overall[name] for name in numbers] == [4, 3, 1, 1, 1, 0.0, 0.75]
+    assert (overall["without_ties"]["value"], overall["with_ties"]["value"]) == (2 / 3, 0.75)
+    # Margins (2, 2, -1) of rows 1, 5, 6 with labels (-1, -1, 0).
+    assert [ta[name] for name in numbers] == [3, 2, 1, 3, 0, 1.0, 1 / 3]
+    assert ta["without_ties"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    names = ("model", "num_decided", "accuracy", "human_win_rate", "reward_win_rate")
+    rows = [("sora", 3, 2 / 3, 2 / 3, 1.0), ("kling", 3, 2 / 3, 1 / 3, 0.0), ("wan", 0, None, None, None)]
+    assert overall["models"] == [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def test_rows_without_both_models_are_in_the_accuracy_and_not_in_the_table_of_models(tmp_path, journal):
+    models = (("sora", "kling"), ("", "sora"), ("nan", "wan"))
+    rows = [dict(zip(COLUMNS, ("a.mp4", "b.mp4", *pair, "A", "A"), strict=True)) for pair in models]
+    score(journal)
+    values = summarise(make_bench(tmp_path, rows), journal, seed=0)["labels"]["Overall"]
+    assert values["num_pairs"] == 3
+    assert [(row["model"], row["num_decided"]) for row in values["models"]] == [("sora", 1), ("kling", 1)]
+
+
+def cells_of(line: str) -> list[str]:
+    return re.split(r"  +", line.strip())
+
+
+def test_the_table_shows_these_numbers(bench, journal):
+    score(journal)
+    journal.add(FailedVideo(item_id("e.mp4"), "video is empty: e.mp4"))
+    lines = describe_result(summarise(bench, journal, seed=0)).splitlines()
+    assert lines[:3] == [
+        "failed: video is empty: e.mp4",
+        "6 rows, 5 videos: 4 scored, 1 failed, 2 thoughts cut at the length limit",
+        "mean reward 2.0000",
+    ]
+    ta, overall = (cells_of(line) for line in lines[5:7])
+    assert cells_of(lines[4])[3:] == ["tie up to", "one at a time", "pairs", "unscored"]
+    assert ta[:2] + ta[3:] == ["TA", "0.000 [0.000, 0.000]", "1.0000", "0.333", "2 + 1", "0"]
+    assert overall[0] + overall[1][:6] + overall[2][:6] == "Overall0.667 0.750 "
+    assert overall[3:] == ["0.0000", "0.750", "3 + 1", "1"]
+    assert len({len(line) for line in lines[4:7]}) == 1
+    table = [cells_of(line) for line in lines[-4:]]
+    assert table[0] == ["Overall", "pairs", "accuracy", "people prefer it", "the reward does"]
+    assert table[1:] == [
+        ["sora", "3", "0.667", "0.667", "1.000"],
+        ["kling", "3", "0.667", "0.333", "0.000"],
+        ["wan", "0", "-", "-", "-"],
+    ]
+
+
+def test_without_rewards_there_is_a_table_all_the_same(bench, journal):
+    for video in "abcdefghijkl":
+        bench.items.setdefault(video, bench.items[item_id("a.mp4")])
+        journal.add(FailedVideo(video, f"{video} is broken"))
+    result = summarise(bench, journal, seed=0)
+    assert (result["num_scored"], result["mean_reward"], result["labels"]["TA"]["num_unscored"]) == (0, None, 3)
+    lines = describe_result(result).splitlines()
+    assert lines[:2] == ["failed: a is broken", "failed: b is broken"]
+    assert lines[10] == "... and 2 more, see the JSON"
+    assert cells_of(lines[-5])[0] == "Overall"
+    assert cells_of(lines[-5])[1:] == ["-", "-", "none", "-", "0 + 0", "5"]
+
+
+def test_large_benchmarks_take_little_memory(tmp_path, journal):
+    rng, note = random.Random(0), "x" * 1000
+    rows = [
+        {
+            "path_A": f"{index % 5000}.mp4",
+            "path_B": f"{(index * 7 + 1) % 5000}.mp4",
+            "A_model": f"model {index % 20}",
+            "B_model": f"model {index % 19}",
+            "Overall": rng.choice(("A", "B", "same")),
+            "note": note,
+        }
+        for index in range(20_000)
+    ]
+    path = write_bench(tmp_path, rows)
+    del rows
+    tracemalloc.start()
+    bench = read_bench(path, "videoalign")
+    for name in bench.items:
+        journal.add(ScoredVideo(name, rng.gauss(0, 1), "thinking " * 100, 200, True))
+    table = format_table(summarise(bench, journal, seed=0))
+    write_csv(tmp_path / "scores.csv", bench, journal)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert table.startswith("20000 rows, 5000 videos: 5000 scored, 0 failed")
+    assert (tmp_path / "scores.csv").stat().st_size > 50 * 2**20
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        assert sum(1 for row in csv.DictReader(file) if row["Reward_A"] and row["Reward_B"]) == 20_000
+    assert peak < 32 * 2**20
