@@ -19,5 +19,6 @@ arguments=(--model_ckpt "$MODEL_CKPT" --data_path "$DATA_PATH" --bench_type "$BE
 [[ -z "$RM_CKPT" ]] || arguments+=(--rm_ckpt "$RM_CKPT")
 echo "inference: $MODEL_CKPT on $DATA_PATH ($BENCH_TYPE) -> $OUTPUT"
 
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"   # vLLM's notes to developers are not for the console
 export PYTHONPATH="$stage${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 exec python3 "$stage/inference.py" "${arguments[@]}" "$@"

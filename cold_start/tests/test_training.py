@@ -122,12 +122,19 @@ def test_losses_fall_and_the_checkpoint_scores(finished, clips):
     assert rewards[0] != rewards[1]
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(finished, zero):
     assert_same_training(finished(), finished(processes=2, accumulation=2, zero=zero))
 
 
-@pytest.mark.parametrize("settings", [{"batch": 4, "accumulation": 1}, {"zero": 0}, {"gradient_checkpointing": False}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch": 4, "accumulation": 1},
+        pytest.param({"zero": 0}, marks=pytest.mark.slow),
+        pytest.param({"gradient_checkpointing": False}, marks=pytest.mark.slow),
+    ],
+)
 def test_micro_batches_zero_stage_and_recomputation_change_nothing(finished, settings):
     assert_same_training(finished(), finished(**settings))
 
@@ -180,7 +187,7 @@ def test_unknown_flags_are_errors(clips, small_base, tmp_path):
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("zero", [0, 2])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_loss_that_is_not_finite_stops_before_the_step_and_names_it(clips, small_base, tmp_path, zero):
     scores = ["4", "1e38"]  # the squared error of 1e38 overflows
     data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "A"], MOS_A_GSB=scores)
@@ -253,6 +260,7 @@ def test_bf16_evaluation_full_model_and_limit_on_checkpoints(tmp_path, clips, sm
     assert not torch.equal(head, head.bfloat16().float())  # trained in fp32, not rounded
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL_VIDEOS.is_dir(), reason=f"no real clips at {REAL_VIDEOS}")
 def test_real_pairs_train_with_nothing_but_data_and_output_changed(tmp_path):
     clips = [REAL_VIDEOS / f"example_{i}_{side}.mp4" for i in (1, 2) for side in "AB"]

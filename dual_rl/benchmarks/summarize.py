@@ -27,6 +27,12 @@ SHOWN = (
 )
 
 
+def without_saving(line: dict[str, float]) -> dict[str, float]:
+    """A line of the log whose step ends before validation and saving, which come now and then."""
+    extra = sum(line.get(f"timing/seconds/{phase}", 0.0) for phase in ("validate", "save"))
+    return {**line, "timing/seconds/step": line["timing/seconds/step"] - extra}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -34,7 +40,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", default=[], help="what the run was given beside its defaults")
     arguments = parser.parse_args()
     lines = [json.loads(line) for line in (arguments.run / "train_log.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "timing/seconds/step" in line]
+    steps = [without_saving(line) for line in lines if "timing/seconds/step" in line]
     later = steps[1:] or steps
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     result = {

@@ -77,6 +77,18 @@ def test_summary_shows_validations_and_quarters(tmp_path):
     assert rows["Bradley-Terry loss"] == ["0.700", "0.600", "0.500", "0.400"]
 
 
+def test_summary_averages_runs(tmp_path):
+    for seed, reward in ((1, 0.25), (2, 0.75)):
+        lines = [{"step": step, "val/reward/overall/mean": reward, "bt/loss": reward, "reward/overall/mean": 0.5,
+                  "timing/seconds/step": 1.0} for step in range(1 + seed)]  # fmt: skip
+        (tmp_path / f"{seed}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    command = ["python", str(SUMMARIZE), str(tmp_path / "1.jsonl"), str(tmp_path / "2.jsonl")]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    rows = {line[:30].strip(): line[30:].split() for line in text.splitlines() if line}
+    assert rows["on held-out pairs, step"] == ["0", "1"]
+    assert rows["rule reward"] == ["0.500", "0.500"]
+
+
 def test_summary_of_a_folder_without_log_says_so(tmp_path):
     command = ["python", str(SUMMARIZE), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -66,7 +66,7 @@ def run_benchmark(run: BenchmarkRun) -> dict[str, object]:
         journal.failures.update(bench.missing)
         _score_missing(run, bench, journal)
         summary = summarise(bench, journal, seed=run.seed)
-        result = {"run": identity, **summary}
+        result = {"model_ckpt": run.source.model_ckpt, "data_path": run.data_path, "run": identity, **summary}
         write_csv(output, bench, journal)
         write_json(output.with_suffix(".json"), result)
     return result
@@ -93,7 +93,6 @@ def describe_run(run: BenchmarkRun) -> dict[str, object]:
     for path in sorted(find_folder(find_model(source.model_ckpt)).glob("*.safetensors")):
         _probe(path, digest)
     return {
-        "model": os.path.basename(os.path.normpath(source.model_ckpt)),
         "weights": digest.hexdigest(),
         "data": hashlib.blake2b(Path(run.data_path).read_bytes(), digest_size=8).hexdigest(),
         "bench_type": run.bench_type,
