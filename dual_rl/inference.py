@@ -61,6 +61,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--max_pixels", type=int)
     add("--video_root", help="folder of relative video paths; default: the CSV's")
     add("--fresh_head", action="store_true", help="score a base model with an untrained head, for comparison")
+    add("--calibrate", action="store_true", help="keep mean and standard deviation of the rewards with the checkpoint")
+    add("--normalize", action="store_true", help="give rewards on the scale that --calibrate kept")
     add("--overwrite", action="store_true", help="drop what another run wrote to the same output")
     return parser.parse_args(argv)
 
@@ -72,7 +74,7 @@ def build_run(options: argparse.Namespace) -> BenchmarkRun:
         **{name: chosen[name] for name in ScoringSettings.__dataclass_fields__ if name in chosen}
     )
     source = ModelSource(options.model_ckpt, options.rm_ckpt, settings, options.seed if options.fresh_head else None)
-    names = ("data_path", "bench_type", "output", "seed", "save_every", "num_workers", "video_root", "overwrite")
+    names = [name for name in BenchmarkRun.__dataclass_fields__ if name != "source"]
     return BenchmarkRun(source=source, **{name: chosen[name] for name in names})
 
 

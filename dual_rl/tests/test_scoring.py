@@ -17,8 +17,9 @@ from infer_utils.scorer import Cot, RewardScorer
 from test_reward_files import stage1_checkpoint
 from verl.data.vision_process import VideoBudget, VideoError, load_video, sample_frames
 from verl.inference.hf_scorer import HfScorer
-from verl.inference.reward_model import RewardModel, find_model
+from verl.inference.reward_model import RewardModel
 from verl.inference.scoring import FailedVideo, ScoredVideo, ScoringSettings, ThoughtScore, VideoTask
+from verl.inference.source import find_model
 from verl.model.building import load_policy
 from verl.model.policy import PolicyModel
 from verl.model.reference import compute_reward

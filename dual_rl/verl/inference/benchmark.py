@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,13 +24,14 @@ from verl.inference.bench_csv import Bench, BenchType, read_bench, read_columns
 from verl.inference.fleet import ModelSource, score_tasks
 from verl.inference.journal import Journal
 from verl.inference.report import added_columns, format_table, summarise, write_csv, write_json
-from verl.inference.reward_model import choose_prompt_length, find_model, read_checkpoint
+from verl.inference.scale import RewardScale, compute_scale, load_scale, save_scale
 from verl.inference.scoring import Outcome, VideoTask
+from verl.inference.source import choose_budget, choose_prompt_length, find_model, read_checkpoint
+from verl.model.fingerprint import fingerprint
 from verl.model.reward_files import find_folder
 
 JOURNAL_SUFFIX = ".rewards.jsonl"
 SECONDS_BETWEEN_LINES = 30.0
-PROBES_PER_FILE, PROBE_BYTES = 256, 4096
 
 logger = logging.getLogger("verl")
 
@@ -40,7 +41,8 @@ class BenchmarkRun:
     """What a run is asked for. `output`: the CSV; the other files stand beside it. `seed`: of the bootstrap.
 
     `num_workers`: engines, None for one a GPU. `save_every`: videos between two moments at which the journal is forced
-    to disk. `video_root`: folder of relative video paths, None for the CSV's.
+    to disk. `video_root`: folder of relative video paths, None for the CSV's. `calibrate`: keep mean and standard
+    deviation of these rewards beside the checkpoint; `normalize`: give rewards on the scale that is there.
     """
 
     data_path: str
@@ -52,6 +54,8 @@ class BenchmarkRun:
     num_workers: int | None = None
     video_root: str | None = None
     overwrite: bool = False
+    calibrate: bool = False
+    normalize: bool = False
 
 
 def run_benchmark(run: BenchmarkRun) -> dict[str, object]:
@@ -60,16 +64,33 @@ def run_benchmark(run: BenchmarkRun) -> dict[str, object]:
     _check_output(run, bench)
     output = Path(run.output)
     identity = describe_run(run)
+    folder = find_folder(find_model(run.source.model_ckpt))
+    scale = load_scale(folder, weights=identity["weights"]) if run.normalize else None
     with Journal(
         output.with_suffix(JOURNAL_SUFFIX), identity, overwrite=run.overwrite, save_every=run.save_every
     ) as journal:
         journal.failures.update(bench.missing)
         _score_missing(run, bench, journal)
-        summary = summarise(bench, journal, seed=run.seed)
+        if run.calibrate:
+            scale = _calibrate(run, folder, identity, journal)
+        summary = summarise(bench, journal, seed=run.seed, scale=scale)
         result = {"model_ckpt": run.source.model_ckpt, "data_path": run.data_path, "run": identity, **summary}
-        write_csv(output, bench, journal)
+        write_csv(output, bench, journal, scale=scale)
         write_json(output.with_suffix(".json"), result)
     return result
+
+
+def _calibrate(run: BenchmarkRun, folder: Path, identity: Mapping[str, object], journal: Journal) -> RewardScale:
+    scale = compute_scale(
+        list(journal.rewards.values()),
+        data=os.path.basename(run.data_path),
+        weights=identity["weights"],
+        video=identity["video"],
+    )
+    logger.info(
+        "the scale of these rewards, %.4f +- %.4f, is kept in %s", scale.mean, scale.std, save_scale(folder, scale)
+    )
+    return scale
 
 
 def _check_output(run: BenchmarkRun, bench: Bench) -> None:
@@ -87,31 +108,15 @@ def describe_run(run: BenchmarkRun) -> dict[str, object]:
     source = run.source
     checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt, fresh_head_seed=source.fresh_head_seed)
     choose_prompt_length(checkpoint, source.settings)
-    digest = hashlib.blake2b(digest_size=8)
-    for tensor in (checkpoint.head_weight, checkpoint.reward_embedding):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    for path in sorted(find_folder(find_model(source.model_ckpt)).glob("*.safetensors")):
-        _probe(path, digest)
     return {
-        "weights": digest.hexdigest(),
+        "weights": fingerprint(find_model(source.model_ckpt), checkpoint),
         "data": hashlib.blake2b(Path(run.data_path).read_bytes(), digest_size=8).hexdigest(),
         "bench_type": run.bench_type,
         "backend": source.settings.backend,
-        "video": asdict(checkpoint.video_budget),
+        "video": asdict(choose_budget(checkpoint, source.settings)),
         "format_prompt": checkpoint.format_prompt,
         **source.settings.affecting_rewards(),
     }
-
-
-def _probe(path: Path, digest) -> None:
-    """Evenly spaced pieces of a file that may be many gigabytes long; all of a short one."""
-    size = path.stat().st_size
-    stride = max(PROBE_BYTES, size // PROBES_PER_FILE)
-    digest.update(f"{path.name} {size}".encode())
-    with open(path, "rb") as file:
-        for place in range(0, size, stride):
-            file.seek(place)
-            digest.update(file.read(PROBE_BYTES))
 
 
 def _score_missing(run: BenchmarkRun, bench: Bench, journal: Journal) -> None:

@@ -13,6 +13,7 @@ from typing import TextIO
 from verl.inference.accuracy import Estimate, ModelRow, compute_model_table, compute_pair_accuracy
 from verl.inference.bench_csv import Bench, iterate_cells, read_columns
 from verl.inference.journal import Journal
+from verl.inference.scale import RewardScale
 
 PAIR_COLUMNS = ("Reward_A", "Reward_B", "CoT_A", "CoT_B")
 SINGLE_COLUMNS = ("Reward", "CoT")
@@ -25,14 +26,14 @@ def added_columns(bench: Bench) -> tuple[str, ...]:
     return PAIR_COLUMNS if bench.is_paired else SINGLE_COLUMNS
 
 
-def write_csv(path: Path, bench: Bench, journal: Journal) -> None:
-    """The benchmark's own rows with the rewards and chains of thought; empty cells where there is none."""
+def write_csv(path: Path, bench: Bench, journal: Journal, *, scale: RewardScale | None = None) -> None:
+    """The benchmark's own rows with rewards (on `scale`) and chains of thought; empty cells where there is none."""
     with _replacing(path) as file:
         writer = csv.DictWriter(file, fieldnames=[*read_columns(bench.path), *added_columns(bench)])
         writer.writeheader()
         for row, cells in zip(bench.rows, iterate_cells(bench.path), strict=True):
             scored = [journal.read(item) if item in journal.rewards else None for item in row.item_ids]
-            rewards = ["" if video is None else repr(video.reward) for video in scored]
+            rewards = ["" if video is None else repr(_on_scale(video.reward, scale)) for video in scored]
             cots = ["" if video is None else video.cot for video in scored]
             writer.writerow(cells | dict(zip(added_columns(bench), rewards + cots, strict=True)))
 
@@ -51,9 +52,16 @@ def _replacing(path: Path) -> Iterator[TextIO]:
     os.replace(temporary, path)
 
 
-def summarise(bench: Bench, journal: Journal, *, seed: int) -> dict[str, object]:
-    """Counts, accuracies by label column and by generator model, failures; JSON values. `seed`: of the bootstrap."""
-    rewards = [journal.rewards[name] for name in bench.items if name in journal.rewards]
+def _on_scale(reward: float, scale: RewardScale | None) -> float:
+    return reward if scale is None else scale.apply(reward)
+
+
+def summarise(bench: Bench, journal: Journal, *, seed: int, scale: RewardScale | None = None) -> dict[str, object]:
+    """Counts, accuracies by label column and by generator model, failures; JSON values. `seed`: of the bootstrap.
+
+    `scale`: what rewards, and so thresholds, are given on; it is named in the result.
+    """
+    rewards = {name: _on_scale(journal.rewards[name], scale) for name in bench.items if name in journal.rewards}
     cut = sum(not journal.read(name).is_finished for name in bench.items if name in journal.rewards)
     return {
         "num_rows": len(bench.rows),
@@ -61,9 +69,10 @@ def summarise(bench: Bench, journal: Journal, *, seed: int) -> dict[str, object]
         "num_videos": len(bench.items),
         "num_scored": len(rewards),
         "num_cut": cut,
-        "mean_reward": fmean(rewards) if rewards else None,
+        "scale": None if scale is None else asdict(scale),
+        "mean_reward": fmean(rewards.values()) if rewards else None,
         "labels": {
-            name: _summarise_label(bench, journal.rewards, column, seed=seed)
+            name: _summarise_label(bench, rewards, column, seed=seed)
             for column, name in enumerate(bench.label_columns)
         },
         "failures": [{"video": bench.items[name].video, "error": error} for name, error in journal.failures.items()],
@@ -96,7 +105,7 @@ def format_table(summary: Mapping[str, object]) -> str:
         f"{len(summary['failures'])} failed, {summary['num_cut']} thoughts cut at the length limit"
     ]
     if summary["mean_reward"] is not None:
-        lines.append(f"mean reward {summary['mean_reward']:.4f}")
+        lines.append(f"mean reward {summary['mean_reward']:.4f}{_describe_scale(summary['scale'])}")
     labels = summary["labels"]
     if labels:
         lines += ["", *_accuracy_lines(labels), ""]
@@ -108,6 +117,13 @@ def format_table(summary: Mapping[str, object]) -> str:
     if main is not None and labels[main]["models"]:
         lines += ["", *_model_lines(main, [ModelRow(**model) for model in labels[main]["models"]])]
     return "\n".join(lines)
+
+
+def _describe_scale(scale: Mapping[str, object] | None) -> str:
+    if scale is None:
+        return ""
+    unit = f"{scale['num_videos']} videos of {scale['data']}, {scale['mean']:.4f} +- {scale['std']:.4f}"
+    return f", in standard deviations from the mean of {unit}"
 
 
 def _accuracy_lines(labels: Mapping[str, Mapping[str, object]]) -> list[str]:

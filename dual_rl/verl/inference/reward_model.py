@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 from verl.data.loading import VideoLoader
-from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids, judge_problem
+from verl.data.scored_sequence import SequenceBuilder, judge_problem
 from verl.data.vision_process import VideoBudget, VideoError, VideoFrames, sample_frames
+from verl.inference.scale import RewardScale
 from verl.inference.scoring import (
-    MAX_PROMPT_LENGTH,
     FailedVideo,
     Outcome,
     ScoredVideo,
@@ -36,13 +36,20 @@ from verl.inference.scoring import (
     ThoughtScore,
     VideoTask,
 )
-from verl.model.reward_files import PolicyCheckpoint, load_base, load_checkpoint, save_engine_folder, stream_weights
+from verl.inference.source import (
+    NUM_TOKENS_AFTER_COT,
+    build_engine,
+    choose_budget,
+    choose_prompt_length,
+    find_model,
+    load_model_scale,
+    read_checkpoint,
+)
+from verl.model.reward_files import PolicyCheckpoint, stream_weights
 from verl.rollout.engine import engine_dtype
 from verl.trainer.config import RolloutConfig
 from verl.types import VideoKey, VideoPrompt
 
-NUM_TOKENS_AFTER_COT = 2
-"""`<Reward>`, and one that vLLM writes after it."""
 WINDOW = 2
 """Videos under way, decoding included, as a multiple of `batch_size`."""
 
@@ -58,37 +65,25 @@ class Scores(NamedTuple):
     cots: list[str]
 
 
-def find_model(path: str | os.PathLike) -> str:
-    """The model's folder within a stage 2 `global_step_N` or `actor`; any other path as it is."""
-    for inner in ("actor/huggingface", "huggingface"):
-        if (Path(path) / inner).is_dir():
-            return str(Path(path) / inner)
-    return os.fspath(path)
-
-
-def read_checkpoint(
-    model_ckpt: str | os.PathLike, rm_ckpt: str | os.PathLike | None = None, *, fresh_head_seed: int | None = None
-) -> PolicyCheckpoint:
-    """Everything of a reward model but its weights; with `fresh_head_seed`, of a base model and an untrained head.
-
-    Raises ValueError saying what is missing and how to come by it.
-    """
-    if fresh_head_seed is None:
-        return load_checkpoint(find_model(model_ckpt), rm_ckpt, with_weights=False)
-    if rm_ckpt is not None:
-        raise ValueError(f"a fresh head and {rm_ckpt} exclude each other: give one of --fresh_head and --rm_ckpt")
-    return load_base(model_ckpt, seed=fresh_head_seed)
-
-
 class RewardModel:
-    """A reward model in one engine on one device. Close it, or use it as a context manager."""
+    """A reward model in one engine on one device. Close it, or use it as a context manager.
+
+    `scale`: what `score` gives rewards on; None for the head's own. Outcomes of `score_stream` are never scaled.
+    """
 
     def __init__(
-        self, checkpoint: PolicyCheckpoint, engine: ScoringEngine, settings: ScoringSettings, *, budget: VideoBudget
+        self,
+        checkpoint: PolicyCheckpoint,
+        engine: ScoringEngine,
+        settings: ScoringSettings,
+        *,
+        budget: VideoBudget,
+        scale: RewardScale | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.engine = engine
         self.settings = settings
+        self.scale = scale
         self.builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
         self.loader = VideoLoader(self.builder, budget, num_threads=settings.num_threads)
         self._decoding: deque[tuple[str, Future[VideoPrompt]]] = deque()
@@ -102,28 +97,32 @@ class RewardModel:
         *,
         settings: ScoringSettings | None = None,
         fresh_head_seed: int | None = None,
+        normalize: bool = False,
         device: torch.device | str | None = None,
     ) -> "RewardModel":
         """Load stage 1's `checkpoint-N`, a merged model, or stage 2's `global_step_N` (or its `huggingface/`).
 
         `rm_ckpt`: an `rm_head.pth` or its folder, by default the one beside the model. `device`: by default the GPU
-        if there is one. `fresh_head_seed`: see `read_checkpoint`. Raises ValueError as that does.
+        if there is one. `fresh_head_seed`: see `read_checkpoint`. `normalize`: `score` gives rewards on the scale that
+        `inference.py --calibrate` has left beside the checkpoint. Raises ValueError as `read_checkpoint` and
+        `load_scale` do.
         """
         settings = settings or ScoringSettings()
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         checkpoint = read_checkpoint(model_ckpt, rm_ckpt, fresh_head_seed=fresh_head_seed)
         settings = dataclasses.replace(settings, max_prompt_length=choose_prompt_length(checkpoint, settings))
+        scale = load_model_scale(model_ckpt, checkpoint, settings) if normalize else None
         model_len = settings.max_prompt_length + settings.max_new_tokens + NUM_TOKENS_AFTER_COT
         files = tempfile.TemporaryDirectory(prefix="descore_engine_")
-        engine = _build_engine(Path(files.name), checkpoint, settings, max_model_len=model_len, device=device)
+        engine = build_engine(Path(files.name), checkpoint, settings, max_model_len=model_len, device=device)
         dtype = engine_dtype(RolloutConfig(precision=settings.precision), device)
         engine.load_weights(stream_weights(find_model(model_ckpt), checkpoint, dtype=dtype))
-        budget = checkpoint.video_budget.replace(fps=settings.video_fps, max_pixels=settings.max_pixels)
+        budget = choose_budget(checkpoint, settings)
         if budget != checkpoint.video_budget:
             logger.warning(
                 "the model was trained with %s, videos are now read with %s", checkpoint.video_budget, budget
             )
-        model = cls(checkpoint, engine, settings, budget=budget)
+        model = cls(checkpoint, engine, settings, budget=budget, scale=scale)
         model.files = files  # vLLM reads its folder lazily: it lives as long as the engine
         return model
 
@@ -153,7 +152,8 @@ class RewardModel:
         if failures:
             raise VideoError("\n".join(["videos could not be scored", *failures]))
         ordered = [outcomes[number] for number in range(len(tasks))]
-        return Scores([outcome.reward for outcome in ordered], [outcome.cot for outcome in ordered])
+        rewards = [outcome.reward if self.scale is None else self.scale.apply(outcome.reward) for outcome in ordered]
+        return Scores(rewards, [outcome.cot for outcome in ordered])
 
     def score_stream(self, tasks: Iterable[VideoTask]) -> Iterator[Outcome]:
         """Outcomes as they become ready; of `tasks` only a window is under way at a time."""
@@ -226,43 +226,3 @@ class RewardModel:
             num_tokens=len(score.cot_ids),
             is_finished=score.is_finished,
         )
-
-
-def choose_prompt_length(checkpoint: PolicyCheckpoint, settings: ScoringSettings) -> int:
-    """Tokens of the longest prompt. Raises ValueError when they and the thought exceed the model's positions."""
-    positions = checkpoint.config.text_config.max_position_embeddings
-    room = positions - settings.max_new_tokens - NUM_TOKENS_AFTER_COT
-    length = settings.max_prompt_length or min(MAX_PROMPT_LENGTH, room)
-    if not 0 < length <= room:
-        raise ValueError(
-            f"max_new_tokens={settings.max_new_tokens} leaves {room} of {positions} positions to the prompt, "
-            f"which asks for {settings.max_prompt_length or 'some'}: lower max_new_tokens or max_prompt_length"
-        )
-    return length
-
-
-def _build_engine(
-    folder: Path,
-    checkpoint: PolicyCheckpoint,
-    settings: ScoringSettings,
-    *,
-    max_model_len: int,
-    device: torch.device,
-):
-    """The engine that `settings.backend` asks for, without weights; `folder` takes its files."""
-    if settings.backend == "vllm":
-        from verl.inference.vllm_scorer import VllmScorer as Engine
-    else:
-        from verl.inference.hf_scorer import HfScorer as Engine
-    dtype = engine_dtype(RolloutConfig(precision=settings.precision), device)
-    save_engine_folder(folder, checkpoint, dtype=dtype)
-    builder = SequenceBuilder(checkpoint.processor)
-    return Engine(
-        folder,
-        checkpoint,
-        settings,
-        forbidden_token_ids=forbidden_token_ids(checkpoint.processor, checkpoint.config.text_config.vocab_size),
-        reward_token_id=builder.reward_token_id,
-        max_model_len=max_model_len,
-        device=device,
-    )

@@ -1,0 +1,33 @@
+"""Which model it is, by content: two checkpoints with the same files have the same fingerprint wherever they lie."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from verl.model.reward_files import PolicyCheckpoint, find_folder
+
+PROBES_PER_FILE, PROBE_BYTES = 256, 4096
+
+
+def fingerprint(model_path: str | os.PathLike, checkpoint: PolicyCheckpoint) -> str:
+    """16 hex digits over head, `<Reward>` row, and pieces of every file of weights in the model's folder.
+
+    `checkpoint`: read from `model_path`, with the head that is used.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in (checkpoint.head_weight, checkpoint.reward_embedding):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    for path in sorted(find_folder(model_path).glob("*.safetensors")):
+        _probe(path, digest)
+    return digest.hexdigest()
+
+
+def _probe(path: Path, digest) -> None:
+    """Evenly spaced pieces of a file that may be many gigabytes long; all of a short one."""
+    size = path.stat().st_size
+    stride = max(PROBE_BYTES, size // PROBES_PER_FILE)
+    digest.update(f"{path.name} {size}".encode())
+    with open(path, "rb") as file:
+        for place in range(0, size, stride):
+            file.seek(place)
+            digest.update(file.read(PROBE_BYTES))
