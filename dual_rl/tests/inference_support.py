@@ -3,17 +3,24 @@
 import csv
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+import torch
+
 from toy_world.tables import write_table
 from training_support import DUAL_RL, RUN_TIMEOUT, _forks
 from verl.inference.bench_csv import BENCH_FORMATS, BenchType
 from verl.inference.benchmark import JOURNAL_SUFFIX
+from verl.model.reward_files import save_head
 
 VIDEOS = DUAL_RL / "data" / "videos"
 CLIPS = sorted(path.name for path in VIDEOS.glob("*.mp4"))
@@ -46,6 +53,28 @@ def make_row(bench_type: BenchType, pair: Pair, number: int) -> Row:
 def all_pairs(prompts: Sequence[str] = PROMPTS, *, clips: Sequence[str] = CLIPS) -> list[Pair]:
     """Every clip with its neighbour, round the circle, for every prompt: each video stands in two rows."""
     return [(clip, clips[(place + 1) % len(clips)], prompt) for prompt in prompts for place, clip in enumerate(clips)]
+
+
+def copy_videos(folder: Path, *, broken: Sequence[str] = ()) -> None:
+    """The clips into `folder`/videos, of which those named end half way."""
+    shutil.copytree(VIDEOS, folder / "videos")
+    for name in broken:
+        content = (VIDEOS / name).read_bytes()
+        (folder / "videos" / name).write_bytes(content[: len(content) // 2])
+
+
+def write_head(path: Path, model: Path, *, value: float = 1.0) -> Path:
+    """Another head for the model, the same `value` everywhere."""
+    width = torch.load(model / "rm_head.pth", weights_only=True)["rm_head.weight"].shape[1]
+    save_head(path, torch.full((1, width), value))
+    return path
+
+
+def share_correct(rows: Sequence[Row], label: str) -> tuple[float, int]:
+    """Of the pairs with a preference: the share that the rewards get right, and how many there are."""
+    decided = [row for row in rows if row[label] in ("A", "B")]
+    right = [(float(row["Reward_A"]) > float(row["Reward_B"])) == (row[label] == "A") for row in decided]
+    return sum(right) / len(decided), len(decided)
 
 
 @dataclass(frozen=True)
@@ -90,6 +119,20 @@ class Scored:
         return self.csv.read_bytes(), self.csv.with_suffix(".json").read_bytes()
 
 
+def assert_same(scored: Scored, whole: Scored) -> None:
+    """The same thoughts about the same videos, and the same rewards but for rounding."""
+    assert scored.code == 0, scored.output
+    assert scored.cots == whole.cots
+    assert scored.rewards == pytest.approx(whole.rewards, rel=1e-5, abs=1e-5)
+
+
+def assert_tidy(scored: Scored) -> None:
+    """Nothing on the console but the run's own lines: no library has anything to tell its users' users."""
+    own = ("inference: ", "tabench: ", "24 rows, ", "mean reward ", "label ", "answer ", "pairs: ", "95% ", "a tie, ")
+    foreign = [line for line in scored.output.splitlines() if line.strip() and not line.startswith(own)]
+    assert not foreign, scored.output
+
+
 @dataclass(frozen=True)
 class Desk:
     """A folder with the clips and a model to score with."""
@@ -111,20 +154,9 @@ class Desk:
         return path
 
     def arguments(self, bench: Path, bench_type: BenchType, output: str, options: Mapping[str, object]) -> list[str]:
-        """The command line; True stands for a flag without a value."""
-        values = {
-            "data_path": bench,
-            "bench_type": bench_type,
-            "model_ckpt": self.model,
-            "output": self.root / output,
-            **SMALL,
-            **options,
-        }
-        return [
-            part
-            for name, value in values.items()
-            for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
-        ]
+        """The command line."""
+        places = {"data_path": bench, "model_ckpt": self.model, "output": self.root / output}
+        return _flags({**places, "bench_type": bench_type, **SMALL, **options})
 
     def start(
         self, bench: Path, bench_type: BenchType = "tabench", output: str = "out/scores.csv", **options: object
@@ -138,6 +170,23 @@ class Desk:
         """A run from start to end."""
         return self.start(bench, bench_type, output, **options).wait()
 
+    def run_script(self, bench: Path, bench_type: BenchType = "tabench", *, output: str, **options: object) -> Scored:
+        """A run by inference.sh, called from the folder with paths relative to it; no options of SMALL."""
+        variables = {"MODEL_CKPT": self.model, "DATA_PATH": bench.name, "BENCH_TYPE": bench_type, "OUTPUT": output}
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        result = subprocess.run(
+            ["bash", str(DUAL_RL / "inference.sh"), *_flags(options)],
+            cwd=self.root,
+            env={**environment, **{k: str(v) for k, v in variables.items()}, "PATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=RUN_TIMEOUT,
+            check=False,
+        )
+        return Scored(result.returncode, result.stdout, self.root / output)
+
 
 class Scoring:
     """A run in progress: a process of its own."""
@@ -145,7 +194,9 @@ class Scoring:
     def __init__(self, output: Path, arguments: list[str]) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         self.output = output
-        self.console = output.with_suffix(".console")
+        descriptor, console = tempfile.mkstemp(suffix=".console", dir=output.parent)
+        os.close(descriptor)
+        self.console = Path(console)
         self.process = _forks().Process(target=_main, args=(arguments, str(self.console)))
         self.process.start()
 
@@ -163,11 +214,17 @@ class Scoring:
     def wait(self) -> Scored:
         """Its end; one that hangs is killed and fails the test."""
         self.process.join(RUN_TIMEOUT)
-        output = self.console.read_text() if self.console.is_file() else ""
+        output = self.console.read_text()
         if self.process.is_alive():
             self.process.kill()
             raise AssertionError(f"the run hangs:\n{output}")
         return Scored(self.process.exitcode, output, self.output)
+
+
+def _flags(options: Mapping[str, object]) -> list[str]:
+    """True stands for a flag without a value."""
+    parts = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in options.items()]
+    return [part for of_option in parts for part in of_option]
 
 
 def _main(arguments: list[str], console: str) -> None:

@@ -57,6 +57,12 @@ class BenchmarkRun:
     calibrate: bool = False
     normalize: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("save_every", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+
 
 def run_benchmark(run: BenchmarkRun) -> dict[str, object]:
     """Score the benchmark and return what was written as JSON. Raises ValueError or WorkerError for people."""
@@ -96,7 +102,7 @@ def _calibrate(run: BenchmarkRun, folder: Path, identity: Mapping[str, object], 
 def _check_output(run: BenchmarkRun, bench: Bench) -> None:
     if Path(run.output).suffix != ".csv":
         raise ValueError(f"--output is {run.output}; name a .csv file, the others are written beside it")
-    if os.path.abspath(run.output) == os.path.abspath(run.data_path):
+    if os.path.realpath(run.output) == os.path.realpath(run.data_path):
         raise ValueError(f"--output is the benchmark itself, {run.data_path}; name another file")
     taken = [column for column in added_columns(bench) if column in read_columns(run.data_path)]
     if taken:

@@ -1,6 +1,6 @@
 """One self-contained HTML page to look through scored videos: what it holds, and how it is written.
 
-The content is embedded as JSON, the page's own script draws it: see html_report.html. Nothing in it can run or load:
+The content is embedded as JSON, the page's own script draws it: see html_report.js. Nothing in it can run or load:
 the JSON cannot end its element, the script inserts text as text, and a content security policy names the hashes of the
 page's own script and style and allows no sources but the clips, which lie beside the page by relative path.
 """
@@ -19,7 +19,13 @@ from verl.inference.report_charts import Bars, Points
 from verl.trainer.checkpoints import write_atomically
 
 TEMPLATE = Path(__file__).with_name("html_report.html")
+"""Its style and script lie beside it."""
+POLICY = (
+    "default-src 'none'; media-src 'self' file:; style-src {style}; script-src {script}; "
+    "base-uri 'none'; form-action 'none'"
+)
 SUFFIXES = (".html", ".htm")
+_PLACE = re.compile(r"@(POLICY|STYLE|SCRIPT|DATA)@")
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -46,7 +52,7 @@ class View:
 
 @dataclass(frozen=True)
 class Item:
-    """A video and what the model made of it. `clip`: URL relative to the page, None without a file; `name`: its path.
+    """A video and what the model made of it. `name`: for people; `clip`: URL relative to the page, None without a file.
 
     `reward`: as shown, None for an unscored one. `note`: what a reader must know, such as why it has no score.
     """
@@ -115,9 +121,10 @@ def write_page(path: str | os.PathLike, page: Page) -> None:
 
 def render_page(page: Page) -> str:
     """The HTML."""
-    template = TEMPLATE.read_text(encoding="utf-8")
-    before, after = template.replace("@POLICY@", _build_policy(template)).split("@DATA@")
-    return before + embed_json(page) + after
+    template, style, script = (TEMPLATE.with_suffix(suffix).read_text() for suffix in (".html", ".css", ".js"))
+    policy = POLICY.format(style=_hash_source(style), script=_hash_source(script))
+    parts = {"POLICY": policy, "STYLE": style, "SCRIPT": script, "DATA": embed_json(page)}
+    return _PLACE.sub(lambda match: parts[match[1]], template)
 
 
 def embed_json(content: object) -> str:
@@ -126,23 +133,19 @@ def embed_json(content: object) -> str:
     return _LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text.replace("<", "\\u003c"))
 
 
-def _build_policy(template: str) -> str:
-    script, style = (_hash_only(rf"<{tag}>(.*?)</{tag}>", template) for tag in ("script", "style"))
-    return (
-        f"default-src 'none'; media-src 'self' file:; script-src {script}; style-src {style}; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-def _hash_only(pattern: str, template: str) -> str:
-    (content,) = re.findall(pattern, template, re.DOTALL)
+def _hash_source(content: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
-def relative_url(video: str | os.PathLike, page: str | os.PathLike) -> str:
-    """URL of a file as seen from the page's folder, links in folders followed on both sides."""
+def relative_path(video: str | os.PathLike, page: str | os.PathLike) -> str:
+    """Path of a file as seen from the page's folder, links to folders followed on both sides."""
     target, folder = Path(video), Path(page).resolve().parent
-    return quote(Path(os.path.relpath(target.parent.resolve() / target.name, folder)).as_posix())
+    return Path(os.path.relpath(target.parent.resolve() / target.name, folder)).as_posix()
+
+
+def quote_path(path: str) -> str:
+    """The URL of a relative path, whatever its bytes are."""
+    return quote(os.fsencode(path))
 
 
 def merge_scores(by_column: Sequence[dict[str, str]]) -> tuple[tuple[str, ...], ...]:

@@ -10,8 +10,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from verl.inference.scoring import FailedVideo, Outcome, ScoredVideo
+
+FIRST_BYTES = b'{"identity": '
+"""How a journal begins."""
 
 
 class Journal:
@@ -51,7 +55,10 @@ class Journal:
             self._file.truncate(0)
         self._file.seek(0)
         first = self._file.readline()
-        if not first.endswith(b"\n"):  # new, or killed in its first line
+        is_torn = not first.endswith(b"\n")
+        if is_torn and not (first.startswith(FIRST_BYTES) or FIRST_BYTES.startswith(first)):
+            self._refuse()
+        if is_torn:  # new, or killed in its first line
             self._file.truncate(0)
             self._write({"identity": identity})
             return
@@ -63,6 +70,8 @@ class Journal:
                 self._file.truncate(place)
                 return
             entry = self._parse(line)
+            if "name" not in entry:
+                self._refuse()
             self.rewards[entry["name"]] = entry["reward"]
             self._places[entry["name"]] = place
 
@@ -70,8 +79,11 @@ class Journal:
         try:
             entry = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{self.path} is no journal of rewards: choose another output, or --overwrite") from error
+            self._refuse(error)
         return entry if isinstance(entry, dict) else {}
+
+    def _refuse(self, cause: Exception | None = None) -> NoReturn:
+        raise ValueError(f"{self.path} is no journal of rewards: choose another output, or --overwrite") from cause
 
     def _require_same(self, found: Mapping[str, object], identity: Mapping[str, object]) -> None:
         changed = [name for name in {**found, **identity} if found.get(name) != identity.get(name)]

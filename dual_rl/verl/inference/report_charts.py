@@ -1,4 +1,4 @@
-"""Numbers of the charts on the page of a report. Pure; the page draws them, see html_report.html."""
+"""Numbers of the charts on the page of a report. Pure; the page draws them, see html_report.js."""
 
 import math
 from collections.abc import Mapping, Sequence

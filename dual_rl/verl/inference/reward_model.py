@@ -11,6 +11,7 @@ soon as one is done. A video that cannot be scored is an outcome of its own and 
 
 import dataclasses
 import logging
+import math
 import os
 import tempfile
 from collections import deque
@@ -88,6 +89,7 @@ class RewardModel:
         self.loader = VideoLoader(self.builder, budget, num_threads=settings.num_threads)
         self._decoding: deque[tuple[str, Future[VideoPrompt]]] = deque()
         self._num_submitted = 0
+        self._sources: dict[str, str] = {}  # of what is under way, for messages
 
     @classmethod
     def from_pretrained(
@@ -169,6 +171,7 @@ class RewardModel:
         for task in tasks:
             key = VideoKey(self._num_submitted, "A")
             self._num_submitted += 1
+            self._sources[task.name] = "frames in memory" if isinstance(task.video, VideoFrames) else task.video
             self._decoding.append((task.name, self.loader.submit(key, task.problem, task.video)))
 
     @property
@@ -187,12 +190,16 @@ class RewardModel:
             try:
                 prompt = future.result()
                 self._check_length(prompt)
-            except ValueError as error:
+            except VideoError as error:  # names its file
                 outcomes.append(FailedVideo(name, str(error)))
+            except ValueError as error:
+                outcomes.append(FailedVideo(name, f"{self._sources[name]}: {error}"))
             else:
                 self.engine.submit(name, prompt)
         if self.engine.num_unfinished:
             outcomes += [self._outcome(name, score) for name, score in self.engine.step()]
+        for outcome in outcomes:
+            del self._sources[outcome.name]
         return outcomes
 
     def close(self) -> None:
@@ -218,7 +225,9 @@ class RewardModel:
         if length > longest:
             raise ValueError(f"a prompt of {length} tokens, video included, is over max_prompt_length {longest}")
 
-    def _outcome(self, name: str, score: ThoughtScore) -> ScoredVideo:
+    def _outcome(self, name: str, score: ThoughtScore) -> Outcome:
+        if not math.isfinite(score.reward):
+            return FailedVideo(name, f"{self._sources[name]}: the reward is {score.reward}, which is no number")
         return ScoredVideo(
             name=name,
             reward=score.reward,

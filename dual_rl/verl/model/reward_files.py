@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import os
+import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,7 +225,10 @@ def _find_head(folder: Path, head_path: str | os.PathLike | None) -> Path:
 
 def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
     """Read a head, fp32 [1, hidden_size], in any of the three layouts in the wild. Raises ValueError otherwise."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: no head that torch can load: {str(error).splitlines()[0][:200]}") from error
     for candidate in (state, state.get("model", {})):
         for key in HEAD_KEYS:
             if key in candidate:
