@@ -59,6 +59,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--num_threads", type=int, default=default.num_threads, help="that decode videos, per engine")
     add("--video_fps", type=float, help="default, like --max_pixels: as the model was trained")
     add("--max_pixels", type=int)
+    add("--report", help="HTML page to write too: clips, thoughts, rewards and labels side by side, charts")
     add("--video_root", help="folder of relative video paths; default: the CSV's")
     add("--fresh_head", action="store_true", help="score a base model with an untrained head, for comparison")
     add("--calibrate", action="store_true", help="keep mean and standard deviation of the rewards with the checkpoint")

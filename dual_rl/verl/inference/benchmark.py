@@ -22,6 +22,8 @@ from tqdm import tqdm
 from verl.data.pair_csv import CsvError
 from verl.inference.bench_csv import Bench, BenchType, read_bench, read_columns
 from verl.inference.fleet import ModelSource, score_tasks
+from verl.inference.html_page import check_page_path
+from verl.inference.html_report import write_report
 from verl.inference.journal import Journal
 from verl.inference.report import added_columns, format_table, summarise, write_csv, write_json
 from verl.inference.scale import RewardScale, compute_scale, load_scale, save_scale
@@ -42,7 +44,8 @@ class BenchmarkRun:
 
     `num_workers`: engines, None for one a GPU. `save_every`: videos between two moments at which the journal is forced
     to disk. `video_root`: folder of relative video paths, None for the CSV's. `calibrate`: keep mean and standard
-    deviation of these rewards beside the checkpoint; `normalize`: give rewards on the scale that is there.
+    deviation of these rewards beside the checkpoint; `normalize`: give rewards on the scale that is there. `report`:
+    an HTML page to write too.
     """
 
     data_path: str
@@ -56,6 +59,7 @@ class BenchmarkRun:
     overwrite: bool = False
     calibrate: bool = False
     normalize: bool = False
+    report: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("save_every", "num_workers"):
@@ -83,6 +87,8 @@ def run_benchmark(run: BenchmarkRun) -> dict[str, object]:
         result = {"model_ckpt": run.source.model_ckpt, "data_path": run.data_path, "run": identity, **summary}
         write_csv(output, bench, journal, scale=scale)
         write_json(output.with_suffix(".json"), result)
+        if run.report:
+            write_report(run.report, bench, journal, result)
     return result
 
 
@@ -100,6 +106,8 @@ def _calibrate(run: BenchmarkRun, folder: Path, identity: Mapping[str, object], 
 
 
 def _check_output(run: BenchmarkRun, bench: Bench) -> None:
+    if run.report:
+        check_page_path(run.report)
     if Path(run.output).suffix != ".csv":
         raise ValueError(f"--output is {run.output}; name a .csv file, the others are written beside it")
     if os.path.realpath(run.output) == os.path.realpath(run.data_path):

@@ -52,9 +52,10 @@ class View:
 
 @dataclass(frozen=True)
 class Item:
-    """A video and what the model made of it. `name`: for people; `clip`: URL relative to the page, None without a file.
+    """A video and what the model made of it. `clip`: URL relative to the page, None without a file.
 
-    `reward`: as shown, None for an unscored one. `note`: what a reader must know, such as why it has no score.
+    `name`: for people. `reward`: as shown, None for an unscored one. `note`: what a reader must know, such as why it
+    has no score.
     """
 
     clip: str | None
