@@ -26,7 +26,7 @@ MODEL_PATH="$MODEL_PATH" TRAIN_FILES="$STAGE1/world/train_rl.csv" VAL_FILES="$ST
   data.rollout_batch_size=8 data.val_batch_size=100 worker.actor.global_batch_size=4 \
   worker.actor.micro_batch_size_per_device_for_update=1 worker.actor.micro_batch_size_per_device_for_experience=2 \
   worker.actor.optim.lr=5e-5 worker.actor.optim.head_lr=1e-3 worker.actor.optim.lr_scheduler_type=cosine \
-  algorithm.kl_coef=3e-2 worker.rollout.n=8 'worker.rollout.val_override_config={temperature: 1.0, n: 2}' \
+  algorithm.kl_coef=1e-3 worker.rollout.n=8 'worker.rollout.val_override_config={temperature: 1.0, n: 2}' \
   trainer.max_steps="$STEPS" trainer.val_freq=20 trainer.save_freq=20 trainer.save_limit=1 "$@"
 
 echo
