@@ -224,6 +224,7 @@ def test_pair_whose_video_vanishes_is_dropped_and_reported(clips, small_base, tm
     assert report in text
 
 
+@pytest.mark.slow
 def test_bf16_evaluation_full_model_and_limit_on_checkpoints(tmp_path, clips, small_base):
     data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B", "same", "A"])
     output = tmp_path / "output"

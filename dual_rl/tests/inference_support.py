@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from toy_world.tables import write_table
 from training_support import DUAL_RL, RUN_TIMEOUT, _forks
@@ -68,6 +69,15 @@ def write_head(path: Path, model: Path, *, value: float = 1.0) -> Path:
     width = torch.load(model / "rm_head.pth", weights_only=True)["rm_head.weight"].shape[1]
     save_head(path, torch.full((1, width), value))
     return path
+
+
+def change_layer(folder: Path, model: Path) -> Path:
+    """The same model with other weights in one layer, neither in its head nor in its embedding."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.language_model.layers.1.mlp.down_proj.weight"] += 1.0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def share_correct(rows: Sequence[Row], label: str) -> tuple[float, int]:

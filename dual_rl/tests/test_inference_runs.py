@@ -28,6 +28,7 @@ from inference_support import (
     all_pairs,
     assert_same,
     assert_tidy,
+    change_layer,
     copy_videos,
     make_row,
     share_correct,
@@ -154,7 +155,7 @@ OTHER_RUNS: dict[str, tuple[str, Callable[[Desk, Path], dict]]] = {
     "settings": (r"max_new_tokens \(8 there, 9 now\)", lambda *_: {"max_new_tokens": 9}),
     "CSV": (r"data \(", lambda desk, _: {"data_path": desk.write(all_pairs()[::-1], name="reversed")}),
     "head": (r"weights \(", lambda desk, folder: {"rm_ckpt": write_head(folder / "head.pth", desk.model)}),
-    "model": (r"weights \(", lambda _, folder: {"model_ckpt": write_small_model(folder / "other", spare_rows=9)}),
+    "model": (r"weights \(", lambda desk, folder: {"model_ckpt": change_layer(folder / "other", desk.model)}),
 }
 
 

@@ -70,7 +70,7 @@ def policy() -> PolicyModel:
     return load_policy(dataclasses.replace(checkpoint, weights=weights), ModelConfig(model_path="")).eval()
 
 
-@pytest.fixture(params=["toy", "real"])
+@pytest.fixture(params=["toy", pytest.param("real", marks=pytest.mark.slow)])
 def clips(request) -> list[Path]:
     if request.param == "toy":
         return TOY_CLIPS

@@ -44,8 +44,7 @@ class BenchmarkRun:
 
     `num_workers`: engines, None for one a GPU. `save_every`: videos between two moments at which the journal is forced
     to disk. `video_root`: folder of relative video paths, None for the CSV's. `calibrate`: keep mean and standard
-    deviation of these rewards beside the checkpoint; `normalize`: give rewards on the scale that is there. `report`:
-    an HTML page to write too.
+    deviation of these rewards beside the checkpoint. `report`: an HTML page to write too.
     """
 
     data_path: str
@@ -58,7 +57,6 @@ class BenchmarkRun:
     video_root: str | None = None
     overwrite: bool = False
     calibrate: bool = False
-    normalize: bool = False
     report: str | None = None
 
     def __post_init__(self) -> None:
@@ -75,7 +73,7 @@ def run_benchmark(run: BenchmarkRun) -> dict[str, object]:
     output = Path(run.output)
     identity = describe_run(run)
     folder = find_folder(find_model(run.source.model_ckpt))
-    scale = load_scale(folder, weights=identity["weights"]) if run.normalize else None
+    scale = load_scale(folder, weights=identity["weights"]) if run.source.normalize else None
     with Journal(
         output.with_suffix(JOURNAL_SUFFIX), identity, overwrite=run.overwrite, save_every=run.save_every
     ) as journal:

@@ -29,11 +29,16 @@ class ModelSource:
     rm_ckpt: str | None
     settings: ScoringSettings
     fresh_head_seed: int | None = None
+    normalize: bool = False
 
     def load(self) -> RewardModel:
         """The model on this process's device."""
         return RewardModel.from_pretrained(
-            self.model_ckpt, self.rm_ckpt, settings=self.settings, fresh_head_seed=self.fresh_head_seed
+            self.model_ckpt,
+            self.rm_ckpt,
+            settings=self.settings,
+            fresh_head_seed=self.fresh_head_seed,
+            normalize=self.normalize,
         )
 
 

@@ -1,0 +1,62 @@
+"""Fixtures of the tests of the reward server: one small model, and servers in threads around it."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import verl.data.loading
+from serving_support import CLIPS, PROMPTS, SETTINGS, Gate, Serving
+from verl.inference.reward_model import RewardModel
+
+
+@pytest.fixture(scope="module")
+def model(small_model) -> Iterator[RewardModel]:
+    with RewardModel.from_pretrained(small_model, settings=SETTINGS) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def offline(model) -> list[dict]:
+    """What the clips score without a server."""
+    scores = model.score(CLIPS, PROMPTS)
+    return [{"reward": reward, "cot": cot} for reward, cot in zip(*scores, strict=True)]
+
+
+@pytest.fixture
+def serving(model, offline, tmp_path) -> Iterator[Callable[..., Serving]]:
+    """Starts servers, one at a time."""
+    started: list[Serving] = []
+
+    def start(**options: object) -> Serving:
+        started.append(Serving(model, tmp_path / f"uploads_{len(started)}", **options))
+        return started[-1].__enter__()
+
+    yield start
+    for server in started:
+        server.__exit__()
+    while model.num_pending:  # of servers that were stopped early
+        model.advance()
+
+
+@pytest.fixture
+def gate(model, monkeypatch) -> Iterator[Gate]:
+    """Before the model's work."""
+    gate = Gate(model)
+    monkeypatch.setattr(model, "advance", gate)
+    yield gate
+    gate.failure = None
+    gate.is_open.set()
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """Paths of all files that the model is made to open."""
+    paths: list[str] = []
+    load = verl.data.loading.load_video
+
+    def record(path: str, *arguments: object, **options: object):
+        paths.append(path)
+        return load(path, *arguments, **options)
+
+    monkeypatch.setattr(verl.data.loading, "load_video", record)
+    return paths

@@ -1,0 +1,255 @@
+"""What the tests of the reward server share: a server in a thread, one in a process, and plain HTTP."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+
+from training_support import DUAL_RL
+from verl.inference.reward_model import RewardModel
+from verl.inference.scale import RewardScale
+from verl.inference.scoring import Outcome, ScoringSettings
+from verl.serving.app import RewardService
+from verl.serving.limits import ServerLimits
+from verl.serving.metrics import ServerMetrics
+from verl.serving.paths import AllowedRoots
+from verl.serving.scoring_thread import ScoringThread
+from verl.serving.server import RewardServer, open_socket
+
+CLIPS = sorted((DUAL_RL / "data" / "videos").glob("*.mp4"))
+PROMPTS = [f"a shape, number {number}" for number in range(len(CLIPS))]
+SECONDS = 30.0
+BOUNDARY = "sheet"
+SETTINGS = ScoringSettings(backend="hf", batch_size=8, max_new_tokens=8, num_threads=1)
+TOLERANCE = 1e-4  # of rewards, fp32
+LATE = {"Content-Length": "1000"}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer of the server; header names are lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.body)
+
+    @property
+    def results(self) -> list[dict]:
+        assert self.status == 200, self.body
+        return self.json["results"]
+
+
+def wait_for(condition, what: str) -> None:
+    """Poll until it holds; fails the test after SECONDS."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {SECONDS} s: {what}"
+        time.sleep(0.005)
+
+
+def form_body(videos: Sequence[bytes], prompts: Sequence[str]) -> bytes:
+    """A multipart form of uploads."""
+    head = f"--{BOUNDARY}\r\nContent-Disposition: form-data; name=".encode()
+    parts = [head + b'"videos"; filename="clip.mp4"\r\n\r\n' + video + b"\r\n" for video in videos]
+    parts += [head + b'"prompts"\r\n\r\n' + prompt.encode() + b"\r\n" for prompt in prompts]
+    return b"".join([*parts, f"--{BOUNDARY}--\r\n".encode()])
+
+
+FORM_HEADERS = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+
+
+@dataclass(frozen=True)
+class Client:
+    """Plain HTTP, a connection for each request."""
+
+    port: int
+    token: str | None = None
+
+    def request(self, method: str, route: str, body=None, headers: dict[str, str] | None = None) -> Reply:
+        """One exchange."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        known = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        try:
+            connection.request(method, route, body, {**known, **(headers or {})})
+            response = connection.getresponse()
+            fields = {name.lower(): value for name, value in response.getheaders()}
+            return Reply(response.status, fields, response.read())
+        finally:
+            connection.close()
+
+    def get(self, route: str) -> Reply:
+        return self.request("GET", route)
+
+    def is_answering(self) -> bool:
+        """Not only listening."""
+        try:
+            return self.get("/health").status in (200, 503)
+        except ConnectionError:
+            return False
+
+    def score_paths(self, paths: Sequence[str | Path], prompts: Sequence[str]) -> Reply:
+        """Videos on the server."""
+        body = json.dumps({"videos": [{"path": str(path)} for path in paths], "prompts": list(prompts)})
+        return self.request("POST", "/v1/score", body, {"Content-Type": "application/json"})
+
+    def upload(self, videos: Sequence[bytes], prompts: Sequence[str]) -> Reply:
+        """Videos in the request."""
+        return self.request("POST", "/v1/score/upload", form_body(videos, prompts), FORM_HEADERS)
+
+    def open(self, sent: bytes) -> socket.socket:
+        """A connection on which so much has been sent."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
+        connection.sendall(sent)
+        return connection
+
+    def metric(self, name: str) -> float:
+        """The value of a sample, labels as in the text."""
+        lines = self.get("/metrics").body.decode().splitlines()
+        (value,) = (line.rpartition(" ")[2] for line in lines if line.startswith(f"{name} "))
+        return float(value)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    with connection:
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+class Gate:
+    """Stands before the model's work: closed, nothing becomes ready; `failure` is raised by it."""
+
+    def __init__(self, model: RewardModel) -> None:
+        self.model = model
+        self.is_open = threading.Event()
+        self.is_open.set()
+        self.failure: Exception | None = None
+        self.advance = model.advance
+
+    def __call__(self) -> list[Outcome]:
+        assert self.is_open.wait(SECONDS)
+        if self.failure is not None:
+            raise self.failure
+        return self.advance()
+
+
+class Serving:
+    """A real server in a thread, with a model that is there already. Use it as a context manager."""
+
+    def __init__(
+        self,
+        model: RewardModel,
+        folder: Path,
+        *,
+        roots: Sequence[Path] = (CLIPS[0].parent,),
+        token: str | None = None,
+        limits: ServerLimits | None = None,
+        scale: RewardScale | None = None,
+    ) -> None:
+        limits, metrics = limits or ServerLimits(), ServerMetrics()
+        self.scoring = ScoringThread(lambda: nullcontext(model), max_queue=limits.max_queue, metrics=metrics)
+        self.folder = folder
+        folder.mkdir()
+        self.service = RewardService(self.scoring, "small", folder, AllowedRoots(roots), limits, metrics, token, scale)
+        self.server = RewardServer(self.service)
+        self.listener = open_socket("127.0.0.1", 0)
+        self.client = Client(self.listener.getsockname()[1], token)
+        self.thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Serving":
+        self.scoring.start()
+        self.thread.start()
+        wait_for(lambda: self.client.get("/health").status == 200, "ready")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.scoring.abandon()
+        self.server.should_exit = True
+        self.thread.join(SECONDS)
+        assert not self.thread.is_alive()
+        assert self.scoring.join(SECONDS)
+        self.listener.close()
+        assert not list(self.folder.iterdir()), "uploads were left behind"
+
+    def wait_for_waiting(self, num_videos: int) -> None:
+        """Until so many videos are queued or started."""
+        under_way = ("descore_queue_length", "descore_in_flight")
+        wait_for(lambda: sum(map(self.client.metric, under_way)) == num_videos, f"{num_videos} videos under way")
+
+    def _run(self) -> None:
+        asyncio.run(self.server.serve(sockets=[self.listener]))
+
+
+class ServingProcess:
+    """`python serve.py` as users start it; its temporary files lie in `root/tmp`."""
+
+    def __init__(self, root: Path, arguments: Sequence[object], *, script: Path = DUAL_RL / "serve.py") -> None:
+        self.temporary = root / "tmp"
+        self.temporary.mkdir(parents=True)
+        self.console = root / "console"
+        with self.console.open("wb") as console:
+            self.process = subprocess.Popen(
+                [sys.executable, str(script), "--port", "0", *map(str, arguments)],
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary), "PYTHONPATH": str(DUAL_RL)},
+            )
+
+    def client(self, token: str | None = None, *, wanted: str = "\nready", seconds: float = 120.0) -> Client:
+        """Of the server as soon as it says what is `wanted`."""
+        deadline = time.monotonic() + seconds
+        while wanted not in self.console.read_text():
+            assert self.process.poll() is None, self.console.read_text()
+            assert time.monotonic() < deadline, self.console.read_text()
+            time.sleep(0.05)
+        line = next(line for line in self.console.read_text().splitlines() if line.startswith("listening"))
+        return Client(int(line.partition("127.0.0.1:")[2].partition(",")[0]), token)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """Send the signal."""
+        self.process.send_signal(number)
+
+    def wait(self, seconds: float = SECONDS) -> int:
+        """The exit status; a process that hangs is killed and fails the test."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired as error:
+            self.process.kill()
+            raise AssertionError(f"the server hangs:\n{self.console.read_text()}") from error
+
+
+def assert_scored(results: list[dict], expected: list[dict]) -> None:
+    """Results without an error, like those of the offline model."""
+    assert [result.get("error") for result in results] == [None] * len(expected)
+    assert [result["reward"] for result in results] == pytest.approx([e["reward"] for e in expected], abs=TOLERANCE)
+    assert [result["cot"] for result in results] == [e["cot"] for e in expected]
+    assert all(result["num_tokens"] == 8 and not result["is_finished"] for result in results)
+
+
+def start_of_upload(*, token: str = "") -> bytes:
+    """The head of a request, and less of its body than it announces."""
+    headers = {**FORM_HEADERS, **LATE, "Host": "here", "Authorization": f"Bearer {token}"}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"POST /v1/score/upload HTTP/1.1\r\n{lines}\r\n".encode() + form_body([b"a"], ["b"])[:50]
+
+
+def whole_upload(clip: Path, *, token: str = "") -> bytes:
+    """The bytes of a request with one video."""
+    body = form_body([clip.read_bytes()], ["a"])
+    head = f"POST /v1/score/upload HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {token}\r\n"
+    return f"{head}Content-Type: {FORM_HEADERS['Content-Type']}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body

@@ -1,0 +1,37 @@
+"""Flags of the command lines that score videos, with the defaults of `ScoringSettings`."""
+
+import argparse
+
+from verl.inference.fleet import ModelSource
+from verl.inference.scoring import ScoringSettings
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it scores."""
+    add, default = parser.add_argument, ScoringSettings()
+    add("--model_ckpt", required=True, help="stage 1 checkpoint-N, stage 2 global_step_N, or a merged model")
+    add("--rm_ckpt", help="rm_head.pth; default: the one beside the model")
+    add("--batch_size", type=int, default=default.batch_size, help="videos in an engine at a time")
+    add("--backend", choices=["vllm", "hf"], default=default.backend, help="hf: plain transformers")
+    add("--max_prompt_length", type=int, help="tokens, the video's included; default: what the model takes")
+    add("--max_new_tokens", type=int, default=default.max_new_tokens, help="tokens of the chain of thought")
+    add("--repetition_penalty", type=float, default=default.repetition_penalty)
+    add("--precision", choices=["auto", "bf16", "fp32"], default=default.precision, help="auto: bf16 on GPUs")
+    add("--gpu_memory_utilization", type=float, default=default.gpu_memory_utilization)
+    add("--enforce_eager", action="store_true", help="start faster, write slower")
+    add("--num_threads", type=int, default=default.num_threads, help="that decode videos, per engine")
+    add("--video_fps", type=float, help="default, like --max_pixels: as the model was trained")
+    add("--max_pixels", type=int)
+    add("--fresh_head", action="store_true", help="score a base model with an untrained head, for comparison")
+    add("--seed", type=int, default=0, help="of the head with --fresh_head, and of bootstrap intervals")
+    add("--normalize", action="store_true", help="give rewards on the scale that inference.py --calibrate kept")
+
+
+def build_source(options: argparse.Namespace) -> ModelSource:
+    """The model that the flags name. Raises ValueError for settings that cannot be."""
+    chosen = vars(options)
+    settings = ScoringSettings(
+        **{name: chosen[name] for name in ScoringSettings.__dataclass_fields__ if name in chosen}
+    )
+    seed = options.seed if options.fresh_head else None
+    return ModelSource(options.model_ckpt, options.rm_ckpt, settings, seed, options.normalize)

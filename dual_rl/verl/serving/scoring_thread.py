@@ -1,0 +1,158 @@
+"""The one thread that owns the reward model: requests put videos into its queue and hold a future for each.
+
+The model is loaded, used and closed in this thread, for it serves one thread only. Videos of all requests share its
+batches: whoever waits longest goes next, as soon as one is done.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from itertools import count
+from typing import Literal, NamedTuple
+
+from verl.inference.reward_model import WINDOW, RewardModel
+from verl.inference.scoring import Outcome, ScoredVideo, VideoTask
+from verl.serving.limits import RETRY_LATER, RETRY_SOON, RefusedError
+from verl.serving.metrics import ServerMetrics
+
+logger = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "stopping", "stopped", "failed"]
+
+
+class _Waiting(NamedTuple):
+    task: VideoTask
+    future: Future[Outcome]
+
+
+class ScoringThread:
+    """`submit` and `drop` videos from any thread; every future gets an outcome, is cancelled, or raises RefusedError.
+
+    `load`: gives the model; `max_queue`: videos that may wait. `ended`: done when no more answers will come; `failure`
+    then says why, if the engine failed. `has_model`: loading is over.
+    """
+
+    def __init__(self, load: Callable[[], RewardModel], *, max_queue: int, metrics: ServerMetrics) -> None:
+        self.state: State = "loading"
+        self.failure: str | None = None
+        self.has_model = False
+        self.ended: Future[None] = Future()
+        self.metrics = metrics
+        self.max_queue = max_queue
+        self._load = load
+        self._numbers = count()
+        self._waiting: deque[_Waiting] = deque()
+        self._running: dict[str, Future[Outcome]] = {}
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
+        metrics.watch("descore_queue_length", "Videos that wait.", lambda: len(self._waiting))
+        metrics.watch("descore_in_flight", "Videos that are decoded or scored.", lambda: len(self._running))
+
+    def start(self) -> None:
+        """Begin to load the model."""
+        self._thread.start()
+
+    def join(self, seconds: float) -> bool:
+        """Wait for the thread to end; whether it has."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def require_room(self, num_videos: int = 1) -> None:
+        """Raise RefusedError unless as many videos would be taken now."""
+        if self.state == "failed":
+            raise RefusedError(500, "failed", f"the engine failed: {self.failure}")
+        if self.state != "ready":
+            raise RefusedError(503, self.state, f"the server is {self.state}", retry_after=RETRY_LATER)
+        if len(self._waiting) + num_videos > self.max_queue:
+            message = f"the queue is full: {len(self._waiting)} of {self.max_queue} videos wait"
+            raise RefusedError(503, "queue_full", message, retry_after=RETRY_SOON)
+
+    def submit(self, videos: Sequence[tuple[str, str]]) -> list[Future[Outcome]]:
+        """Queue all of these, pairs of path and problem, or raise RefusedError and queue none."""
+        with self._changed:
+            self.require_room(len(videos))
+            tasks = [VideoTask(str(next(self._numbers)), video, problem) for video, problem in videos]
+            entries = [_Waiting(task, Future()) for task in tasks]
+            self._waiting.extend(entries)
+            self._changed.notify()
+        return [entry.future for entry in entries]
+
+    def drop(self, futures: Sequence[Future[Outcome]]) -> None:
+        """Forget those that have not been started; their futures are cancelled."""
+        with self._changed:
+            num_dropped = sum(future.cancel() for future in futures if not future.done())
+            self._waiting = deque(entry for entry in self._waiting if not entry.future.cancelled())
+        self.metrics.videos.labels("dropped").inc(num_dropped)
+
+    def stop(self) -> None:
+        """Take nothing more and end when all that was taken is scored; at once while loading."""
+        with self._changed:
+            is_loading = self.state == "loading"
+            if self.state == "ready":
+                self.state = "stopping"
+                self._changed.notify()
+        if is_loading:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Refuse what has not been scored by now; the thread ends after its present step."""
+        self._end("stopped", RefusedError(503, "stopped", "the server has stopped", retry_after=RETRY_LATER))
+
+    def _run(self) -> None:
+        with ExitStack() as stack:
+            try:
+                model = stack.enter_context(self._load())
+                self.has_model = True
+                self._score_until_stopped(model)
+            except BaseException as error:
+                self.failure = f"{type(error).__name__}: {error}"
+                self._end("failed", RefusedError(500, "failed", f"the engine failed: {self.failure}"))
+                raise
+            self.abandon()
+
+    def _score_until_stopped(self, model: RewardModel) -> None:
+        with self._changed:
+            if self.state == "loading":
+                self.state = "ready"
+                logger.info("ready")
+        window = WINDOW * model.settings.batch_size
+        while (tasks := self._take(window - model.num_pending, should_wait=not model.num_pending)) is not None:
+            model.submit(tasks)
+            self._resolve(model.advance())
+
+    def _take(self, num_videos: int, *, should_wait: bool) -> list[VideoTask] | None:
+        """The next videos to start on, at most so many; None when there is no more to do."""
+        with self._changed:
+            while should_wait and self.state == "ready" and not self._waiting:
+                self._changed.wait()
+            if self.state == "stopped" or (should_wait and not self._waiting):
+                return None
+            entries = [self._waiting.popleft() for _ in range(min(num_videos, len(self._waiting)))]
+            started = [entry for entry in entries if entry.future.set_running_or_notify_cancel()]
+            self._running.update((entry.task.name, entry.future) for entry in started)
+            return [entry.task for entry in started]
+
+    def _resolve(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            with self._changed:
+                future = self._running.pop(outcome.name, None)
+            if future is not None:  # else it was abandoned
+                self.metrics.videos.labels("scored" if isinstance(outcome, ScoredVideo) else "failed").inc()
+                future.set_result(outcome)
+
+    def _end(self, state: State, refusal: RefusedError) -> None:
+        with self._changed:
+            if self.ended.done():
+                return
+            self.state = state
+            waiting = [future for _, future in self._waiting if future.set_running_or_notify_cancel()]
+            futures = [*self._running.values(), *waiting]
+            self._running.clear()
+            self._waiting.clear()
+            self._changed.notify()
+            self.ended.set_result(None)
+        for future in futures:
+            future.set_exception(refusal)
