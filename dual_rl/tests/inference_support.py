@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from toy_world.tables import write_table
-from training_support import DUAL_RL, RUN_TIMEOUT, _forks
+from training_support import DUAL_RL, RUN_TIMEOUT, forks
 from verl.inference.bench_csv import BENCH_FORMATS, BenchType
 from verl.inference.benchmark import JOURNAL_SUFFIX
 from verl.model.reward_files import save_head
@@ -207,7 +207,7 @@ class Scoring:
         descriptor, console = tempfile.mkstemp(suffix=".console", dir=output.parent)
         os.close(descriptor)
         self.console = Path(console)
-        self.process = _forks().Process(target=_main, args=(arguments, str(self.console)))
+        self.process = forks().Process(target=_main, args=(arguments, str(self.console)))
         self.process.start()
 
     def stop_at(self, num_lines: int, *, seconds: float = 0.0, number: int = signal.SIGKILL) -> None:

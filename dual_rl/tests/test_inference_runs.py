@@ -168,6 +168,16 @@ def test_rewards_of_another_run_are_not_mixed_in(desk, bench, whole, finished, t
     assert scored.journal_path.read_bytes() == whole.journal_path.read_bytes()
 
 
+def test_files_from_elsewhere_are_not_written_over(desk, bench, tmp_path):
+    (tmp_path / "mine.csv").write_text("notes\n")
+    (tmp_path / "folder.csv").mkdir()
+    scored = desk.run(bench, output=str(tmp_path / "mine.csv"))
+    assert_one_message(scored, r"mine\.csv is there and comes from elsewhere: choose another output, or --overwrite$")
+    assert (tmp_path / "mine.csv").read_text() == "notes\n"
+    scored = desk.run(bench, output=str(tmp_path / "folder.csv"))
+    assert_one_message(scored, r"cannot be written: \S+folder\.csv is in the way$")
+
+
 def test_overwrite_starts_clean(desk, bench, whole, finished):
     scored = desk.run(bench, output=finished, batch_size=8, max_new_tokens=4, overwrite=True)
     assert scored.code == 0, scored.output
@@ -227,6 +237,8 @@ MISTAKES = [
     ("num_workers is -1; it must be at least 1", {}, {"num_workers": -1}),
     ("save_every is 0; it must be at least 1", {}, {"save_every": 0}),
     ("video fps must be positive", {}, {"video_fps": 0}),
+    ("seed is -1; it must not be negative", {}, {"seed": -1}),
+    (r"no model folder at /no/such/model$", {}, {"model_ckpt": "/no/such/model"}),
     ("holds no processor that loads", {}, {"model_ckpt": VIDEOS}),
     ("no reward head at .*: name the rm_head.pth", {}, {"rm_ckpt": VIDEOS}),
     ("example_0_a.mp4: ", {}, {"rm_ckpt": VIDEOS / CLIPS[0]}),

@@ -143,7 +143,7 @@ class Workplace:
 
 
 @cache
-def _forks() -> BaseContext:
+def forks() -> BaseContext:
     """Forks processes from one that has imported stage 2 already, which takes longer than a run of a small model."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["verl.trainer.main"])
@@ -163,7 +163,7 @@ class Running:
         self.folder = folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.console = folder.with_name(f"{folder.name}.console")
-        self.process = _forks().Process(target=_main, args=(arguments, str(self.console), dict(variables)))
+        self.process = forks().Process(target=_main, args=(arguments, str(self.console), dict(variables)))
         self.process.start()
 
     def kill_when(self, path: Path) -> None:

@@ -28,7 +28,7 @@ from verl.inference.journal import Journal
 from verl.inference.report import added_columns, format_table, summarise, write_csv, write_json
 from verl.inference.scale import RewardScale, compute_scale, load_scale, save_scale
 from verl.inference.scoring import Outcome, VideoTask
-from verl.inference.source import choose_budget, choose_prompt_length, find_model, read_checkpoint
+from verl.inference.source import choose_budget, choose_prompt_length, find_model, read_checkpoint, resolve_dtype
 from verl.model.fingerprint import fingerprint
 from verl.model.reward_files import find_folder
 
@@ -64,6 +64,8 @@ class BenchmarkRun:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
 
 
 def run_benchmark(run: BenchmarkRun) -> dict[str, object]:
@@ -110,9 +112,20 @@ def _check_output(run: BenchmarkRun, bench: Bench) -> None:
         raise ValueError(f"--output is {run.output}; name a .csv file, the others are written beside it")
     if os.path.realpath(run.output) == os.path.realpath(run.data_path):
         raise ValueError(f"--output is the benchmark itself, {run.data_path}; name another file")
+    _require_free(Path(run.output), overwrite=run.overwrite)
     taken = [column for column in added_columns(bench) if column in read_columns(run.data_path)]
     if taken:
         raise CsvError(run.data_path, [f"it has the column(s) {', '.join(taken)} already; rename them"])
+
+
+def _require_free(output: Path, *, overwrite: bool) -> None:
+    """Raise ValueError for places that cannot be written, and for files that a run with this output did not write."""
+    parent = next(path for path in output.absolute().parents if path.exists())
+    if output.is_dir() or not parent.is_dir():
+        raise ValueError(f"--output {output} cannot be written: {output if output.is_dir() else parent} is in the way")
+    foreign = [path for path in (output, output.with_suffix(".json")) if path.exists()]
+    if foreign and not output.with_suffix(JOURNAL_SUFFIX).exists() and not overwrite:
+        raise ValueError(f"{foreign[0]} is there and comes from elsewhere: choose another output, or --overwrite")
 
 
 def describe_run(run: BenchmarkRun) -> dict[str, object]:
@@ -128,6 +141,7 @@ def describe_run(run: BenchmarkRun) -> dict[str, object]:
         "video": asdict(choose_budget(checkpoint, source.settings)),
         "format_prompt": checkpoint.format_prompt,
         **source.settings.affecting_rewards(),
+        "precision": str(resolve_dtype(source.settings)).removeprefix("torch."),
     }
 
 

@@ -45,10 +45,9 @@ from verl.inference.source import (
     find_model,
     load_model_scale,
     read_checkpoint,
+    resolve_dtype,
 )
 from verl.model.reward_files import PolicyCheckpoint, stream_weights
-from verl.rollout.engine import engine_dtype
-from verl.trainer.config import RolloutConfig
 from verl.types import VideoKey, VideoPrompt
 
 WINDOW = 2
@@ -117,7 +116,7 @@ class RewardModel:
         model_len = settings.max_prompt_length + settings.max_new_tokens + NUM_TOKENS_AFTER_COT
         files = tempfile.TemporaryDirectory(prefix="descore_engine_")
         engine = build_engine(Path(files.name), checkpoint, settings, max_model_len=model_len, device=device)
-        dtype = engine_dtype(RolloutConfig(precision=settings.precision), device)
+        dtype = resolve_dtype(settings, device)
         engine.load_weights(stream_weights(find_model(model_ckpt), checkpoint, dtype=dtype))
         budget = choose_budget(checkpoint, settings)
         if budget != checkpoint.video_budget:

@@ -76,7 +76,7 @@ class ScoringSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.repetition_penalty <= 0:
+        if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be positive, 1 for none")
 
     def affecting_rewards(self) -> dict[str, object]:

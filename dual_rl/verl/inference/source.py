@@ -43,6 +43,8 @@ def read_checkpoint(
 
     Raises ValueError saying what is missing and how to come by it.
     """
+    if os.path.isabs(model_ckpt) and not os.path.isdir(model_ckpt):
+        raise ValueError(f"no model folder at {model_ckpt}")
     if fresh_head_seed is None:
         return load_checkpoint(find_model(model_ckpt), rm_ckpt, with_weights=False)
     if rm_ckpt is not None:
@@ -61,6 +63,12 @@ def choose_prompt_length(checkpoint: PolicyCheckpoint, settings: ScoringSettings
             f"which asks for {settings.max_prompt_length or 'some'}: lower max_new_tokens or max_prompt_length"
         )
     return length
+
+
+def resolve_dtype(settings: ScoringSettings, device: torch.device | None = None) -> torch.dtype:
+    """Precision of the engine's weights on a device, by default on the GPU if there is one."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return engine_dtype(RolloutConfig(precision=settings.precision), device)
 
 
 def choose_budget(checkpoint: PolicyCheckpoint, settings: ScoringSettings) -> VideoBudget:
@@ -93,7 +101,7 @@ def build_engine(
         from verl.inference.vllm_scorer import VllmScorer as Engine
     else:
         from verl.inference.hf_scorer import HfScorer as Engine
-    dtype = engine_dtype(RolloutConfig(precision=settings.precision), device)
+    dtype = resolve_dtype(settings, device)
     save_engine_folder(folder, checkpoint, dtype=dtype)
     builder = SequenceBuilder(checkpoint.processor)
     return Engine(

@@ -4,20 +4,20 @@ import hashlib
 import os
 from pathlib import Path
 
-from verl.model.reward_files import PolicyCheckpoint, find_folder
+from verl.model.reward_files import PolicyCheckpoint, find_weight_files
 
 PROBES_PER_FILE, PROBE_BYTES = 256, 4096
 
 
 def fingerprint(model_path: str | os.PathLike, checkpoint: PolicyCheckpoint) -> str:
-    """16 hex digits over head, `<Reward>` row, and pieces of every file of weights in the model's folder.
+    """16 hex digits over head, `<Reward>` row, and pieces of every file of weights, a base model's included.
 
     `checkpoint`: read from `model_path`, with the head that is used.
     """
     digest = hashlib.blake2b(digest_size=8)
     for tensor in (checkpoint.head_weight, checkpoint.reward_embedding):
         digest.update(tensor.contiguous().numpy().tobytes())
-    for path in sorted(find_folder(model_path).glob("*.safetensors")):
+    for path in find_weight_files(model_path):
         _probe(path, digest)
     return digest.hexdigest()
 

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -31,6 +30,7 @@ from verl.model.weight_shards import (
     WEIGHTS_FILE,
     WEIGHTS_INDEX_FILE,
     iterate_shards,
+    open_shard,
     save_shards,
 )
 
@@ -146,6 +146,14 @@ def stream_weights(
         yield name, tensor
 
 
+def find_weight_files(model_path: str | os.PathLike) -> list[Path]:
+    """The safetensors files that a model is made of, those of a stage 1 checkpoint's base included."""
+    folder = find_folder(model_path)
+    base_model = _read_reward_config(folder).get("base_model")
+    folders = [folder, find_folder(_find_base(base_model, folder))] if base_model else [folder]
+    return [path for place in folders for path in sorted(place.glob("*.safetensors"))]
+
+
 def find_folder(model_path: str | os.PathLike) -> Path:
     """The folder itself, or the local copy of a model on the hub."""
     return Path(model_path) if os.path.isdir(model_path) else Path(snapshot_download(str(model_path)))
@@ -171,7 +179,10 @@ def _read_reward_config(folder: Path) -> dict:
     if not file.is_file():
         logger.warning("%s has no %s: taking the default video budget and format prompt", folder, CONFIG_FILE)
         return {}
-    values = json.loads(file.read_text())
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}; copy the checkpoint again") from error
     mode = values.get("reward_token", "special")
     if mode != "special":
         raise ValueError(
@@ -218,7 +229,7 @@ def _find_head(folder: Path, head_path: str | os.PathLike | None) -> Path:
     if not path.is_file():
         raise ValueError(
             f"no reward head at {path}: name the rm_head.pth that belongs to {folder} with "
-            "worker.actor.model.head_path, or train one in stage 1 (bash cold_start/train.sh)"
+            "worker.actor.model.head_path (HEAD_PATH) or --rm_ckpt, or train one in stage 1 (bash cold_start/train.sh)"
         )
     return path
 
@@ -227,7 +238,7 @@ def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
     """Read a head, fp32 [1, hidden_size], in any of the three layouts in the wild. Raises ValueError otherwise."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
         raise ValueError(f"{path}: no head that torch can load: {str(error).splitlines()[0][:200]}") from error
     for candidate in (state, state.get("model", {})):
         for key in HEAD_KEYS:
@@ -245,7 +256,7 @@ def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
 def _load_reward_row(folder: Path, token_id: int) -> torch.Tensor:
     """fp32 [hidden]: read alone, without the rest of the weights."""
     if (folder / TUNED_FILE).is_file():
-        with safe_open(folder / TUNED_FILE, framework="pt") as file:
+        with open_shard(folder / TUNED_FILE) as file:
             return file.get_tensor(ROW_KEY).float()
     with _open_embedding(folder) as file:
         return file.get_slice(EMBEDDING_KEY)[token_id].float()
@@ -255,7 +266,7 @@ def _open_embedding(folder: Path):
     """The open safetensors file that holds the embedding."""
     index = folder / WEIGHTS_INDEX_FILE
     name = json.loads(index.read_text())["weight_map"][EMBEDDING_KEY] if index.is_file() else WEIGHTS_FILE
-    return safe_open(folder / name, framework="pt")
+    return open_shard(folder / name)
 
 
 def _load_weights(

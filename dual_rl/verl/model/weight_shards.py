@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 WEIGHTS_FILE, WEIGHTS_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -50,13 +50,19 @@ def save_shards(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], *, sh
     return dtype
 
 
+def open_shard(path: Path):
+    """An open safetensors file. Raises ValueError when it is missing or damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"no weights that can be read at {path}: {error}; copy the model folder again") from error
+
+
 def iterate_shards(folder: Path, *, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pairs of name and weight, on the CPU in `dtype`. Raises ValueError when the folder holds no safetensors."""
+    """Pairs of name and weight, on the CPU in `dtype`. Raises ValueError as `open_shard` does."""
     index = folder / WEIGHTS_INDEX_FILE
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS_FILE]
     for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"no weights at {folder / name}: the model folder is incomplete, copy it again")
-        with safe_open(folder / name, framework="pt") as file:
+        with open_shard(folder / name) as file:
             for key in file.keys():  # noqa: SIM118, it is no dict
                 yield key, file.get_tensor(key).to(dtype)
