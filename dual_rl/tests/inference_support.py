@@ -241,6 +241,7 @@ def _main(arguments: list[str], console: str) -> None:
     """What `python inference.py` does, with the console in a file."""
     from inference import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
     descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
