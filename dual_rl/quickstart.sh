@@ -13,8 +13,8 @@ BACKEND="${BACKEND:-vllm}"                                   # of the benchmark
 PROCESSES="${PROCESSES:-$(( $(nproc) > 1 ? 2 : 1 ))}"
 SECONDS=0
 
-newest() { find "$1" -maxdepth 1 -name 'checkpoint-*' 2>/dev/null | sort -V | tail -n 1 || true; }
-MODEL_PATH="${MODEL_PATH:-$(newest "$STAGE1/stage1")}"
+newest() { find "$1" -maxdepth 1 -name "$2" 2>/dev/null | sort -V | tail -n 1 || true; }
+MODEL_PATH="${MODEL_PATH:-$(newest "$STAGE1/stage1" 'checkpoint-*')}"
 [[ -n "$MODEL_PATH" ]] || { echo "no stage 1 checkpoint in $STAGE1: run bash cold_start/quickstart.sh first" >&2 && exit 1; }
 
 # The tiny model learns at rates that would ruin a large one. Validation draws as training does.
@@ -34,12 +34,14 @@ python3 "$stage/examples/summarize_run.py" "$WORK"
 printf '\ntime of stage 2: %d:%02d\n\n' $((SECONDS / 60)) $((SECONDS % 60))
 
 SECONDS=0
-MODEL_CKPT="$WORK/global_step_$STEPS" DATA_PATH="$STAGE1/world/bench_tabench.csv" BENCH_TYPE=tabench \
-  OUTPUT="$WORK/bench_tabench.csv" bash "$stage/inference.sh" --max_new_tokens 256 --backend "$BACKEND"
+trained="$(newest "$WORK" 'global_step_*[0-9]')"
+scored="$WORK/bench_tabench_step_${trained##*_}"
+MODEL_CKPT="$trained" DATA_PATH="$STAGE1/world/bench_tabench.csv" BENCH_TYPE=tabench \
+  OUTPUT="$scored.csv" bash "$stage/inference.sh" --max_new_tokens 256 --backend "$BACKEND"
 printf '\ntime of the benchmark: %d:%02d\n' $((SECONDS / 60)) $((SECONDS % 60))
 cat <<TEXT
-reward model:     $WORK/global_step_$STEPS/actor/huggingface  (rm_head.pth beside it)
+reward model:     $trained/actor/huggingface  (rm_head.pth beside it)
 training curves:  $WORK/train_log.jsonl, tensorboard --logdir $WORK/tensorboard
 thoughts:         $WORK/generations.jsonl
-scored benchmark: $WORK/bench_tabench.csv, .json
+scored benchmark: $scored.csv, .json
 TEXT

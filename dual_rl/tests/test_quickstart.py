@@ -44,7 +44,7 @@ def test_quickstart_trains_and_shows_what_changed(stage1, small_model, tmp_path)
     assert "pair accuracy of the head" in result.stdout
     assert (work / "global_step_1" / "actor" / "huggingface" / "model.safetensors").is_file()
     assert "accuracy without ties" in result.stdout
-    assert json.loads((work / "bench_tabench.json").read_text())["num_scored"] == 4
+    assert json.loads((work / "bench_tabench_step_1.json").read_text())["num_scored"] == 4
 
 
 def test_quickstart_without_stage_1_says_what_to_run(tmp_path):
