@@ -34,7 +34,7 @@ def build_service(options: argparse.Namespace, folder: Path) -> RewardService:
     roots, token = AllowedRoots(options.roots), read_token(options.token_file)
     checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt, fresh_head_seed=source.fresh_head_seed)
     choose_prompt_length(checkpoint, source.settings)
-    scale = load_model_scale(source.model_ckpt, checkpoint, source.settings) if source.normalize else None
+    scale = load_model_scale(source.model_ckpt, checkpoint, source.settings) if options.normalize else None
     scoring = ScoringThread(source.load, max_queue=limits.max_queue, metrics=metrics)
     return RewardService(scoring, source.model_ckpt, folder, roots, limits, metrics, token, scale)
 

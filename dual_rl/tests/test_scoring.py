@@ -152,6 +152,23 @@ def test_company_does_not_change_a_score(model, clips):
         assert scores.rewards == pytest.approx([together.rewards[n] for n in order], abs=TOLERANCE)
 
 
+def test_an_interrupted_call_leaves_nothing_in_the_next_one(model, monkeypatch):
+    expected = model.score(TOY_CLIPS[:2], PROMPTS[:2])
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model.engine, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.score(TOY_CLIPS[2:], PROMPTS[2:])
+    assert model.num_pending == 2
+    scores = model.score(TOY_CLIPS[:2], PROMPTS[:2])
+    assert scores.cots == expected.cots
+    assert scores.rewards == pytest.approx(expected.rewards, abs=TOLERANCE)
+    assert model.num_pending == 0
+
+
 def test_more_videos_than_fit_come_back_in_order(model):
     clips, prompts = TOY_CLIPS * 4, PROMPTS * 3 + ["another"] * 4
     scores = model.score(clips, prompts)

@@ -26,11 +26,18 @@ from verl.inference.html_page import check_page_path
 from verl.inference.html_report import write_report
 from verl.inference.journal import Journal
 from verl.inference.report import added_columns, format_table, summarise, write_csv, write_json
-from verl.inference.scale import RewardScale, compute_scale, load_scale, save_scale
+from verl.inference.scale import RewardScale, compute_scale, save_scale
 from verl.inference.scoring import Outcome, VideoTask
-from verl.inference.source import choose_budget, choose_prompt_length, find_model, read_checkpoint, resolve_dtype
+from verl.inference.source import (
+    choose_budget,
+    choose_prompt_length,
+    find_model,
+    load_model_scale,
+    read_checkpoint,
+    resolve_dtype,
+)
 from verl.model.fingerprint import fingerprint
-from verl.model.reward_files import find_folder
+from verl.model.reward_files import PolicyCheckpoint, find_folder
 
 JOURNAL_SUFFIX = ".rewards.jsonl"
 SECONDS_BETWEEN_LINES = 30.0
@@ -44,7 +51,8 @@ class BenchmarkRun:
 
     `num_workers`: engines, None for one a GPU. `save_every`: videos between two moments at which the journal is forced
     to disk. `video_root`: folder of relative video paths, None for the CSV's. `calibrate`: keep mean and standard
-    deviation of these rewards beside the checkpoint. `report`: an HTML page to write too.
+    deviation of these rewards beside the checkpoint; `normalize`: give rewards on the scale that is there. `report`:
+    an HTML page to write too.
     """
 
     data_path: str
@@ -57,6 +65,7 @@ class BenchmarkRun:
     video_root: str | None = None
     overwrite: bool = False
     calibrate: bool = False
+    normalize: bool = False
     report: str | None = None
 
     def __post_init__(self) -> None:
@@ -73,16 +82,17 @@ def run_benchmark(run: BenchmarkRun) -> dict[str, object]:
     bench = read_bench(run.data_path, run.bench_type, video_root=run.video_root)
     _check_output(run, bench)
     output = Path(run.output)
-    identity = describe_run(run)
-    folder = find_folder(find_model(run.source.model_ckpt))
-    scale = load_scale(folder, weights=identity["weights"]) if run.source.normalize else None
+    source = run.source
+    checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt, fresh_head_seed=source.fresh_head_seed)
+    identity = describe_run(run, checkpoint)
+    scale = load_model_scale(source.model_ckpt, checkpoint, source.settings) if run.normalize else None
     with Journal(
         output.with_suffix(JOURNAL_SUFFIX), identity, overwrite=run.overwrite, save_every=run.save_every
     ) as journal:
         journal.failures.update(bench.missing)
         _score_missing(run, bench, journal)
         if run.calibrate:
-            scale = _calibrate(run, folder, identity, journal)
+            scale = _calibrate(run, identity, journal)
         summary = summarise(bench, journal, seed=run.seed, scale=scale)
         result = {"model_ckpt": run.source.model_ckpt, "data_path": run.data_path, "run": identity, **summary}
         write_csv(output, bench, journal, scale=scale)
@@ -92,16 +102,15 @@ def run_benchmark(run: BenchmarkRun) -> dict[str, object]:
     return result
 
 
-def _calibrate(run: BenchmarkRun, folder: Path, identity: Mapping[str, object], journal: Journal) -> RewardScale:
+def _calibrate(run: BenchmarkRun, identity: Mapping[str, object], journal: Journal) -> RewardScale:
     scale = compute_scale(
         list(journal.rewards.values()),
         data=os.path.basename(run.data_path),
         weights=identity["weights"],
         video=identity["video"],
     )
-    logger.info(
-        "the scale of these rewards, %.4f +- %.4f, is kept in %s", scale.mean, scale.std, save_scale(folder, scale)
-    )
+    path = save_scale(find_folder(find_model(run.source.model_ckpt)), scale)
+    logger.info("the scale of these rewards, %.4f +- %.4f, is kept in %s", scale.mean, scale.std, path)
     return scale
 
 
@@ -128,10 +137,9 @@ def _require_free(output: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{foreign[0]} is there and comes from elsewhere: choose another output, or --overwrite")
 
 
-def describe_run(run: BenchmarkRun) -> dict[str, object]:
+def describe_run(run: BenchmarkRun, checkpoint: PolicyCheckpoint) -> dict[str, object]:
     """What the rewards depend on, JSON values; the model by its content, so that it may be moved."""
     source = run.source
-    checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt, fresh_head_seed=source.fresh_head_seed)
     choose_prompt_length(checkpoint, source.settings)
     return {
         "weights": fingerprint(find_model(source.model_ckpt), checkpoint),

@@ -29,7 +29,6 @@ class ModelSource:
     rm_ckpt: str | None
     settings: ScoringSettings
     fresh_head_seed: int | None = None
-    normalize: bool = False
 
     def load(self) -> RewardModel:
         """The model on this process's device."""
@@ -38,7 +37,6 @@ class ModelSource:
             self.rm_ckpt,
             settings=self.settings,
             fresh_head_seed=self.fresh_head_seed,
-            normalize=self.normalize,
         )
 
 

@@ -34,4 +34,4 @@ def build_source(options: argparse.Namespace) -> ModelSource:
         **{name: chosen[name] for name in ScoringSettings.__dataclass_fields__ if name in chosen}
     )
     seed = options.seed if options.fresh_head else None
-    return ModelSource(options.model_ckpt, options.rm_ckpt, settings, seed, options.normalize)
+    return ModelSource(options.model_ckpt, options.rm_ckpt, settings, seed)

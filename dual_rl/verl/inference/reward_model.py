@@ -17,7 +17,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,6 +88,7 @@ class RewardModel:
         self.loader = VideoLoader(self.builder, budget, num_threads=settings.num_threads)
         self._decoding: deque[tuple[str, Future[VideoPrompt]]] = deque()
         self._num_submitted = 0
+        self._calls = count()
         self._sources: dict[str, str] = {}  # of what is under way, for messages
 
     @classmethod
@@ -144,15 +145,16 @@ class RewardModel:
         """
         texts = list(problems) if problems is not None else [judge_problem(prompt) for prompt in prompts]
         rates = list(fps) if isinstance(fps, Sequence) else [fps] * len(videos)
+        call = next(self._calls)  # an earlier call that was interrupted may have left videos under way
         tasks = [
-            VideoTask(str(number), self._prepare(video, rate), text)
+            VideoTask(f"call {call}, video {number}", self._prepare(video, rate), text)
             for number, (video, text, rate) in enumerate(zip(videos, texts, rates, strict=True))
         ]
-        outcomes = {int(outcome.name): outcome for outcome in self.score_stream(tasks)}
-        failures = [outcomes[n].error for n in sorted(outcomes) if isinstance(outcomes[n], FailedVideo)]
+        outcomes = {outcome.name: outcome for outcome in self.score_stream(tasks)}
+        ordered = [outcomes[task.name] for task in tasks]
+        failures = [outcome.error for outcome in ordered if isinstance(outcome, FailedVideo)]
         if failures:
             raise VideoError("\n".join(["videos could not be scored", *failures]))
-        ordered = [outcomes[number] for number in range(len(tasks))]
         rewards = [outcome.reward if self.scale is None else self.scale.apply(outcome.reward) for outcome in ordered]
         return Scores(rewards, [outcome.cot for outcome in ordered])
 

@@ -80,8 +80,8 @@ class ScoringSettings:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be positive, 1 for none")
 
     def affecting_rewards(self) -> dict[str, object]:
-        """The settings that another value of would give other rewards with (beyond rounding)."""
-        names = ("max_prompt_length", "max_new_tokens", "repetition_penalty", "precision", "video_fps", "max_pixels")
+        """The settings that another value of would give other rewards with, beside video budget and precision."""
+        names = ("max_prompt_length", "max_new_tokens", "repetition_penalty")
         return {name: getattr(self, name) for name in names}
 
 
