@@ -15,37 +15,11 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration
 
-from verl.data.scored_sequence import REWARD_TOKEN, judge_problem
+from shapes import TEXT, WEIGHT_STD, build_config, build_processor
+from verl.data.scored_sequence import judge_problem
 from verl.model.reward_files import save_head
-
-TEXT = {
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 262144,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {
-        "rope_type": "default",
-        "mrope_section": [24, 20, 20],
-        "mrope_interleaved": True,
-        "rope_theta": 5_000_000,
-    },
-}
-VISION = {
-    "depth": 27,
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_heads": 16,
-    "out_hidden_size": 4096,
-    "deepstack_visual_indexes": [8, 16, 24],
-}
-WEIGHT_STD = 0.02
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,18 +35,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def write_model(folder: Path, *, tokenizer: str, layers: int) -> None:
     """A merged reward model in bf16, made on the GPU where there is one."""
-    processor = AutoProcessor.from_pretrained(tokenizer)
-    processor.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
-    ids = Qwen3VLConfig.from_pretrained(tokenizer)
-    config = Qwen3VLConfig(
-        text_config={**TEXT, "num_hidden_layers": layers},
-        vision_config=VISION,
-        image_token_id=ids.image_token_id,
-        video_token_id=ids.video_token_id,
-        vision_start_token_id=ids.vision_start_token_id,
-        vision_end_token_id=ids.vision_end_token_id,
-        tie_word_embeddings=False,
-    )
+    processor, config = build_processor(tokenizer), build_config(tokenizer, layers=layers)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         torch.set_default_dtype(torch.bfloat16)

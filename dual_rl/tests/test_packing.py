@@ -104,8 +104,8 @@ def test_layout_of_the_documented_example():
     layout = SharedPromptLayout((3,), ((2, 1),))
     assert layout.segment_bounds.tolist() == [0, 3, 5, 6]
     assert layout.response_starts == (3, 5)
-    assert layout.prompt_tokens.tolist() == [0, 1, 2]
-    assert layout.response_tokens.tolist() == [3, 4, 5]
+    (group,) = layout.groups
+    assert (group.prompt, group.responses) == (slice(0, 3), slice(3, 6))
     source, place = layout.unrolled
     assert source.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 0]]
     assert place.tolist() == [0, 1, 2, 3, 4, 8]
@@ -115,6 +115,7 @@ def test_unrolled_layout_finds_every_token():
     layout = SharedPromptLayout((3, 1, 4), ((2, 1), (5,), (1, 1, 3)))
     source, place = layout.unrolled
     assert source.flatten()[place].tolist() == list(range(layout.group_starts[-1]))
-    assert layout.block_bounds.tolist() == [0, 3, 8, 13]
-    assert layout.prompt_bounds.tolist() == [0, 3, 4, 8]
-    assert sorted([*layout.prompt_tokens.tolist(), *layout.response_tokens.tolist()]) == list(range(21))
+    assert [group.lengths for group in layout.groups] == [(3, 3), (5, 1), (5, 4)]
+    assert [[bounds.tolist() for bounds in group.bounds] for group in layout.groups][1] == [[0, 5], [0, 1]]
+    tokens = [part for group in layout.groups for part in (group.prompt, group.responses)]
+    assert [token for part in tokens for token in range(21)[part]] == list(range(21))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from verl.core.row_layout import SharedPromptLayout
-from verl.model.attention import FlashKernels, SharedPromptFlash, shared_prompt_attention
+from verl.model.attention import FlashKernels, SharedPromptFlash, merge_attention, shared_prompt_attention
 
 HEADS, KV_HEADS, DIM = 8, 2, 64
 SCALING = 0.9 * DIM**-0.5
@@ -54,6 +54,8 @@ class PlainKernels:
             for total, tokens, share in zip(totals, (queries, keys, keys), shares, strict=True):
                 total[tokens] += share.transpose(0, 1).unflatten(1, (total.shape[1], -1)).sum(2)
         return totals
+
+    merge_into = staticmethod(merge_attention)
 
 
 def run_module(query, key, value, layout):

@@ -21,7 +21,7 @@ from verl.trainer.config import Config
 from verl.types import PairRollout, PreferencePair, Response, ResponseKey, VideoKey, VideoPrompt
 from verl.workers.experience import ExperienceMaker
 from verl.workers.model_setup import PolicyRuntime, build_runtime
-from verl.workers.optimizer import move_optimizer_state
+from verl.workers.offload import WeightOffload, local_part
 from verl.workers.parallel import Rank, gather_tensor
 from verl.workers.shard import Shard
 from verl.workers.state import load_training_state, save_training_state
@@ -253,8 +253,10 @@ class Bench:
             shard.ref_log_probs = experience.ref_log_probs(shard)
         if case.is_moved:
             for model in filter(None, (runtime.actor, runtime.reference)):
-                model.to("cpu")
-            move_optimizer_state(runtime.optimizer, "cpu")
+                offload = WeightOffload(model.parameters())
+                offload.release()
+                assert all(local_part(p.detach()).untyped_storage().nbytes() == 0 for p in model.parameters())
+                offload.restore()
         updater = Updater(runtime, experience, config)
         batch = batch_of(case, runtime.builder)
         return updater.update(shard, advantages_of(case, batch), step=STEP, lr_factor=1.0)

@@ -2,8 +2,21 @@
 
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
+
+
+class GroupPlace(NamedTuple):
+    """Where a group stands in the row: its prompt, and all its responses, which follow one another.
+
+    `lengths`: tokens of (responses, prompt). `bounds`: int32 [2] of both, 0 and the length.
+    """
+
+    prompt: slice
+    responses: slice
+    bounds: tuple[torch.Tensor, ...]
+    lengths: tuple[int, int]
 
 
 class SharedPromptLayout:
@@ -64,35 +77,16 @@ class SharedPromptLayout:
         return max(*self.prompt_lengths, *self.flat_response_lengths)
 
     @cached_property
-    def block_lengths(self) -> tuple[int, ...]:
-        """G ints: tokens of all responses of each group."""
-        return tuple(sum(lengths) for lengths in self.response_lengths)
-
-    @cached_property
-    def prompt_bounds(self) -> torch.Tensor:
-        """int32 [G + 1]: bounds of the prompts when only `prompt_tokens` are laid one after the other."""
-        return torch.tensor([0, *accumulate(self.prompt_lengths)], dtype=torch.int32, device=self.device)
-
-    @cached_property
-    def block_bounds(self) -> torch.Tensor:
-        """int32 [G + 1]: the same for the responses of each group among `response_tokens`."""
-        return torch.tensor([0, *accumulate(self.block_lengths)], dtype=torch.int32, device=self.device)
-
-    @cached_property
-    def prompt_tokens(self) -> torch.Tensor:
-        """int64: indices into the row of all prompt tokens."""
-        return torch.cat(
-            [
-                torch.arange(start, start + length)
-                for start, length in zip(self.group_starts[:-1], self.prompt_lengths, strict=True)
-            ]
-        ).to(self.device)
-
-    @cached_property
-    def response_tokens(self) -> torch.Tensor:
-        """int64: indices into the row of all response tokens."""
-        bounds = zip(self.group_starts[:-1], self.prompt_lengths, self.group_starts[1:], strict=True)
-        return torch.cat([torch.arange(start + prompt, end) for start, prompt, end in bounds]).to(self.device)
+    def groups(self) -> tuple[GroupPlace, ...]:
+        """G places: how the responses of each group look at their prompt."""
+        places = []
+        for start, prompt, end in zip(self.group_starts[:-1], self.prompt_lengths, self.group_starts[1:], strict=True):
+            lengths = (end - start - prompt, prompt)
+            bounds = torch.tensor([[0, length] for length in lengths], dtype=torch.int32, device=self.device)
+            places.append(
+                GroupPlace(slice(start, start + prompt), slice(start + prompt, end), tuple(bounds.unbind()), lengths)
+            )
+        return tuple(places)
 
     @cached_property
     def unrolled(self) -> tuple[torch.Tensor, torch.Tensor]:

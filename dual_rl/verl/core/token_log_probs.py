@@ -1,10 +1,16 @@
 """Log-probabilities of drawn tokens straight from hidden states: vocabulary logits never exist as a whole.
 
-Rows are cut into chunks; each chunk's logits live only while it is computed, and again in the backward pass, where
-they are recomputed. Logits leave the matrix product in fp32 (also from bf16 operands: rounding them to bf16 would move
-log-probs by more than an update at a learning rate of 1e-6 does), and everything after it is fp32.
+Rows are cut into chunks; each chunk's logits live only while it is computed. Logits leave the matrix product in fp32
+(also from bf16 operands: rounding them to bf16 would move log-probs by more than an update at a learning rate of 1e-6
+does), and everything after it is fp32.
+
+Where only the states are trained (LoRA), nothing is left to compute in the backward pass: whatever the loss, the
+gradient of a log-prob by its state is a number times (W[label] - softmax @ W) / temperature, which the forward pass
+makes while it has the logits. Where the language head is trained as well, or the full KL has a gradient, chunks are
+computed again in the backward pass.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -47,28 +53,81 @@ def compute_token_log_probs(
     temperature: float,
     forbidden_ids: torch.Tensor,
     reference: Distributions | None = None,
+    is_compiled: bool = False,
 ) -> TokenLogProbs:
     """Log-probs under softmax(logits / temperature) over the allowed tokens.
 
     `states`: [L, hidden]. `head_weight`: [vocab, hidden]. `labels`: int64 [L]. `temperature`: 0 (greedy) counts as 1.
-    `forbidden_ids`: int64, tokens of probability 0.
+    `forbidden_ids`: int64, tokens of probability 0. `is_compiled`: fuse the passes over the logits (torch.compile).
     """
     temperature = temperature or 1.0
-    rows = max(1, CHUNK_ELEMENTS // head_weight.shape[0])
-    starts = range(0, max(len(labels), 1), rows)
+    if reference is None and not (head_weight.requires_grad and torch.is_grad_enabled()):
+        summarize = _fused_summarize() if is_compiled else _summarize
+        scores = _FrozenHead.apply(states, head_weight, labels, temperature, forbidden_ids, summarize)
+        return TokenLogProbs(*scores, kl=None)
+    pieces = _cut(len(labels), vocab_size=head_weight.shape[0])
     chunks = []
-    for start in starts:
-        piece = slice(start, start + rows)
+    for piece in pieces:
         arguments = (states[piece], head_weight, labels[piece], temperature, forbidden_ids)
         if reference is not None:
             reference_weight = head_weight if reference.head_weight is None else reference.head_weight
             arguments += (reference.states[piece], reference_weight)
-        if len(starts) > 1 and torch.is_grad_enabled():
+        if len(pieces) > 1 and torch.is_grad_enabled():
             chunks.append(checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             chunks.append(_chunk(*arguments))
     log_probs, entropy, kl = zip(*chunks, strict=True)
     return TokenLogProbs(torch.cat(log_probs), torch.cat(entropy), None if reference is None else torch.cat(kl))
+
+
+def _cut(num_labels: int, *, vocab_size: int) -> list[slice]:
+    """Chunks of rows, at least one."""
+    rows = max(1, CHUNK_ELEMENTS // vocab_size)
+    return [slice(start, start + rows) for start in range(0, max(num_labels, 1), rows)]
+
+
+class _FrozenHead(torch.autograd.Function):
+    """(log_probs, entropy), fp32 [L] each, with a gradient by `states` only. `summarize` is `_summarize`."""
+
+    @staticmethod
+    def forward(ctx, states, head_weight, labels, temperature: float, forbidden_ids, summarize):
+        log_probs, entropy = (states.new_empty(len(labels), dtype=torch.float32) for _ in range(2))
+        has_gradient = ctx.needs_input_grad[0]
+        directions = torch.empty_like(states) if has_gradient else None  # of each log-prob's gradient
+        for piece in _cut(len(labels), vocab_size=head_weight.shape[0]):
+            logits = _scaled_logits(states[piece], head_weight, temperature, forbidden_ids)
+            dtype = head_weight.dtype if has_gradient else None
+            log_probs[piece], entropy[piece], gradient = summarize(logits, labels[piece], dtype)
+            if has_gradient:
+                directions[piece] = (gradient @ head_weight) / temperature
+        ctx.save_for_backward(directions)
+        ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor, _entropy_gradient: None):
+        (directions,) = ctx.saved_tensors
+        return (gradient.unsqueeze(1) * directions).to(directions.dtype), None, None, None, None, None
+
+
+def _summarize(
+    logits: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Of logits [rows, vocab], fp32: log-probs of the labels and entropy, [rows] each, and the gradient of the former
+    by the logits, one-hot less probability, [rows, vocab] in `dtype` (None for no gradient)."""
+    normaliser = logits.logsumexp(dim=-1)
+    log_probs = logits.gather(1, labels.unsqueeze(1)).squeeze(1) - normaliser
+    probabilities = (logits - normaliser.unsqueeze(1)).exp()
+    entropy = normaliser - (probabilities * logits).sum(dim=-1)
+    if dtype is None:
+        return log_probs, entropy, None
+    is_label = torch.arange(logits.shape[1], device=logits.device) == labels.unsqueeze(1)
+    return log_probs, entropy, (is_label.float() - probabilities).to(dtype)
+
+
+@cache
+def _fused_summarize():
+    return torch.compile(_summarize, dynamic=True)
 
 
 def _chunk(

@@ -15,6 +15,8 @@ Elsewhere (CPU, fp32): each response is unrolled behind a copy of its prompt's k
 batched causal SDPA call serves all of them.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
@@ -33,6 +35,12 @@ def use_shared_prompt_attention(config) -> None:
     AttentionInterface.register(SHARED_PROMPT_ATTENTION, shared_prompt_attention)
     for part in (config, config.text_config, config.vision_config):
         part._attn_implementation = SHARED_PROMPT_ATTENTION
+
+
+def compile_around_attention() -> None:
+    """Let compiled layers call this attention as it is: its kernels are whole, and its layout is no tensor."""
+    AttentionInterface.register(SHARED_PROMPT_ATTENTION, torch.compiler.disable(shared_prompt_attention))
+    FlashKernels.is_compiled = True
 
 
 def shared_prompt_attention(
@@ -132,6 +140,9 @@ class FlashKernels:
     `longest` the longest sequences of both. No dropout, so the random state is a dummy.
     """
 
+    is_compiled = False
+    """Set with `compile_around_attention`: elementwise work is fused too."""
+
     @staticmethod
     def forward(query, key, value, bounds, longest, *, is_causal, scaling) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [Tq, heads, dim] and log-sum-exp, fp32 [heads, Tq]."""
@@ -150,32 +161,29 @@ class FlashKernels:
             scale=scaling,
         )  # fmt: skip
 
+    @staticmethod
+    def merge_into(output, lse, part, part_lse) -> None:
+        """See `merge_attention`."""
+        (_fused_merge() if FlashKernels.is_compiled else merge_attention)(output, lse, part, part_lse)
+
 
 class SharedPromptFlash(torch.autograd.Function):
     """The two merged passes of the module's docstring: query [T, heads, dim], key and value [T, kv_heads, dim].
 
-    `kernels`: FlashKernels, or another implementation of the same two functions.
+    The responses of a group stand side by side behind their prompt, so that the second pass takes both as they lie,
+    one call a group. `kernels`: FlashKernels, or another implementation of the same functions.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, layout: SharedPromptLayout, scaling: float, kernels) -> torch.Tensor:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        passes = _passes(layout)
-        own_bounds, own_longest, _ = passes[0]
-        cross_bounds, cross_longest, (responses, prompts) = passes[1]
-        output, lse = kernels.forward(query, key, value, own_bounds, own_longest, is_causal=True, scaling=scaling)
-        cross = (query[responses], key[prompts], value[prompts])
-        cross_output, cross_lse = kernels.forward(
-            *cross, cross_bounds, cross_longest, is_causal=False, scaling=scaling
-        )
-        own_lse = lse[:, responses]
-        merged_lse = torch.logaddexp(own_lse, cross_lse)
-        own_share, cross_share = (
-            (part - merged_lse).exp().t().unsqueeze(-1) for part in (own_lse, cross_lse)
-        )  # [tokens, heads, 1]
-        merged = own_share * output[responses] + cross_share * cross_output
-        output = output.index_copy(0, responses, merged.to(output.dtype))
-        lse = lse.index_copy(1, responses, merged_lse)
+        pieces, longest = (layout.segment_bounds,) * 2, (layout.longest_segment,) * 2
+        output, lse = kernels.forward(query, key, value, pieces, longest, is_causal=True, scaling=scaling)
+        for group in layout.groups:
+            prompt, responses = group.prompt, group.responses
+            cross = (query[responses], key[prompt], value[prompt])
+            part = kernels.forward(*cross, group.bounds, group.lengths, is_causal=False, scaling=scaling)
+            kernels.merge_into(output[responses], lse[:, responses], *part)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.layout, ctx.scaling, ctx.kernels = layout, scaling, kernels
         return output
@@ -183,30 +191,29 @@ class SharedPromptFlash(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         query, key, value, output, lse = ctx.saved_tensors
-        gradient, kernels, scaling = gradient.contiguous(), ctx.kernels, ctx.scaling
-        passes = _passes(ctx.layout)
-        own_bounds, own_longest, _ = passes[0]
-        cross_bounds, cross_longest, (responses, prompts) = passes[1]
+        gradient, layout, kernels, scaling = gradient.contiguous(), ctx.layout, ctx.kernels, ctx.scaling
+        pieces, longest = (layout.segment_bounds,) * 2, (layout.longest_segment,) * 2
         gradients = kernels.backward(
-            gradient, query, key, value, output, lse, own_bounds, own_longest, is_causal=True, scaling=scaling
+            gradient, query, key, value, output, lse, pieces, longest, is_causal=True, scaling=scaling
         )
-        cross = (gradient[responses], query[responses], key[prompts], value[prompts], output[responses])
-        shares = kernels.backward(
-            *cross, lse[:, responses].contiguous(), cross_bounds, cross_longest, is_causal=False, scaling=scaling
-        )
-        for total, tokens, share in zip(gradients, (responses, prompts, prompts), shares, strict=True):
-            total.index_add_(0, tokens, share)
+        for group in layout.groups:
+            prompt, responses = group.prompt, group.responses
+            cross = (gradient[responses], query[responses], key[prompt], value[prompt], output[responses])
+            cross_lse = lse[:, responses].contiguous()
+            shares = kernels.backward(*cross, cross_lse, group.bounds, group.lengths, is_causal=False, scaling=scaling)
+            for total, tokens, share in zip(gradients, (responses, prompt, prompt), shares, strict=True):
+                total[tokens] += share
         return *gradients, None, None, None
 
 
-def _passes(layout: SharedPromptLayout):
-    """(bounds, longest, tokens) of the pass over pieces and of the pass of responses over their prompts."""
-    pieces = layout.segment_bounds
-    return (
-        ((pieces, pieces), (layout.longest_segment, layout.longest_segment), None),
-        (
-            (layout.block_bounds, layout.prompt_bounds),
-            (max(layout.block_lengths), max(layout.prompt_lengths)),
-            (layout.response_tokens, layout.prompt_tokens),
-        ),
-    )
+def merge_attention(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+    """Merge attention over other keys, `part` [T, heads, dim] and `part_lse` [heads, T], into `output` and `lse`."""
+    merged = torch.logaddexp(lse, part_lse)
+    share, part_share = ((own - merged).exp().t().unsqueeze(-1) for own in (lse, part_lse))  # [T, heads, 1]
+    output.copy_(share * output + part_share * part)
+    lse.copy_(merged)
+
+
+@cache
+def _fused_merge():
+    return torch.compile(merge_attention, dynamic=True)

@@ -21,6 +21,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from verl.core.packing import PackedGroups
 from verl.core.token_log_probs import Distributions, compute_token_log_probs
+from verl.model.attention import compile_around_attention
 from verl.model.ulysses import RowPart, SequenceGroup
 
 ADAPTER = "default"
@@ -104,6 +105,7 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.sequence_group: SequenceGroup | None = None
+        self.is_compiled = False
         self.reward_token_id = reward_token_id
         self.reward_embedding = nn.Parameter(reward_embedding.detach().float().clone())
         self.rm_head = nn.Linear(head_weight.shape[1], 1, bias=False, dtype=torch.float32)
@@ -187,6 +189,7 @@ class PolicyModel(nn.Module):
             temperature=temperature,
             forbidden_ids=self.forbidden_ids,
             reference=ref_distributions,
+            is_compiled=self.is_compiled,
         )
         distributions = None
         if return_distributions:  # a copy of the head, because FSDP may take the whole weight away after the forward
@@ -215,6 +218,20 @@ class PolicyModel(nn.Module):
         return output.last_hidden_state.squeeze(0)
 
     @property
+    def text_layers(self) -> Sequence[nn.Module]:
+        return self.backbone.model.language_model.layers
+
+    def compile_layers(self) -> None:
+        """Fuse what stands between the matrix products of the text layers and of the log-probs (torch.compile).
+
+        Attention is left as it is. Call once, sharded or not; the first passes take a minute longer.
+        """
+        compile_around_attention()
+        for layer in self.text_layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        self.is_compiled = True
+
+    @property
     def adapters(self) -> dict[str, LoraLayer]:
         """LoRA layers by their name within the backbone; none in full fine-tuning."""
         return {name: module for name, module in self.backbone.named_modules() if isinstance(module, LoraLayer)}
@@ -222,7 +239,7 @@ class PolicyModel(nn.Module):
     @property
     def lora_scale(self) -> float:
         """Factor of B @ A: alpha / rank."""
-        return next(iter(self.adapters.values())).scaling[ADAPTER]
+        return next(module for module in self.backbone.modules() if isinstance(module, LoraLayer)).scaling[ADAPTER]
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
@@ -270,7 +287,7 @@ class PolicyModel(nn.Module):
 
     def sharding_units(self) -> list[nn.Module]:
         """What FSDP2 shards one by one, before the root: text layers and vision blocks."""
-        return [*self.backbone.model.language_model.layers, *self.backbone.model.visual.blocks]
+        return [*self.text_layers, *self.backbone.model.visual.blocks]
 
     def replicated_parameters(self) -> list[nn.Parameter]:
         """What FSDP2 leaves alone: small, fp32, whole on every rank."""

@@ -80,6 +80,9 @@ class ModelConfig:
     """Train the head and the `<Reward>` row with Bradley-Terry."""
     freeze_vision_tower: bool = True
     enable_gradient_checkpointing: bool = True
+    """Compute activations again in the backward pass where they do not fit into the device's memory (CPUs: always)."""
+    enable_compile: bool = True
+    """Fuse the text layers with torch.compile, on GPUs; the first step takes a minute longer."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 

@@ -12,6 +12,7 @@ import torch
 from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids
 from verl.model.building import build_policy, initial_state
 from verl.model.policy import PolicyModel
+from verl.model.recompute import ActivationPlan
 from verl.model.reward_files import (
     HEAD_FILE,
     PolicyCheckpoint,
@@ -34,7 +35,8 @@ logger = logging.getLogger(__name__)
 class PolicyRuntime:
     """What a rank computes with. `reference` is None with LoRA, where the actor without its adapter is it.
 
-    `sequence_group`: the ranks that hold the same pairs and share each row; None where every rank works alone.
+    `activations`: None where no layer is recomputed, or all of them. `sequence_group`: the ranks that hold the same
+    pairs and share each row; None where every rank works alone.
     """
 
     rank: Rank
@@ -43,6 +45,7 @@ class PolicyRuntime:
     actor: PolicyModel
     reference: PolicyModel | None
     optimizer: torch.optim.Optimizer
+    activations: ActivationPlan | None = None
     sequence_group: SequenceGroup | None = None
 
     @property
@@ -93,8 +96,12 @@ def read_checkpoint(config: Config, *, with_weights: bool) -> PolicyCheckpoint:
 
 def build_runtime(config: Config, rank: Rank) -> PolicyRuntime:
     """Load, shard and place everything. Only rank 0 reads weights; it sends them round."""
+    return assemble_runtime(read_checkpoint(config, with_weights=rank.index == 0), config, rank)
+
+
+def assemble_runtime(checkpoint: PolicyCheckpoint, config: Config, rank: Rank) -> PolicyRuntime:
+    """`build_runtime` from a checkpoint in memory, which has weights on rank 0."""
     actor_config = config.worker.actor
-    checkpoint = read_checkpoint(config, with_weights=rank.index == 0)
     sequence_group = build_sequence_group(actor_config.ulysses_size)
     actor = _build_sharded(checkpoint, actor_config.model, actor_config.fsdp, rank=rank)
     actor.sequence_group = sequence_group
@@ -103,6 +110,11 @@ def build_runtime(config: Config, rank: Rank) -> PolicyRuntime:
         frozen = dataclasses.replace(actor_config.model, enable_gradient_checkpointing=False)
         reference = _build_sharded(checkpoint, frozen, config.worker.ref.fsdp, rank=rank, is_frozen=True)
         reference.sequence_group = sequence_group
+    activations = None
+    if actor_config.model.enable_gradient_checkpointing and sequence_group is None:
+        # Ranks that share a row repeat its exchanges together and would have to choose together.
+        trained = [parameter for parameter in actor.parameters() if parameter.requires_grad]
+        activations = ActivationPlan(actor.text_layers, trained, rank.device)
     return PolicyRuntime(
         rank=rank,
         checkpoint=dataclasses.replace(checkpoint, weights=None),
@@ -110,6 +122,7 @@ def build_runtime(config: Config, rank: Rank) -> PolicyRuntime:
         actor=actor,
         reference=reference,
         optimizer=build_optimizer(actor, actor_config.optim),
+        activations=activations,
         sequence_group=sequence_group,
     )
 
@@ -124,6 +137,8 @@ def _build_sharded(
     state = None if checkpoint.weights is None else initial_state(model, checkpoint)
     shard_model(model, fsdp, rank=rank)
     materialize(model, state, rank=rank, is_offloaded=fsdp.enable_cpu_offload)
+    if settings.enable_compile and rank.device.type == "cuda":
+        model.compile_layers()
     return model
 
 

@@ -1,10 +1,8 @@
 """AdamW over fp32 masters and its learning-rate schedule, a pure function of the step."""
 
 import math
-from collections.abc import Iterator
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from verl.model.policy import PolicyModel
 from verl.trainer.config import OptimConfig
@@ -58,19 +56,3 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float
     for group in optimizer.param_groups:
         group["lr"] = factor * group["base_lr"]
     return optimizer.param_groups[0]["lr"]
-
-
-@torch.no_grad()
-def move_optimizer_state(optimizer: torch.optim.Optimizer, device: torch.device | str) -> None:
-    """Move moments to `device`; step counters stay where they are."""
-    for state, name, tensor in _moments(optimizer):
-        state[name] = tensor.to(device, non_blocking=True)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, str, torch.Tensor]]:
-    for state in optimizer.state.values():
-        for name in ("exp_avg", "exp_avg_sq"):
-            if isinstance(state.get(name), (torch.Tensor, DTensor)):
-                yield state, name, state[name]

@@ -67,17 +67,25 @@ def build_mesh(fsdp_size: int, rank: Rank) -> DeviceMesh:
 
 
 def shard_model(model: PolicyModel, settings: FsdpConfig, *, rank: Rank) -> PolicyModel:
-    """Shard a model in place; the backbone's parameters may be on the meta device."""
+    """Shard a model in place; the backbone's parameters may be on the meta device.
+
+    Frozen parameters that one rank would hold alone are left as they are: FSDP would only copy them for each pass.
+    """
     compute_dtype = resolve_precision(settings.precision, rank.device)
+    mesh = build_mesh(settings.fsdp_size, rank)
+    unmanaged = set(model.replicated_parameters())
+    if mesh.shape[-1] == 1 and not settings.enable_cpu_offload:
+        unmanaged |= {parameter for parameter in model.parameters() if not parameter.requires_grad}
     arguments = {
-        "mesh": build_mesh(settings.fsdp_size, rank),
+        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        "ignored_params": unmanaged,
     }
     if settings.enable_cpu_offload:
         arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=rank.device.type == "cuda")
     for unit in model.sharding_units():
         fully_shard(unit, **arguments)
-    fully_shard(model, **arguments, ignored_params=set(model.replicated_parameters()))
+    fully_shard(model, **arguments)
     register_fsdp_forward_method(model, "encode_videos")
     return model
 
@@ -123,6 +131,7 @@ def iterate_weights(model: PolicyModel, *, dtype: torch.dtype) -> Iterator[tuple
     A collective: every rank walks through all of them, one in memory at a time. Merging is done in fp32.
     """
     parameters = dict(model.backbone.named_parameters())
+    scale = model.lora_scale if any(".lora_" in name for name in parameters) else 0.0
     for name, parameter in parameters.items():
         if ".lora_" in name:
             continue
@@ -130,7 +139,7 @@ def iterate_weights(model: PolicyModel, *, dtype: torch.dtype) -> Iterator[tuple
         if ".base_layer." in name:
             down = gather_tensor(parameters[name.replace("base_layer", "lora_A.default")])
             up = gather_tensor(parameters[name.replace("base_layer", "lora_B.default")])
-            whole = whole.float() + model.lora_scale * (up.float() @ down.float())
+            whole = whole.float() + scale * (up.float() @ down.float())
         whole = whole.to(dtype)
         if parameter is model.embedding_weight:
             whole = whole.clone()

@@ -22,7 +22,8 @@ from verl.trainer.config import Config
 from verl.types import PairRollout, ResponseKey
 from verl.workers.experience import ExperienceMaker
 from verl.workers.model_setup import PolicyRuntime
-from verl.workers.optimizer import move_optimizer_state, set_learning_rates
+from verl.workers.offload import MomentOffload
+from verl.workers.optimizer import set_learning_rates
 from verl.workers.parallel import (
     average_replicated_gradients,
     clip_gradients,
@@ -51,6 +52,7 @@ class Updater:
         self.actor_config = config.worker.actor
         self.algorithm = config.algorithm
         self.rollout = config.worker.rollout
+        self.moments = MomentOffload(runtime.optimizer)
 
     def update(
         self, shard: Shard, advantages: Mapping[ResponseKey, float], *, step: int, lr_factor: float
@@ -58,6 +60,8 @@ class Updater:
         """All optimizer steps of one rollout batch; returns metrics, the same on every rank."""
         actor = self.runtime.actor
         actor.train()
+        if self.runtime.activations is not None:
+            self.runtime.activations.start()
         learning_rate = set_learning_rates(self.runtime.optimizer, lr_factor)
         collected: dict[str, list[float]] = defaultdict(list)
         for epoch in range(self.actor_config.ppo_epochs):
@@ -83,12 +87,12 @@ class Updater:
         counts = self._count(mini_batch)
         size = self.actor_config.micro_batch_size_per_device_for_update
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.runtime.rank.device))
-        largest_difference = 0.0
+        largest_difference = torch.zeros((), device=self.runtime.rank.device)
         copies = self.runtime.copies
         for micro_batch in split_into_micro_batches(mini_batch, size, count=counts.micro_batches):
             loss, metrics, difference = self._micro_batch_loss(shard, micro_batch, advantages, counts)
             (loss * (self.runtime.rank.world_size / copies)).backward()
-            largest_difference = max(largest_difference, difference)
+            largest_difference = torch.maximum(largest_difference, difference)
             for name, value in metrics.items():
                 sums[name] += value.detach()
         names = sorted(sums)
@@ -96,7 +100,7 @@ class Updater:
         metrics = dict(zip(names, totals, strict=True))
         metrics["actor/grad_norm"], metrics["actor/head_grad_norm"] = self._step_optimizer(metrics, step=step)
         metrics["rollout/log_prob_difference_max"] = max_over_ranks(
-            largest_difference, device=self.runtime.rank.device
+            largest_difference.item(), device=self.runtime.rank.device
         )
         return metrics
 
@@ -124,8 +128,11 @@ class Updater:
         micro_batch: MicroBatch,
         advantages: Mapping[ResponseKey, float],
         counts: GlobalCounts,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], float]:
-        """This micro-batch's share of the mini-batch's loss, its shares of the metrics, the largest log-prob gap."""
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """This micro-batch's share of the mini-batch's loss, its shares of the metrics, the largest log-prob gap.
+
+        Nothing is read back from the device, so that the backward pass follows without a pause.
+        """
         packed = shard.pack(micro_batch, self.runtime.builder, self.runtime.rank.device)
         output, token_kl = self._forward(shard, micro_batch, packed)
         owner = packed.label_owner
@@ -159,7 +166,7 @@ class Updater:
         difference = share * (old - rollout).abs()
         metrics["rollout/log_prob_difference_mean"] = difference.sum() / counts.tokens
         metrics["rollout/log_prob_beyond_bound"] = (difference > self.rollout.log_prob_bound).sum() / counts.tokens
-        return loss, metrics, difference.max().item() if difference.numel() else 0.0
+        return loss, metrics, difference.max() if difference.numel() else difference.new_zeros(())
 
     def _forward(
         self, shard: Shard, micro_batch: MicroBatch, packed: PackedGroups
@@ -174,6 +181,8 @@ class Updater:
         else:  # a tuned tower takes part in the gradient
             prompts = [shard.prompts[key] for key in micro_batch.videos]
             inputs = {"vision": None, "pixel_values": self.runtime.pixel_values(prompts)}
+        if self.runtime.activations is not None:
+            self.runtime.activations.prepare(packed.num_tokens)
         output = actor(packed, **inputs, temperature=temperature, ref_distributions=states)
         if kl_kind is None:
             return output, None
@@ -228,9 +237,9 @@ class Updater:
             )
         is_offloaded = self.actor_config.offload.offload_optimizer
         if is_offloaded:  # only now, when no activation is alive
-            move_optimizer_state(optimizer, self.runtime.rank.device)
+            self.moments.restore(self.runtime.rank.device)
         optimizer.step()
         if is_offloaded:
-            move_optimizer_state(optimizer, "cpu")
+            self.moments.release()
         optimizer.zero_grad(set_to_none=True)
         return norm, head_norm

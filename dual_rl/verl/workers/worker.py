@@ -15,6 +15,7 @@ from verl.trainer.config import Config
 from verl.types import SIDES, PairRollout, PreferencePair, ResponseKey, Sampling, VideoKey, VideoPrompt
 from verl.workers.experience import ExperienceMaker, sum_kl_by_response
 from verl.workers.model_setup import build_rollout_engine, build_runtime, save_actor
+from verl.workers.offload import WeightOffload
 from verl.workers.parallel import iterate_weights, join_process_group, resolve_precision
 from verl.workers.shard import Shard
 from verl.workers.state import load_training_state, save_training_state
@@ -62,6 +63,7 @@ class Worker:
         self.engine = build_rollout_engine(self.config, self.runtime, Path(self.engine_files.name))
         self.is_engine_awake = True
         self.shard: Shard | None = None
+        self.offloaded_weights = self._find_offloaded_weights()
         self.hand_over_weights()
 
     def hand_over_weights(self) -> None:
@@ -71,11 +73,10 @@ class Worker:
             self._release_device_memory()
             self.engine.wake()
             self.is_engine_awake = True
-        self._place_policy(self.rank.device)
+        self._restore_policy()
         dtype = resolve_precision(self.config.worker.rollout.precision, self.rank.device)
         self.engine.load_weights(iterate_weights(self.runtime.actor, dtype=dtype))
-        if self.config.worker.actor.offload.offload_params:
-            self._place_policy(torch.device("cpu"))
+        self._release_policy()
         self._release_device_memory()
 
     def generate(
@@ -105,7 +106,7 @@ class Worker:
         self.rollout_memory = self._device_memory()
         self.engine.sleep()
         self.is_engine_awake = False
-        self._place_policy(self.rank.device)
+        self._restore_policy()
         self.shard = self._build_shard(mini_batches, prompts)
         algorithm, actor = self.config.algorithm, self.config.worker.actor
         if actor.model.freeze_vision_tower:
@@ -125,16 +126,15 @@ class Worker:
 
     def score(self, rollouts: Sequence[PairRollout], prompts: Mapping[int, ray.ObjectRef]) -> dict[ResponseKey, float]:
         """The head's reward of every response."""
-        self._place_policy(self.rank.device)
+        self._restore_policy()
         shard = self._build_shard([rollouts], prompts)
         rewards = self.experience.rewards(shard)
-        if self.config.worker.actor.offload.offload_params:
-            self._place_policy(torch.device("cpu"))
+        self._release_policy()
         return rewards
 
     def save(self, folder: str) -> None:
         """Write `actor/`: Hugging Face model, head, and unless save_model_only the state for resuming."""
-        self._place_policy(self.rank.device)
+        self._restore_policy()
         target = Path(folder) / "actor"
         dtype = resolve_precision(self.config.worker.actor.fsdp.precision, self.rank.device)
         save_actor(target, self.runtime, dtype=dtype)
@@ -143,6 +143,7 @@ class Worker:
 
     def load(self, folder: str) -> None:
         """Continue from what `save` wrote, on any number of ranks, and hand the weights over."""
+        self._restore_policy()
         load_training_state(Path(folder) / "actor", self.runtime.actor, self.runtime.optimizer)
         self.hand_over_weights()
 
@@ -162,12 +163,21 @@ class Worker:
         }
         return Shard(tuple(tuple(mini_batch) for mini_batch in mini_batches), by_video)
 
-    def _place_policy(self, device: torch.device) -> None:
-        """Move the sharded weights, where `offload_params` asks for moving them at all."""
-        if self.config.worker.actor.offload.offload_params:
-            self.runtime.actor.to(device)
-        if self.runtime.reference is not None and self.config.worker.ref.offload.offload_params:
-            self.runtime.reference.to(device)
+    def _find_offloaded_weights(self) -> list[WeightOffload]:
+        actor, reference = self.config.worker.actor.offload, self.config.worker.ref.offload
+        models = [self.runtime.actor] if actor.offload_params else []
+        if reference.offload_params and self.runtime.reference is not None:
+            models.append(self.runtime.reference)
+        return [WeightOffload(model.parameters()) for model in models]
+
+    def _restore_policy(self) -> None:
+        for weights in self.offloaded_weights:
+            weights.restore()
+
+    def _release_policy(self) -> None:
+        """Give up the device memory of the weights, where `offload_params` asks for that."""
+        for weights in self.offloaded_weights:
+            weights.release()
 
     def _memory_metrics(self) -> dict[str, float]:
         """Device memory while responses are written and in the update, whose peak the allocator still holds.
