@@ -33,7 +33,10 @@ class ModelArguments:
         default=False, metadata={"help": "adapt the vision tower with LoRA instead of tuning it"}
     )
     gradient_checkpointing: bool = field(
-        default=True, metadata={"help": "recompute activations in the backward pass to save memory"}
+        default=True, metadata={"help": "recompute the activations that do not fit into the device's memory"}
+    )
+    torch_compile: bool = field(
+        default=True, metadata={"help": "fuse layers on GPUs; the first step takes a minute or two longer"}
     )
 
     def validate(self) -> None:

@@ -26,6 +26,11 @@ def use_packed_attention(config) -> None:
         part._attn_implementation = PACKED_ATTENTION
 
 
+def compile_around_attention() -> None:
+    """Let compiled layers call this attention as it is: its kernels are whole."""
+    AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(packed_attention))
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -8,8 +8,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import get_scheduler
 
-from arguments import TrainingArguments
+from arguments import ModelArguments, TrainingArguments
 from model_qwen3 import RewardModel, parameter_groups
+from recompute import ActivationPlan
 
 RUNTIME_KEYS = (
     "train_batch_size",
@@ -18,6 +19,8 @@ RUNTIME_KEYS = (
     "gradient_clipping",
 )
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
+ZERO_OF_WEIGHTS = 3
+"""The ZeRO stage that partitions weights too."""
 
 
 def init_distributed() -> None:
@@ -81,6 +84,21 @@ def build_engine(model: RewardModel, arguments: TrainingArguments, *, num_steps:
         config=read_deepspeed_config(arguments.deepspeed, arguments),
     )
     return engine
+
+
+def accelerate(engine, arguments: ModelArguments) -> ActivationPlan | None:
+    """On a GPU, fuse layers and plan which of them recompute their activations; None where all do, or none does.
+
+    Not with ZeRO-3, whose weights come and go within a layer, and whose ranks must recompute alike.
+    """
+    model = engine.module
+    if engine.device.type != "cuda" or engine.zero_optimization_stage() == ZERO_OF_WEIGHTS:
+        return None
+    if arguments.torch_compile:
+        model.compile_layers()
+    if not arguments.gradient_checkpointing:
+        return None
+    return ActivationPlan(model.text_layers, [p for _, p in model.trainable_parameters()], engine.device)
 
 
 def step_engine(engine, *, step: int) -> float:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
 from arguments import ModelArguments, RewardTokenMode
-from attention import use_packed_attention
+from attention import compile_around_attention, use_packed_attention
 from scored_sequence import REWARD_TOKEN, PackedSequences, reward_token_id
 
 LANGUAGE_LINEARS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
@@ -60,6 +60,19 @@ class RewardModel(nn.Module):
     def qwen(self) -> nn.Module:
         """The model without the language head (Qwen3VLModel)."""
         return self.generator.model
+
+    @property
+    def text_layers(self) -> nn.ModuleList:
+        return self.qwen.language_model.layers
+
+    def compile_layers(self) -> None:
+        """Fuse what stands between the matrix products of text layers and vision blocks (torch.compile).
+
+        Attention is left as it is. Call once; the first passes take a minute or two longer.
+        """
+        compile_around_attention()
+        for layer in (*self.text_layers, *self.qwen.visual.blocks):
+            layer.forward = torch.compile(layer.forward, dynamic=True)
 
     @property
     def device(self) -> torch.device:

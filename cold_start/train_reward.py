@@ -9,7 +9,7 @@ from transformers import AutoProcessor, HfArgumentParser, set_seed
 from arguments import DataArguments, ModelArguments, TrainingArguments, validate_all
 from checkpoint import LoadedReward, build_reward_model, require_trainable_base
 from data import PairDataset
-from engine import NonFiniteError, build_engine, init_distributed, read_deepspeed_config
+from engine import NonFiniteError, accelerate, build_engine, init_distributed, read_deepspeed_config
 from model_qwen3 import add_reward_token, prepare_for_training
 from preflight import build_config, load_checked_pairs, prepare_output
 from scored_sequence import SequenceBuilder
@@ -41,14 +41,16 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     )
     prepare_for_training(model, model_arguments, autocast_dtype=torch.bfloat16 if arguments.bf16 else None)
     schedule = Schedule.build(len(datasets["train"]), arguments.pairs_per_step(dist.get_world_size()), arguments)
+    engine = build_engine(model, arguments, num_steps=schedule.num_steps)
     trainer = RewardTrainer(
-        build_engine(model, arguments, num_steps=schedule.num_steps),
+        engine,
         LoadedReward(model, builder, config),
         train_data=datasets["train"],
         eval_data=datasets.get("eval"),
         arguments=arguments,
         data_arguments=data_arguments,
         schedule=schedule,
+        activations=accelerate(engine, model_arguments),
     )
     if resume_from is not None:
         trainer.resume(resume_from)

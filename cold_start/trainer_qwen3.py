@@ -22,6 +22,7 @@ from checkpoint import STATE_FILE, LoadedReward, load_reward_model, save_merged,
 from data import MicroBatchSampler, PairBatch, PairDataset, PairDraw, PairFailure
 from engine import NonFiniteError, gather_trained_weights, step_engine
 from losses import PairMetrics, compute_pair_loss, compute_pair_sums
+from recompute import ActivationPlan
 from training_log import LogWindow, Schedule
 from utils import (
     Tracker,
@@ -46,7 +47,7 @@ class RewardTrainer:
     """Trains the model inside a DeepSpeed engine.
 
     `reward`: the model being trained with its sequence builder and reward config. `train_data`, `eval_data`: datasets
-    of pairs; without `eval_data` nothing is evaluated.
+    of pairs; without `eval_data` nothing is evaluated. `activations`: chooses which layers recompute theirs.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class RewardTrainer:
         arguments: TrainingArguments,
         data_arguments: DataArguments,
         schedule: Schedule,
+        activations: ActivationPlan | None = None,
     ) -> None:
         self.engine = engine
+        self.activations = activations
         self.reward = reward
         self.train_data = train_data
         self.eval_data = eval_data
@@ -156,6 +159,8 @@ class RewardTrainer:
 
     def _compute_loss(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
         labels = batch.labels.to(self.engine.device)
+        if self.activations is not None and torch.is_grad_enabled():
+            self.activations.prepare(batch.packed.input_ids.numel())
         rewards = self.engine(batch.packed.to(self.engine.device))
         rewards_a = rewards[batch.a_sequences.to(rewards.device)]
         rewards_b = rewards[batch.b_sequences.to(rewards.device)]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+from transformers import AttentionInterface, AutoProcessor, Qwen3VLForConditionalGeneration
 
 from arguments import ModelArguments
+from attention import PACKED_ATTENTION, packed_attention
 from checkpoint import build_reward_model
 from losses import PairLabels, compute_pair_loss
 from model_qwen3 import add_reward_token, part_of, prepare_for_training, require_qwen3_vl
@@ -74,6 +75,31 @@ def test_gradient_checkpointing_changes_no_gradient(small_base, builder, sequenc
     assert results[0].keys() == results[1].keys()
     for name, gradient in results[0].items():
         torch.testing.assert_close(gradient, results[1][name], rtol=1e-5, atol=1e-8)
+
+
+@pytest.fixture
+def compiled_attention():
+    """Attention as compiled layers call it is registered for the whole process: put back afterwards."""
+    yield
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.usefixtures("compiled_attention")
+def test_compiled_layers_change_no_gradient(small_base, builder, sequences, checkpointing):
+    results = []
+    for is_compiled in (False, True):
+        torch.manual_seed(1)
+        model = build_reward_model(str(small_base), builder.processor, reward_token="special", dtype=torch.float32)
+        prepare_for_training(model, ModelArguments(gradient_checkpointing=checkpointing)).train()
+        if is_compiled:
+            model.compile_layers()
+        results.append(trained_gradients(model, sequences, [[0, 1]]))
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        assert (results[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name  # of LoRA's A it is zero
 
 
 def test_one_row_of_the_embedding_is_trained_and_the_matrix_is_frozen(model):

@@ -90,7 +90,7 @@ def write_csv(folder: Path, *, pairs: int, seconds: float, side: int) -> None:
             videos = [f"clips/{pair}_{name}.mp4" for name in "ab"]
             scores = {"subject": 2, "dynamics": 1, "camera": 0, "environment": 2, "style": 1}
             answer = {"video_1_scores": scores, "video_2_scores": scores, "gsb_result": "AB"[pair % 2]}
-            text = f"clip number {pair} drifts over a plain background. " * 8
+            text = f"clip number {pair} drifts over a plain background. " * 70
             writer.writerow([repr(videos), judge_problem(text), f"<answer>{json.dumps(answer)}</answer>"])
 
 

@@ -76,7 +76,8 @@ def _make_prompt(builder: SequenceBuilder, key: VideoKey, shape: WorkShape, draw
 
 
 def _make_response(key: ResponseKey, length: int, builder: SequenceBuilder, draws: random.Random) -> Response:
-    special = set(builder.tokenizer.all_special_ids)
-    allowed = [token for token in range(len(builder.tokenizer)) if token not in special]
+    tokenizer = builder.tokenizer
+    special = {builder.reward_token_id, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    allowed = [token for token in range(len(tokenizer)) if token not in special]
     ids = tuple(draws.choices(allowed, k=length))
     return Response(key, ids, is_finished=True, log_probs=torch.zeros(length + 1))

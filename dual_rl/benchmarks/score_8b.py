@@ -143,7 +143,7 @@ def run_original(options: argparse.Namespace) -> dict:
     llm = start_llm(Path(files.name), config, MAX_MODEL_LEN, [], CUDA, logprobs_mode="raw_logprobs")
     weights = stream_weights(options.work / "model", checkpoint, dtype=torch.bfloat16)
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-    form = PromptForm(Path(files.name), llm.get_tokenizer())
+    form = PromptForm(Path(files.name), llm.get_tokenizer(), torch.device("cpu"))
     from vllm import SamplingParams
 
     def read_prompt(request: dict) -> Sequence[int]:

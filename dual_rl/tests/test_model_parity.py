@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from model_support import Group, make_builder, make_group, make_policy, pixels_of, small_checkpoint, write_small_model
 from verl.core.packing import pack_groups, split_labels
 from verl.data.scored_sequence import SequenceBuilder
+from verl.model.attention import SHARED_PROMPT_ATTENTION, shared_prompt_attention
 from verl.model.policy import PolicyModel, PolicyOutput, VisionFeatures
 from verl.model.reference import compute_log_distributions, compute_separately
 from verl.model.reward_files import PolicyCheckpoint
@@ -201,3 +203,28 @@ def test_what_is_trained_follows_the_settings(checkpoint):
 def test_a_forward_without_video_is_an_error(checkpoint, builder, groups):
     with pytest.raises(ValueError, match="vision features or pixel values"):
         make_policy(checkpoint)(pack_groups(groups, builder), temperature=1.0)
+
+
+@pytest.fixture
+def compiled_attention():
+    """Attention as compiled layers call it is registered for the whole process: put back afterwards."""
+    yield
+    AttentionInterface.register(SHARED_PROMPT_ATTENTION, shared_prompt_attention)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.usefixtures("compiled_attention")
+def test_compiled_layers_change_nothing(checkpoint, builder, groups, checkpointing):
+    settings = {"lora_rank": 4, "gradient_checkpointing": checkpointing}
+    plain, compiled = make_policy(checkpoint, **settings), make_policy(checkpoint, **settings)
+    compiled.compile_layers()
+    expected, found = run_packed(plain, groups, builder), run_packed(compiled, groups, builder)
+    for name in ("rewards", "log_probs", "entropy"):
+        assert relative_error(getattr(found, name), getattr(expected, name)) < BOUND
+    assert largest_error(gradients(compiled, found), gradients(plain, expected)) < BOUND
+    shorter = groups[1:]  # another length, without a gradient, and as the reference
+    with torch.no_grad(), plain.adapter_disabled(), compiled.adapter_disabled():
+        expected, found = run_packed(plain, shorter, builder), run_packed(compiled, shorter, builder)
+    assert relative_error(found.log_probs, expected.log_probs) < BOUND

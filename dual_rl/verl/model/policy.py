@@ -201,13 +201,14 @@ class PolicyModel(nn.Module):
         self, batch: PackedGroups, vision: VisionFeatures, part: RowPart | None
     ) -> torch.Tensor:
         """Final normed hidden states of the row, [T, hidden]."""
-        embeddings = self.backbone.get_input_embeddings()(batch.input_ids)
-        row = self.reward_embedding.to(embeddings.dtype).expand(len(batch.reward_positions), -1)
-        embeddings = embeddings.index_copy(0, batch.reward_positions, row)
-        embeddings = embeddings.index_copy(0, batch.video_positions, vision.embeddings.to(embeddings.dtype))
+        embeddings = self.backbone.get_input_embeddings()(batch.input_ids.unsqueeze(0))
+        row = self.reward_embedding.to(embeddings.dtype).expand(1, len(batch.reward_positions), -1)
+        embeddings = embeddings.index_copy(1, batch.reward_positions, row)
+        videos = vision.embeddings.to(embeddings.dtype).unsqueeze(0)
+        embeddings = embeddings.index_copy(1, batch.video_positions, videos)  # no view: layers are compiled once
         is_video = torch.zeros_like(batch.input_ids, dtype=torch.bool).index_fill_(0, batch.video_positions, True)
         output = self.backbone.model.language_model(
-            inputs_embeds=embeddings.unsqueeze(0),
+            inputs_embeds=embeddings,
             position_ids=batch.position_ids.unsqueeze(1),
             visual_pos_masks=is_video.unsqueeze(0),
             deepstack_visual_embeds=list(vision.deepstack),

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from verl.rollout.engine import check_lengths, video_seed
-from verl.rollout.vllm_prompts import PromptForm, require_same_prompt
+from verl.rollout.vllm_prompts import PromptForm, add_request, require_same_prompt
 from verl.rollout.vllm_start import prepare_environment, process_state_kept, random_state_kept, start_llm
 from verl.trainer.config import RolloutConfig
 from verl.types import Response, ResponseKey, Sampling, VideoPrompt
@@ -42,7 +42,7 @@ class VllmEngine:
         prepare_environment(config, device)
         with process_state_kept(device):
             self.llm = start_llm(folder, config, max_model_len, forbidden_token_ids, device)
-        self.form = PromptForm(folder, self.llm.get_tokenizer())
+        self.form = PromptForm(folder, self.llm.get_tokenizer(), device)
 
     def generate(self, prompts: Sequence[VideoPrompt], sampling: Sampling) -> list[list[Response]]:
         """See `RolloutEngine`. Raises ValueError when vLLM makes other token ids of a prompt than the trainer."""
@@ -50,10 +50,11 @@ class VllmEngine:
         if not prompts:
             return []
         self.form.learn(prompts[0], self._read_prompt)
-        requests = [self._request(prompt) for prompt in prompts]
-        parameters = [self._sampling_parameters(prompt, sampling) for prompt in prompts]
         with random_state_kept():
-            outputs = self.llm.generate(requests, parameters, use_tqdm=False)
+            outputs = self._run(
+                [self._request(prompt) for prompt in prompts],
+                [self._sampling_parameters(prompt, sampling) for prompt in prompts],
+            )
         return [self._responses(prompt, output, sampling) for prompt, output in zip(prompts, outputs, strict=True)]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -89,8 +90,19 @@ class VllmEngine:
 
         greedy_token = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
         with random_state_kept():
-            (output,) = self.llm.generate([request], greedy_token, use_tqdm=False)
+            (output,) = self._run([request], [greedy_token])
         return output.prompt_token_ids
+
+    def _run(self, requests: Sequence[dict], parameters: Sequence) -> list:
+        """vLLM's outputs of requests, in their order. Nothing is begun before all are in: batches do not depend on
+        time, and ranks that share a tensor-parallel engine make the same ones."""
+        engine = self.llm.llm_engine
+        for number, (request, own) in enumerate(zip(requests, parameters, strict=True)):
+            add_request(self.llm, str(number), request, own)
+        finished = {}
+        while engine.has_unfinished_requests():
+            finished.update({output.request_id: output for output in engine.step() if output.finished})
+        return [finished[str(number)] for number in range(len(requests))]
 
     def _request(self, prompt: VideoPrompt) -> dict:
         """vLLM's form of a prompt. Its identifier is new each time: no feature outlives the weights it came from."""
@@ -99,6 +111,7 @@ class VllmEngine:
 
     def _sampling_parameters(self, prompt: VideoPrompt, sampling: Sampling):
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         is_greedy = sampling.temperature == 0
         return SamplingParams(
@@ -113,6 +126,7 @@ class VllmEngine:
             ignore_eos=True,
             stop_token_ids=[self.eos_token_id],  # and none of generation_config.json
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
     def _responses(self, prompt: VideoPrompt, output, sampling: Sampling) -> list[Response]:

@@ -23,7 +23,7 @@ NO_WEIGHTS = "no_weights"
 """Name of our vLLM load format."""
 CPU_BLOCK_SIZE = 32
 """Tokens that share a cache block; vLLM's 128 on CPUs leaves little of a short prompt to share."""
-OVERWRITTEN_VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LD_PRELOAD")
+OVERWRITTEN_VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LD_PRELOAD", "TORCHINDUCTOR_COMPILE_THREADS")
 
 
 def prepare_environment(config: RolloutConfig, device: torch.device) -> None:
@@ -83,8 +83,7 @@ def start_llm(
         "logits_processors": [_forbidding(forbidden_token_ids)],
         "generation_config": "vllm",  # not the folder's: sampling is what `Sampling` says
         "limit_mm_per_prompt": {"image": 0, "video": 1},
-        # Frames come sampled and resized. On a GPU a video takes a tenth of the time that it takes on the host.
-        "mm_processor_kwargs": {"do_resize": False, "device": device.type},
+        "mm_processor_kwargs": {"do_resize": False},  # frames come sampled and resized
         "mm_processor_cache_gb": 0,  # each video is asked for once
         "disable_log_stats": True,
         **on_device,
@@ -146,6 +145,8 @@ def process_state_kept(device: torch.device) -> Iterator[None]:
     """Give vLLM the variables of its launcher while it starts; afterwards the process is as it was."""
     variables = {name: os.environ.get(name) for name in OVERWRITTEN_VARIABLES}
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    if device.type == "cuda":
+        importlib.import_module("torch._inductor.config")  # before vLLM tells it to compile in one thread only
     if torch.distributed.is_initialized():
         os.environ["RANK"] = str(torch.distributed.get_rank())
         os.environ["LOCAL_RANK"] = str(device.index or 0)

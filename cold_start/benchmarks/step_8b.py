@@ -1,0 +1,308 @@
+"""A training step of stage 1 with a model of Qwen3-VL-8B's shape on one GPU: ours against the original's algorithm.
+
+    cd cold_start && PYTHONPATH=. python benchmarks/step_8b.py --output benchmarks/results/step_h100.json
+
+Both get the same pairs and random weights, adapt the language model with LoRA, tune the vision tower, and take one
+pair at a time, four to a step. Each runs in a process of its own. `--tiny --layers 2` tries the script on a CPU.
+
+- ours: DeepSpeed (ZeRO-2) and `RewardTrainer`, as train.sh runs them.
+- original: A and B in forward passes of their own through stock transformers, with vocabulary logits at every position
+  that nobody reads, everything in bf16. Rebuilt generously: no padding, flash attention, no DeepSpeed, and no copy of
+  the embedding for the one row that is trained.
+- check: both with few text layers, and the original in fp32: how far the gradients of each are from that.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from arguments import DataArguments, ModelArguments, TrainingArguments
+from attention import use_packed_attention
+from data import EncodedPair, PairBatch, PairDataset
+from engine import accelerate, build_engine, init_distributed, step_engine
+from losses import PairLabels, compute_pair_loss
+from model_qwen3 import RewardModel, add_reward_token, prepare_for_training
+from scored_sequence import ScoredSequence, SequenceBuilder, pack_sequences
+from shapes import DEVICE, GIB, TERA, build_config, count_pair_flops, measure_ceilings, randomize
+from trainer_qwen3 import RewardTrainer
+from vision_process import VideoBudget, VideoFrames
+
+PAIRS_PER_STEP = 4
+PROMPT_TOKENS, FRAMES, SIDE, COT_TOKENS = 2400, (10, 14), 448, (200, 1000)
+CHECK_LAYERS = 4
+WORDS = "a clip that drifts over a plain background while the camera slowly turns to the left and back again "
+
+
+def make_pairs(builder: SequenceBuilder, count: int, *, seed: int = 0) -> list[EncodedPair]:
+    """Pairs of random frames with CoTs of random tokens."""
+    draws = random.Random(seed)
+    special = {builder.reward_token_id, *builder.tokenizer.all_special_ids, *builder.tokenizer.added_tokens_decoder}
+    allowed = sorted(set(range(len(builder.tokenizer))) - special)
+
+    def make_sequence() -> ScoredSequence:
+        num_frames = 2 * draws.randint(FRAMES[0] // 2, FRAMES[1] // 2)
+        generator = torch.Generator().manual_seed(draws.randrange(2**31))
+        frames = torch.randint(0, 256, (num_frames, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+        video = VideoFrames(frames, 24.0, tuple(range(0, 12 * num_frames, 12)), 12 * num_frames)
+        bare = builder.encode_prompt(WORDS, video).input_ids.numel()
+        repetitions = 1 + round((PROMPT_TOKENS - bare) / len(builder.encode_cot(WORDS)))
+        prompt = builder.encode_prompt(WORDS * max(1, repetitions), video)
+        return builder.build(prompt, draws.choices(allowed, k=draws.randint(*COT_TOKENS)))
+
+    return [
+        EncodedPair(n, make_sequence(), make_sequence(), label="AB"[n % 2], score_a=float("nan"), score_b=float("nan"))
+        for n in range(count)
+    ]
+
+
+def build_model(
+    options: argparse.Namespace, *, layers: int, dtype: torch.dtype
+) -> tuple[RewardModel, SequenceBuilder]:
+    """A reward model with random weights, ready for training; the same for the same shape."""
+    processor = AutoProcessor.from_pretrained(options.tokenizer)
+    add_reward_token(processor)
+    ids = Qwen3VLConfig.from_pretrained(options.tokenizer)
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        torch.set_default_dtype(dtype)
+        backbone = Qwen3VLForConditionalGeneration(build_config(ids, layers=layers, is_tiny=options.tiny))
+        torch.set_default_dtype(torch.float32)
+    randomize(backbone.named_parameters())
+    use_packed_attention(backbone.config)
+    row = torch.zeros(backbone.config.text_config.hidden_size)
+    model = RewardModel(backbone, reward_embedding=row.normal_(std=0.02))
+    autocast_dtype = torch.bfloat16 if dtype == torch.bfloat16 else None
+    prepare_for_training(model, ModelArguments(), autocast_dtype=autocast_dtype)
+    randomize((name, p) for name, p in model.named_parameters() if ".lora_" in name)
+    return model.to(DEVICE).train(), SequenceBuilder(processor)
+
+
+class Ours:
+    """Our step."""
+
+    def __init__(self, options: argparse.Namespace, *, layers: int) -> None:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+        os.environ.setdefault("MASTER_PORT", "29517")
+        init_distributed()
+        arguments = TrainingArguments(
+            output_dir=tempfile.mkdtemp(),
+            learning_rate=0.0,
+            merger_lr=0.0,
+            vision_lr=0.0,
+            special_token_lr=0.0,
+            max_grad_norm=1e9,
+            gradient_accumulation_steps=PAIRS_PER_STEP if layers != CHECK_LAYERS else 1,
+            deepspeed=options.deepspeed,
+        )
+        self.model, self.builder = build_model(options, layers=layers, dtype=torch.bfloat16)
+        self.engine = build_engine(self.model, arguments, num_steps=100)
+        self.trainer = RewardTrainer(
+            self.engine,
+            None,
+            train_data=None,
+            eval_data=None,
+            arguments=arguments,
+            data_arguments=DataArguments(),
+            schedule=None,
+            activations=accelerate(self.engine, ModelArguments(torch_compile=not options.no_compile)),
+        )
+
+    def collate(self, pairs: list[EncodedPair]) -> list[PairBatch]:
+        data = PairDataset([], self.builder, VideoBudget())
+        return [data.collate([pair]) for pair in pairs]
+
+    def run(self, batches: list[PairBatch]) -> float:
+        """One step; returns the loss."""
+        count = self.trainer._count_contributing_pairs(batches)
+        sums = sum(self.trainer._forward_backward(batch, count, i) for i, batch in enumerate(batches))
+        step_engine(self.engine, step=1)
+        return float(sums[0]) / count
+
+
+class Original:
+    """The original's step; `model` in one dtype, gradients accumulated over the pairs."""
+
+    def __init__(self, options: argparse.Namespace, *, layers: int, dtype: torch.dtype) -> None:
+        self.model, self.builder = build_model(options, layers=layers, dtype=dtype)
+        self.model.generator.config.text_config._attn_implementation = "sdpa"
+        trained = [parameter for _, parameter in self.model.trainable_parameters()]
+        for parameter in trained[:-1] if dtype != torch.float32 else []:
+            parameter.data = parameter.data.to(dtype)
+        self.model.rm_head.float()
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0)
+
+    def run(self, pairs: list[EncodedPair], *, should_step: bool = True) -> float:
+        """One step; returns the loss."""
+        total = 0.0
+        for pair in pairs:
+            rewards = [self._score(sequence) for sequence in (pair.sequence_a, pair.sequence_b)]
+            labels = PairLabels(
+                torch.tensor([1.0 if pair.label == "A" else -1.0], device=DEVICE),
+                torch.ones(1, dtype=torch.bool, device=DEVICE),
+                *(torch.zeros(1, device=DEVICE),) * 2,
+            )
+            loss = compute_pair_loss(*(reward.view(1) for reward in rewards), labels, loss_type="bt") / len(pairs)
+            loss.backward()
+            total += loss.item()
+        if should_step:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _score(self, sequence: ScoredSequence) -> torch.Tensor:
+        generator, ids = self.model.generator, sequence.input_ids.unsqueeze(0).to(DEVICE)
+        embeddings = generator.get_input_embeddings()(ids)
+        is_reward = (ids == self.builder.reward_token_id).unsqueeze(-1)
+        output = generator(
+            inputs_embeds=torch.where(is_reward, self.model.reward_embedding.to(embeddings.dtype), embeddings),
+            position_ids=sequence.position_ids.unsqueeze(1).to(DEVICE),
+            pixel_values_videos=sequence.pixel_values.to(DEVICE, embeddings.dtype),
+            video_grid_thw=torch.tensor([sequence.grid_thw], device=DEVICE),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        state = output.hidden_states[-1][0, sequence.reward_position].float()
+        return (state @ self.model.rm_head.weight[0].float()).squeeze()
+
+
+def time_steps(step, *, warmup: int, repeats: int) -> list[float]:
+    """Seconds of each repetition, with the device idle at its bounds."""
+    seconds = []
+    for number in range(warmup + repeats):
+        _synchronize()
+        start = time.perf_counter()
+        step()
+        _synchronize()
+        if number >= warmup:
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_gib() -> float:
+    return torch.cuda.max_memory_allocated() / GIB if DEVICE == "cuda" else 0.0
+
+
+def run_ours(options: argparse.Namespace) -> dict:
+    ours = Ours(options, layers=options.layers)
+    pairs = make_pairs(ours.builder, PAIRS_PER_STEP)
+    batches = ours.collate(pairs)
+    loss = ours.run(batches)
+    seconds = time_steps(lambda: ours.run(batches), warmup=2, repeats=options.repeats)
+    median = statistics.median(seconds)
+    config = ours.model.generator.config
+    needed = sum(count_pair_flops(pair, config, lora_rank=ModelArguments().lora_r) for pair in pairs)
+    plan, ceilings = ours.trainer.activations, measure_ceilings()
+    return {
+        "loss": loss,
+        "seconds": median,
+        "runs": seconds,
+        "tokens": sum(batch.packed.input_ids.numel() for batch in batches),
+        "needed_tflops_per_second": needed / TERA / median,
+        "kept_layers": plan.num_kept if plan else None,
+        "peak_memory_gib": _peak_gib(),
+        "ceilings": ceilings,
+    }
+
+
+def run_original(options: argparse.Namespace) -> dict:
+    original = Original(options, layers=options.layers, dtype=torch.bfloat16)
+    pairs = make_pairs(original.builder, PAIRS_PER_STEP)
+    loss = original.run(pairs)
+    seconds = time_steps(lambda: original.run(pairs), warmup=1, repeats=options.repeats)
+    return {
+        "loss": loss,
+        "seconds": statistics.median(seconds),
+        "runs": seconds,
+        "peak_memory_gib": _peak_gib(),
+    }
+
+
+def run_check(options: argparse.Namespace) -> dict:
+    """Relative distance of gradients from the original's in fp32, over all trained weights together."""
+    torch.backends.cudnn.allow_tf32 = False
+    gradients, losses = {}, {}
+    for name, dtype in (("fp32", torch.float32), ("original", torch.bfloat16)):
+        original = Original(options, layers=CHECK_LAYERS, dtype=dtype)
+        pairs = make_pairs(original.builder, 1)
+        losses[name] = original.run(pairs, should_step=False)
+        gradients[name] = {n: p.grad.float().cpu() for n, p in original.model.trainable_parameters()}
+        del original
+    ours = Ours(options, layers=CHECK_LAYERS)
+    rewards = ours.model(pack_sequences([pairs[0].sequence_a, pairs[0].sequence_b]).to(torch.device(DEVICE)))
+    losses["ours"] = ours.run(ours.collate(pairs))
+    sign = 1.0 if pairs[0].label == "A" else -1.0
+    torch.nn.functional.softplus(-(rewards[0] - rewards[1]) * sign).backward()
+    gradients["ours"] = {n: p.grad.float().cpu() for n, p in ours.model.trainable_parameters()}
+    truth = gradients["fp32"]
+
+    def distance(name: str) -> float:
+        error = sum(float((gradients[name][key] - truth[key]).double().square().sum()) for key in truth)
+        return (error / sum(float(value.double().square().sum()) for value in truth.values())) ** 0.5
+
+    return {
+        "layers": CHECK_LAYERS,
+        "loss": losses,
+        "gradient_distance_from_fp32": {name: distance(name) for name in ("original", "ours")},
+    }
+
+
+PARTS = {"check": run_check, "ours": run_ours, "original": run_original}
+
+
+def parse_arguments() -> argparse.Namespace:
+    here = Path(__file__).resolve().parent.parent
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--tokenizer", default=str(here / "model" / "tiny_base"))
+    parser.add_argument("--deepspeed", default=str(here / "ds_config" / "zero2.json"))
+    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no_compile", action="store_true", help="leave the layers as transformers has them")
+    parser.add_argument("--tiny", action="store_true", help="small layers, to try the script")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--one_part", choices=PARTS, help="run this part in this process")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "descore_step_8b")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.one_part:
+        (options.folder / f"{options.one_part}.json").write_text(json.dumps(PARTS[options.one_part](options)))
+        os._exit(0)  # compilation's worker processes would hold the exit up
+    result = {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "model": f"Qwen3-VL-8B's shape ({options.layers} text layers), LoRA, tuned vision tower, bf16, random weights",
+        "pairs_per_step": PAIRS_PER_STEP,
+    }
+    for part in options.parts:
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one_part", part], check=True)
+        result[part] = json.loads((options.folder / f"{part}.json").read_text())
+    if {"ours", "original"} <= set(options.parts):
+        result["speedup"] = result["original"]["seconds"] / result["ours"]["seconds"]
+    text = json.dumps(result, indent=2) + "\n"
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text)
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()
