@@ -8,7 +8,9 @@ writes into the output folder
     train_rl.csv, eval_rl.csv                stage 2: videos, problem, answer (true sub-scores and label)
     bench_{tabench,videoalign,genai,react,videofeedback}.csv      the held-out pairs in the benchmarks' columns
     manifest.json                            seed, counts, every rate as intended and as measured, oracle accuracies
-and then checks what it wrote: every CSV is read again and every clip decoded.
+and then checks what it wrote: every CSV is read again and every clip decoded. `--in_domain_pairs` and
+`--new_rendering_pairs` add two more held-out sets, other clips of training's combinations in the usual and in a
+changed rendering, and bench_held_out.csv with the evaluation pairs and these, told apart by `set`.
 
 Training labels carry annotator noise, in `gsb_result` as well as in `GSB`; evaluation labels carry none. Prompts and
 (color, shape, motion) triples of evaluation do not occur in training. The scoring rules are in toy_world/scene.py, the
@@ -37,6 +39,7 @@ from tqdm import tqdm
 from toy_world.render import encode_clip
 from toy_world.tables import build_tables, check_tables, training_row, write_table
 from toy_world.world import (
+    COMPARED_SPLITS,
     SPLITS,
     Clip,
     Pair,
@@ -49,7 +52,7 @@ from toy_world.world import (
 
 MANIFEST = "manifest.json"
 FORMAT_NAME = "toy_world"
-CLIP_PATTERNS = ("train_?????_?.mp4", "eval_?????_?.mp4")
+CLIP_PATTERNS = tuple(f"{split}_?????_?.mp4" for split in (*SPLITS, *COMPARED_SPLITS))
 CLIPS_PER_TASK = 8
 EXAMPLE_LABELS = ("A", "B", "same", "A")
 
@@ -62,6 +65,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--train_pairs", type=int, default=600)
     parser.add_argument("--eval_pairs", type=int, default=200)
+    for split in COMPARED_SPLITS:
+        parser.add_argument(f"--{split}_pairs", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that render and decode")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--tie_share", type=float, default=defaults.tie_share, help="share of ties")
@@ -84,11 +89,11 @@ def load_judge_problem() -> Callable[[str], str]:
 def make_world(
     output: Path, config: WorldConfig, *, num_pairs: dict[str, int], workers: int, judge_problem: Callable[[str], str]
 ) -> dict[str, object]:
-    """Writes the data set, checks it, and returns the manifest. Raises ValueError when something is not as stated."""
+    """Writes `num_pairs` by split, checks all, returns the manifest. ValueError when something is not as stated."""
     config.validate()
     started = time.perf_counter()
     prepare_output(output, config)
-    pairs = {split: [sample_pair(config, split, i) for i in range(num_pairs[split])] for split in SPLITS}
+    pairs = {split: [sample_pair(config, split, i) for i in range(count)] for split, count in num_pairs.items()}
     every_pair = [pair for of_split in pairs.values() for pair in of_split]
     check_disjoint(every_pair)
     clips = [clip for pair in every_pair for clip in pair.clips]
@@ -202,7 +207,7 @@ def sample_example(config: WorldConfig) -> list[Pair]:
     while len(pairs) < len(EXAMPLE_LABELS):
         pair = sample_pair(config, "train", index)
         index += 1
-        if pair.label != EXAMPLE_LABELS[len(pairs)] or pair.label != pair.true_label:
+        if not pair.label == pair.true_label == EXAMPLE_LABELS[len(pairs)]:
             continue
         clips = []
         for side, clip, width in zip("ab", pair.clips, (112, 100), strict=True):
@@ -228,13 +233,12 @@ def main() -> None:
     config = WorldConfig(seed=arguments.seed, tie_share=arguments.tie_share, label_noise=arguments.label_noise)
     judge_problem = load_judge_problem()
     if arguments.example:
-        write_example(arguments.output, config, judge_problem)
-        return
-    num_pairs = {"train": arguments.train_pairs, "eval": arguments.eval_pairs}
+        return write_example(arguments.output, config, judge_problem)
+    counts = {split: getattr(arguments, f"{split}_pairs") for split in (*SPLITS, *COMPARED_SPLITS)}
+    num_pairs = {split: count for split, count in counts.items() if count > 0}
+    options = {"num_pairs": num_pairs, "workers": arguments.workers, "judge_problem": judge_problem}
     try:
-        manifest = make_world(
-            arguments.output, config, num_pairs=num_pairs, workers=arguments.workers, judge_problem=judge_problem
-        )
+        manifest = make_world(arguments.output, config, **options)
     except ValueError as error:
         sys.exit(f"make_toy_world.py: {error}")
     sys.stdout.write(json.dumps(manifest["measured"], indent=2) + "\n")

@@ -65,7 +65,7 @@ def test_scores_come_back_under_the_key_of_the_response_that_earned_them(plugin)
             assert scores[response.key] == expected
 
 
-def test_plugin_gets_text_length_annotation_and_side_of_each_response():
+def test_plugin_gets_text_length_annotation_and_key_of_each_response():
     seen = []
 
     def record(reward_inputs):
@@ -80,6 +80,8 @@ def test_plugin_gets_text_length_annotation_and_side_of_each_response():
             "response_length": len(response.cot_ids),
             "ground_truth": pair.answer,
             "side": response.key.side,
+            "pair_id": response.key.pair_id,
+            "sample": response.key.sample,
         }
         for pair, response in responses
     ]

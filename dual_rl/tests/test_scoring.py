@@ -136,6 +136,20 @@ def test_a_thought_cut_at_the_limit_is_scored_as_it_stands(model, policy, monkey
     )
 
 
+def test_with_the_cot_masked_the_reward_stands_behind_the_prompt(model, policy, monkeypatch):
+    prompts = encode(model, TOY_CLIPS)
+    if isinstance(model.engine, HfScorer):
+        monkeypatch.setattr(model.engine, "mask_cot", True)
+    else:
+        monkeypatch.setattr(model.engine, "settings", dataclasses.replace(model.engine.settings, mask_cot=True))
+    scores = think_and_score(model, prompts)
+    assert [(score.cot_ids, score.is_finished) for score in scores] == [((), True)] * 4
+    assert [score.reward for score in scores] == pytest.approx(
+        plain_rewards(policy, model, prompts, scores), abs=TOLERANCE
+    )
+    assert model.score(TOY_CLIPS, PROMPTS).cots == [""] * 4
+
+
 @needs_vllm
 def test_backends_write_and_score_alike(models, clips):
     ours, theirs = (models[name].score(clips, PROMPTS) for name in ("vllm", "hf"))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .renderings import RENDERINGS, RenderingName
 from .scene import Scene
 from .shapes import outside_distance
 from .textures import World, paint_world
@@ -25,20 +26,14 @@ SUBJECT_RGB = {
     "purple": (165, 35, 215),
     "white": (250, 250, 250),
 }
-DIAMETER_RANGE = (0.28, 0.40)  # of the smaller side, midway through the clip
 TRAVEL_RANGE = (0.26, 0.35)  # how far a moving subject gets, in units of the smaller side
 PAN_RANGE = (0.16, 0.22)  # less than TRAVEL_RANGE: a pan never hides the subject's own motion
 GROWTH_RANGE = (1.7, 2.1)  # last diameter over first
 ZOOM_RANGE = (1.35, 1.5)
 ZOOM_OVERSAMPLING = 1.4  # painted pixels per screen pixel before a zoom
-SIDE_RANGE = (80, 144)
-ASPECT_RANGE = (0.8, 1.25)
 UNREADABLE_WIDTH = 48  # decord2 takes rows of 48, 96 or 144 pixels for rows of four channels and fails
-FRAME_RATES = (8, 10, 12, 15, 24)
-FRAME_RATE_PROBABILITIES = (0.3, 0.3, 0.2, 0.15, 0.05)
 DURATION_RANGE = (2.0, 4.0)
 CRF_RANGE = (18, 34)
-DISTRACTOR_PROBABILITY = 0.3
 PIXEL_BLOCKS = 24  # blocks along the smaller side in the pixelated style
 BLUR_RADIUS = 0.05
 BAND_WIDTH = 0.022
@@ -53,7 +48,8 @@ class Nuisance:
 
     `size` is the subject's diameter in units of the smaller side; `speed` in [0, 1] picks how far things move within
     their ranges; `start` in [0, 1]^2 picks the start place (x, y) among those that keep the subject in view; `width`
-    and `height` are even, in pixels; `fps` in frames a second; `duration` in seconds, a multiple of 1 / fps.
+    and `height` are even, in pixels; `fps` in frames a second; `duration` in seconds, a multiple of 1 / fps;
+    `rendering` picks the textures.
     Example: Nuisance(0.3, 0.5, (0.2, 0.8), 7, False, 96, 112, 10, 2.5, 28)
     """
 
@@ -67,30 +63,33 @@ class Nuisance:
     fps: int
     duration: float
     crf: int
+    rendering: RenderingName = "usual"
 
     @property
     def num_frames(self) -> int:
         return round(self.duration * self.fps)
 
 
-def sample_nuisance(rng: np.random.Generator) -> Nuisance:
+def sample_nuisance(rng: np.random.Generator, rendering: RenderingName = "usual") -> Nuisance:
     """Draws everything that the prompt says nothing about."""
+    look = RENDERINGS[rendering]
     while True:
-        width, height = (2 * int(rng.integers(SIDE_RANGE[0] // 2, SIDE_RANGE[1] // 2 + 1)) for _ in range(2))
-        if width % UNREADABLE_WIDTH and ASPECT_RANGE[0] <= width / height <= ASPECT_RANGE[1]:
+        width, height = (2 * int(rng.integers(look.sides[0] // 2, look.sides[1] // 2 + 1)) for _ in range(2))
+        if width % UNREADABLE_WIDTH and look.allows(width, height):
             break
-    fps = int(rng.choice(FRAME_RATES, p=FRAME_RATE_PROBABILITIES))
+    fps = int(rng.choice(look.frame_rates, p=look.frame_rate_probabilities))
     return Nuisance(
-        size=float(rng.uniform(*DIAMETER_RANGE)),
+        size=float(rng.uniform(*look.diameters)),
         speed=float(rng.random()),
         start=(float(rng.random()), float(rng.random())),
         texture_seed=int(rng.integers(2**31)),
-        has_distractor=bool(rng.random() < DISTRACTOR_PROBABILITY),
+        has_distractor=bool(rng.random() < look.distractor_probability),
         width=width,
         height=height,
         fps=fps,
         duration=round(float(rng.uniform(*DURATION_RANGE)) * fps) / fps,
         crf=int(rng.integers(CRF_RANGE[0], CRF_RANGE[1] + 1)),
+        rendering=rendering,
     )
 
 
@@ -166,6 +165,7 @@ def _paint_background(scene: Scene, nuisance: Nuisance) -> World:
         seed=nuisance.texture_seed,
         distractor_rgb=_distractor_color(scene, nuisance),
         blur_radius=BLUR_RADIUS if scene.style == "blurred" else 0.0,
+        rendering=nuisance.rendering,
     )
 
 

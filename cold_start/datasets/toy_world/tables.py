@@ -3,6 +3,9 @@
 Benchmark labels, all free of noise: the preference itself (`answer`, `Overall`, `vote_type`, `GSB_overall`), and for
 videoalign VQ from style, MQ from dynamics and camera, TA from subject and environment, by the sum of the sub-scores.
 react has a label for every dimension, "invalid" where the prompt does not mention it.
+
+The file of all held-out sets is in tabench's columns, its `answer` with the true sub-scores as in stage 2, and has a
+column `set` beside: in_domain, new_combinations (the evaluation pairs) or new_rendering.
 """
 
 import ast
@@ -14,12 +17,14 @@ from pathlib import Path
 
 from .judge import parse_scores
 from .scene import DIMENSIONS, NOT_ASKED, overall_score, prefer
-from .world import LABELS, Clip, Pair
+from .world import COMPARED_SPLITS, LABELS, SPLITS, Clip, Pair
 
 Row = dict[str, object]
 
 BENCH_GROUPS = {"VQ": ("style",), "MQ": ("dynamics", "camera"), "TA": ("subject", "environment")}
 GENAI_VOTES = {"A": "leftvote", "B": "rightvote", "same": "tievote"}
+HELD_OUT_FILE = "bench_held_out.csv"
+HELD_OUT_SETS = {"in_domain": "in_domain", "eval": "new_combinations", "new_rendering": "new_rendering"}
 PATH_COLUMNS = ("video_A", "video_B", "path_A", "path_B", "left_video_path", "right_video_path", "video_path")
 SHARE_TOLERANCE = 4.0  # standard errors between an intended and a measured share
 
@@ -46,15 +51,24 @@ def training_row(pair: Pair, problem: str) -> Row:
 
 
 def rl_row(pair: Pair, problem: str) -> Row:
-    """A row of the stage 2 format; `answer` holds the true sub-scores of both clips and the label of the pair."""
+    """A row of the stage 2 format."""
+    return {"videos": str([video_path(clip) for clip in pair.clips]), "problem": problem, "answer": _annotation(pair)}
+
+
+def _annotation(pair: Pair) -> str:
+    """An `answer` with the true sub-scores of both clips and the label of the pair."""
     scores = {f"video_{number}_scores": clip.scores for number, clip in enumerate(pair.clips, start=1)}
-    answer = f"<answer>{json.dumps({**scores, 'gsb_result': pair.label})}</answer>"
-    return {"videos": str([video_path(clip) for clip in pair.clips]), "problem": problem, "answer": answer}
+    return f"<answer>{json.dumps({**scores, 'gsb_result': pair.label})}</answer>"
 
 
 def tabench_row(pair: Pair) -> Row:
     path_a, path_b = map(video_path, pair.clips)
     return {"video_A": path_a, "video_B": path_b, "prompt": pair.prompt, "answer": pair.true_label}
+
+
+def held_out_row(pair: Pair) -> Row:
+    """A row of HELD_OUT_FILE."""
+    return {**tabench_row(pair), "answer": _annotation(pair), "set": HELD_OUT_SETS[pair.split]}
 
 
 def _two_sided(pair: Pair) -> Row:
@@ -99,9 +113,15 @@ def videofeedback_rows(pair: Pair) -> list[Row]:
 
 
 def build_tables(pairs: dict[str, Sequence[Pair]], judge_problem: Callable[[str], str]) -> dict[str, list[Row]]:
-    """All CSV files by name. `judge_problem` turns a prompt into the judge's `problem`."""
+    """All CSV files by name. `judge_problem` turns a prompt into the judge's `problem`.
+
+    `pairs` by split; HELD_OUT_FILE is there when one of the COMPARED_SPLITS is.
+    """
     tables: dict[str, list[Row]] = {}
-    for split, of_split in pairs.items():
+    if any(pairs.get(split) for split in COMPARED_SPLITS):
+        tables[HELD_OUT_FILE] = [held_out_row(pair) for split in HELD_OUT_SETS for pair in pairs.get(split, ())]
+    for split in SPLITS:
+        of_split = pairs[split]
         tables[f"{split}.csv"] = [training_row(pair, judge_problem(pair.prompt)) for pair in of_split]
         tables[f"{split}_rl.csv"] = [rl_row(pair, judge_problem(pair.prompt)) for pair in of_split]
     held_out = pairs["eval"]

@@ -1,4 +1,4 @@
-"""Backgrounds: five places with a base color and a texture of their own, by day and by night.
+"""Backgrounds: five places with a base color and a texture of their own, by day and by night, in two renderings.
 
 Every texture varies along both axes with periods well above what moves between two frames half a second apart, so that
 a pan or a zoom can be told from its steps.
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .renderings import RenderingName
 from .scene import Scene
 
 NIGHT_TINT = np.array((0.36, 0.38, 0.48), dtype=np.float32)
@@ -61,13 +62,55 @@ def _garden(x: np.ndarray, y: np.ndarray, phases: np.ndarray, cells: np.ndarray)
     return np.where(squared < 0.1, blooms, np.float32(-0.4))
 
 
+def _ripples(x: np.ndarray, y: np.ndarray, phases: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Rings around a point in the sand."""
+    far_x, far_y = x - np.float32(0.1 * np.sin(phases[0])), y - np.float32(0.1 * np.sin(phases[1]))
+    return _waves(np.sqrt(far_x**2 + far_y**2), 0.21, phases[2])
+
+
+def _swell(x: np.ndarray, y: np.ndarray, phases: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Zigzag crests."""
+    zigzag = 0.12 * abs((x / 0.34 + phases[0]) % 2 - 1)
+    return np.clip(1.6 * _waves(y + zigzag, 0.22, phases[1]), -1, 1)
+
+
+def _leaves(x: np.ndarray, y: np.ndarray, phases: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Blotches of leaves without trunks."""
+    blotches = _waves(x + 0.5 * y, 0.2, phases[0]) * _waves(y - 0.5 * x, 0.23, phases[1])
+    return blotches + 0.5 * _waves(x + y, 0.47, phases[2])
+
+
+def _bricks(x: np.ndarray, y: np.ndarray, phases: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Walls of bricks, each row shifted by half a brick."""
+    x, y = x + phases[0], y + phases[1]
+    shifted = x / 0.28 + 0.5 * (np.floor(y / 0.14) % 2)
+    is_joint = (shifted % 1 < 0.16) | (y / 0.14 % 1 < 0.24)
+    return np.where(is_joint, np.float32(1.3), np.float32(-0.5))
+
+
+def _beds(x: np.ndarray, y: np.ndarray, phases: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Slanting rows of blossoms with paths between them."""
+    rows = _waves(x - y, 0.24, phases[0])
+    return np.where(rows > 0, 1.2 * abs(_waves(x + y, 0.19, phases[1])), np.float32(-0.7))
+
+
 _Texture = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-_PLACES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], _Texture]] = {  # base color, contrast, texture
-    "desert": ((190, 146, 88), (24, 22, 20), _desert),
-    "ocean": ((52, 140, 152), (28, 30, 28), _ocean),
-    "forest": ((74, 104, 48), (32, 26, 26), _forest),
-    "city": ((128, 128, 132), (26, 26, 22), _city),
-    "garden": ((194, 132, 164), (22, 26, 22), _garden),
+_Looks = dict[str, tuple[tuple[int, int, int], tuple[int, int, int], _Texture]]  # base color, contrast, texture
+_PLACES: dict[RenderingName, _Looks] = {
+    "usual": {
+        "desert": ((190, 146, 88), (24, 22, 20), _desert),
+        "ocean": ((52, 140, 152), (28, 30, 28), _ocean),
+        "forest": ((74, 104, 48), (32, 26, 26), _forest),
+        "city": ((128, 128, 132), (26, 26, 22), _city),
+        "garden": ((194, 132, 164), (22, 26, 22), _garden),
+    },
+    "changed": {
+        "desert": ((202, 160, 112), (26, 24, 24), _ripples),
+        "ocean": ((44, 124, 160), (26, 28, 30), _swell),
+        "forest": ((60, 92, 54), (28, 30, 24), _leaves),
+        "city": ((116, 120, 138), (24, 24, 24), _bricks),
+        "garden": ((184, 120, 146), (26, 24, 24), _beds),
+    },
 }
 
 
@@ -96,13 +139,14 @@ def paint_world(
     seed: int,
     distractor_rgb: tuple[int, int, int] | None,
     blur_radius: float,
+    rendering: RenderingName = "usual",
 ) -> World:
     """The background of a scene from -half_size to half_size (x, y), in world units like `blur_radius`.
 
     A `blur_radius` of 0 leaves it sharp. The optional distractor is a small disc.
     """
     rng = np.random.default_rng([seed, 0])
-    base, contrast, texture = _PLACES[scene.place]
+    base, contrast, texture = _PLACES[rendering][scene.place]
     phases = rng.uniform(0, 2 * np.pi, size=6).astype(np.float32)
     cells = rng.random((16, 16), dtype=np.float32)
     jitter = rng.uniform(-_COLOR_JITTER, _COLOR_JITTER, size=3)

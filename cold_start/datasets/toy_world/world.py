@@ -5,6 +5,10 @@ scores (`scene.prefer`); a stated share of the pairs are ties. Training labels t
 is replaced by one of the two other labels. Evaluation labels are free of noise. A CoT is written by a careful or by a
 careless annotator, who takes in each attribute of the clip wrongly at a stated rate, and a stated share of the CoTs
 end in JSON that does not parse. All of a pair follows from the settings, the split and the pair's index.
+
+Besides training and evaluation, whose combinations of color, shape and motion never occur in training, there are two
+splits to compare evaluation with: `in_domain` has other clips of training's combinations, and `new_rendering` has
+these combinations in the rendering that training never shows (renderings.py). Both are free of label noise.
 """
 
 from collections.abc import Sequence
@@ -33,6 +37,7 @@ from .scene import (
 )
 
 SPLITS = ("train", "eval")
+COMPARED_SPLITS = ("in_domain", "new_rendering")
 LABELS = ("A", "B", "same")
 
 
@@ -90,7 +95,7 @@ class Pair:
 
 def sample_pair(config: WorldConfig, split: str, index: int) -> Pair:
     """Pair `index` of `split`, the same whenever it is asked for."""
-    rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
+    rng = np.random.default_rng([config.seed, (*SPLITS, *COMPARED_SPLITS).index(split), index])
     held_out = split == "eval"
     request = sample_request(rng, held_out)
     should_tie = rng.random() < config.tie_share
@@ -105,7 +110,7 @@ def sample_pair(config: WorldConfig, split: str, index: int) -> Pair:
     prompt = write_prompt(request, rng)
     clips = []
     for side, generator, scene in zip("ab", generators, scenes, strict=True):
-        nuisance = sample_nuisance(rng)
+        nuisance = sample_nuisance(rng, "changed" if split == "new_rendering" else "usual")
         seen, cot = _annotate(config, request, scene, rng)
         name = f"{split}_{index:05d}_{side}.mp4"
         clips.append(Clip(name, generator, scene, nuisance, seen, cot, true_scores(request, scene)))
@@ -179,12 +184,16 @@ def describe_config(config: WorldConfig) -> dict[str, object]:
 
 
 def check_disjoint(pairs: Sequence[Pair]) -> None:
-    """Raise ValueError when a prompt or a (color, shape, motion) triple occurs in training and in evaluation."""
+    """Raise ValueError when a prompt or a (color, shape, motion) triple occurs in training and in evaluation.
+
+    COMPARED_SPLITS are on training's side: a short prompt may by chance be there, too; their clips never are.
+    """
     seen: dict[object, str] = {}
     for pair in pairs:
         scenes = [pair.request.scene, *(clip.scene for clip in pair.clips)]
+        side = "eval" if pair.split == "eval" else "train"
         for key in (pair.prompt, *((scene.color, scene.shape, scene.motion) for scene in scenes)):
-            if seen.setdefault(key, pair.split) != pair.split:
+            if seen.setdefault(key, side) != side:
                 raise ValueError(f"{key!r} occurs in both splits")
         if any(is_held_out(scene) != (pair.split == "eval") for scene in scenes):
             raise ValueError(f"a scene of {pair.clips[0].name} is on the wrong side of the held-out rule")

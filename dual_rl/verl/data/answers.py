@@ -20,6 +20,8 @@ NOT_ASKED = "N/A"
 LABEL_KEY = "gsb_result"
 SCORE_KEYS: dict[Side, str] = {"A": "video_1_scores", "B": "video_2_scores"}
 JUDGEMENT_KEY = "dimensional_scores"
+OVERALL_KEY = "overall_score"
+LARGEST_OVERALL = 1e9
 REMEDY = f"write A, B, same or invalid, or <answer> JSON with {LABEL_KEY} and the scores of both videos"
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -104,6 +106,13 @@ def extract_judgement(response: str) -> dict | None:
     match = _ANSWER.search(response)
     content = _load_json(_strip_fence(match.group(1))) if match else None
     return content if isinstance(content, dict) and JUDGEMENT_KEY in content else None
+
+
+def extract_overall(response: str) -> float | None:
+    """The `overall_score` that a response's judgement gives its video; None if it is no sane number. Never raises."""
+    score = (extract_judgement(response) or {}).get(OVERALL_KEY)
+    is_number = isinstance(score, int | float) and not isinstance(score, bool)
+    return float(score) if is_number and abs(score) < LARGEST_OVERALL else None
 
 
 def _strip_fence(text: str) -> str:

@@ -33,6 +33,7 @@ class HfScorer:
         device: torch.device,
     ) -> None:
         self.reward_token_id = reward_token_id
+        self.mask_cot = settings.mask_cot
         self.batch_size = settings.batch_size
         self.head_weight = checkpoint.head_weight.to(device)
         self.sampling = Sampling(
@@ -68,12 +69,12 @@ class HfScorer:
         if not batch:
             return []
         names, prompts = zip(*batch, strict=True)
-        responses = [response for (response,) in self.engine.generate(prompts, self.sampling)]
-        rewards = self.compute_rewards(prompts, [response.cot_ids for response in responses])
-        scores = [
-            ThoughtScore(response.cot_ids, response.is_finished, reward)
-            for response, reward in zip(responses, rewards, strict=True)
-        ]
+        thoughts = [((), True)] * len(prompts)
+        if not self.mask_cot:
+            responses = [response for (response,) in self.engine.generate(prompts, self.sampling)]
+            thoughts = [(response.cot_ids, response.is_finished) for response in responses]
+        rewards = self.compute_rewards(prompts, [cot_ids for cot_ids, _ in thoughts])
+        scores = [ThoughtScore(*thought, reward) for thought, reward in zip(thoughts, rewards, strict=True)]
         return list(zip(names, scores, strict=True))
 
     @property

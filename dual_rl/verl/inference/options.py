@@ -16,6 +16,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--max_prompt_length", type=int, help="tokens, the video's included; default: what the model takes")
     add("--max_new_tokens", type=int, default=default.max_new_tokens, help="tokens of the chain of thought")
     add("--repetition_penalty", type=float, default=default.repetition_penalty)
+    add("--mask_cot", action="store_true", help="score without a chain of thought: <Reward> follows the prompt")
     add("--precision", choices=["auto", "bf16", "fp32"], default=default.precision, help="auto: bf16 on GPUs")
     add("--gpu_memory_utilization", type=float, default=default.gpu_memory_utilization)
     add("--enforce_eager", action="store_true", help="start faster, write slower")

@@ -63,6 +63,7 @@ class ScoringSettings:
     max_prompt_length: int | None = None
     max_new_tokens: int = 4096
     repetition_penalty: float = 1.05
+    mask_cot: bool = False
     precision: Precision = "auto"
     gpu_memory_utilization: float = 0.9
     cpu_kv_cache_gib: int = 2
@@ -81,7 +82,7 @@ class ScoringSettings:
 
     def affecting_rewards(self) -> dict[str, object]:
         """The settings that another value of would give other rewards with, beside video budget and precision."""
-        names = ("max_prompt_length", "max_new_tokens", "repetition_penalty")
+        names = ("max_prompt_length", "max_new_tokens", "repetition_penalty", "mask_cot")
         return {name: getattr(self, name) for name in names}
 
 
@@ -97,6 +98,7 @@ class ThoughtScore:
 class ScoringEngine(Protocol):
     """Writes a greedy chain of thought for each prompt and reads the reward at `<Reward>` behind it.
 
+    With `mask_cot` there is no chain of thought: `cot_ids` is empty and `is_finished` true, as nothing was cut.
     `is_continuous`: takes new prompts while others are under way; else a step is a batch, the fuller the better.
     """
 

@@ -16,12 +16,13 @@ from verl.inference.scoring import ScoringSettings, ThoughtScore
 from verl.inference.vllm_reward import ARCHITECTURE, register_reward_model, with_head
 from verl.model.reward_files import PolicyCheckpoint
 from verl.rollout.vllm_engine import with_output_layer
-from verl.rollout.vllm_prompts import PromptForm, require_same_prompt
+from verl.rollout.vllm_prompts import PromptForm, add_request, require_same_prompt
 from verl.rollout.vllm_start import prepare_environment, process_state_kept, start_llm
 from verl.trainer.config import RolloutConfig
 from verl.types import VideoPrompt
 
 PROCESSOR_CACHE_GB = 4
+"""For preprocessed videos between their two requests, on the host."""
 SCORING, THINKING = 0, 1
 """Priorities: the lower is served first."""
 
@@ -87,7 +88,7 @@ class VllmScorer:
                 scheduling_policy="priority",
                 mm_processor_cache_gb=PROCESSOR_CACHE_GB,
             )
-        self.form = PromptForm(folder, self.llm.get_tokenizer())
+        self.form = PromptForm(folder, self.llm.get_tokenizer(), device)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take the model's weights, pairs of Hugging Face name and whole tensor; the head is the checkpoint's."""
@@ -98,6 +99,10 @@ class VllmScorer:
         """See `ScoringEngine`."""
         self.form.learn(prompt, self._read_prompt)
         thinking = _Thinking(name, prompt, video_id=f"video-{next(self._numbers)}")
+        if self.settings.mask_cot:
+            request = self.form.request(prompt, video_id=thinking.video_id, continuation=(self.reward_token_id,))
+            self._add(_Scoring(thinking, (), True), request, self._scoring_parameters(), priority=SCORING)
+            return
         request = self.form.request(prompt, video_id=thinking.video_id)
         self._add(thinking, request, self.thinking_parameters(name), priority=THINKING)
 
@@ -125,7 +130,7 @@ class VllmScorer:
 
     def _add(self, state: "_Thinking | _Scoring", request: dict, parameters, *, priority: int) -> None:
         request_id = f"request-{next(self._numbers)}"
-        self.llm.llm_engine.add_request(request_id, request, parameters, priority=priority)
+        add_request(self.llm, request_id, request, parameters, priority=priority)
         self._requests[request_id] = state
 
     def _score(self, thinking: _Thinking, output) -> None:
@@ -148,7 +153,7 @@ class VllmScorer:
 
     def _read_prompt(self, request: dict) -> Sequence[int]:
         """The prompt's ids as vLLM makes them of a request; nothing else is under way."""
-        self.llm.llm_engine.add_request("form", request, self._scoring_parameters(), priority=THINKING)
+        add_request(self.llm, "form", request, self._scoring_parameters(), priority=THINKING)
         while True:
             for output in self.llm.llm_engine.step():
                 if output.finished:
@@ -157,6 +162,7 @@ class VllmScorer:
     def thinking_parameters(self, name: str):
         """Sampling parameters of the chain of thought of the video `name`: all alike here."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
             temperature=0,
@@ -165,6 +171,7 @@ class VllmScorer:
             ignore_eos=True,
             stop_token_ids=[self.eos_token_id],  # and none of generation_config.json
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
     def _scoring_parameters(self):

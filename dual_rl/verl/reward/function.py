@@ -3,8 +3,9 @@
     def compute_score(reward_inputs: list[dict], **kwargs) -> list[dict]
 
 gets one dict per response with `response` (decoded text), `response_length` (its tokens, without EOS), `ground_truth`
-(the answer cell of the CSV) and `side` ("A" or "B"), and returns one dict per response, in order, with `overall` and
-any other numbers, which are logged. All dicts of a call have the same names.
+(the answer cell of the CSV), `side` ("A" or "B"), `pair_id` (the row of the CSV, from 0) and `sample` (which of the
+video's responses, from 0), and returns one dict per response, in order, with `overall` and any other numbers, which
+are logged. A call has all responses to both videos of its pairs. All dicts that it returns have the same names.
 """
 
 import importlib.util
@@ -92,6 +93,8 @@ def score_responses(
             "response_length": len(response.cot_ids),
             "ground_truth": rollout.pair.answer,
             "side": response.key.side,
+            "pair_id": response.key.pair_id,
+            "sample": response.key.sample,
         }
         for rollout in rollouts
         for response in rollout.responses

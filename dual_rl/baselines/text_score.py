@@ -1,0 +1,86 @@
+"""Accuracies of the scores that a model writes in its text, from a scored benchmark: what a generative judge is worth.
+
+    python baselines/text_score.py OUTPUT.csv --bench_type tabench
+    python baselines/text_score.py OUTPUT.csv --bench_type tabench --by set     # a row for each value of a column
+
+OUTPUT.csv is what inference.py writes; its `CoT_A` and `CoT_B` are read, its rewards are not. The score is the
+answer's `overall_score`. Such scores are often equal: of two equal scores neither is preferred, which is wrong where
+people prefer one, the same rule as for rewards. A text without a readable score says nothing: its pair counts as
+equal.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from verl.data.answers import extract_overall
+from verl.inference.accuracy import Estimate, compute_pair_accuracy
+from verl.inference.bench_csv import BENCH_FORMATS, BLANK, CsvError, iterate_cells, read_columns
+
+COT_COLUMNS = ("CoT_A", "CoT_B")
+
+
+def compute_text_margin(cot_a: str, cot_b: str) -> float:
+    """The score that text A gives its video minus that of text B; 0 when one cannot be read."""
+    score_a, score_b = extract_overall(cot_a), extract_overall(cot_b)
+    return 0.0 if score_a is None or score_b is None else score_a - score_b
+
+
+def read_text_margins(path: str, bench_type: str, *, by: str | None = None) -> dict[tuple[str, ...], list[tuple]]:
+    """(label column, value of column `by` if given) -> (margin, label) of each pair that was scored and has a label.
+
+    Raises CsvError, a ValueError, for a file without the columns that are needed.
+    """
+    form = BENCH_FORMATS[bench_type]
+    columns = read_columns(path)
+    labels = form.find_labels(columns)
+    missing = [column for column in (*COT_COLUMNS, *([by] if by else [])) if column not in columns]
+    if missing or not labels:
+        needed = ", ".join(missing) or " or ".join(form.label_columns) or "labels"
+        raise CsvError(path, [f"it has no {needed}: name a benchmark of pairs as inference.py wrote it"])
+    pairs = defaultdict(list)
+    for cells in iterate_cells(path):
+        if not all(cells[f"Reward_{side}"] for side in "AB"):
+            continue
+        margin = compute_text_margin(*(cells[column] for column in COT_COLUMNS))
+        for name in labels:
+            text = cells[name].strip()
+            label = None if text.lower() in BLANK else form.parse(text)
+            if label is not None:
+                pairs[(name, cells[by]) if by else (name,)].append((margin, label))
+    return pairs
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table; 1 for a mistake."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", help="CSV that inference.py wrote")
+    paired = [name for name, form in BENCH_FORMATS.items() if form.label_columns]
+    parser.add_argument("--bench_type", required=True, choices=paired)
+    parser.add_argument("--by", metavar="COLUMN", help="a row for each value of this column")
+    parser.add_argument("--seed", type=int, default=0, help="of bootstrap intervals")
+    options = parser.parse_args(argv)
+    try:
+        groups = read_text_margins(options.output, options.bench_type, by=options.by)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    lines = [f"{'score in the text':<30}{'accuracy without ties':>24}{'with ties, calibrated':>24}{'pairs':>14}"]
+    for group, pairs in groups.items():
+        result = compute_pair_accuracy(*zip(*pairs, strict=True), seed=options.seed)
+        cells = [_interval(result.without_ties), _interval(result.with_ties)]
+        counts = f"{result.num_decided} + {result.num_ties}"
+        lines.append(f"{' '.join(group):<30}{cells[0]:>24}{cells[1]:>24}{counts:>14}")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _interval(estimate: Estimate | None) -> str:
+    return "-" if estimate is None else f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,187 @@
+"""Draws every figure of the evidence from a file of results.
+
+    python figure/draw_evidence.py figure/results/small.json
+
+Writes small_{accuracy,curves,data,ablations}.png and small.md, the tables of accuracies and claims, beside it and
+prints the tables. Things are told apart by markers, lines and hatches, not by color alone; figures are as wide as a
+phone. A figure whose runs are missing is left out.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from evidence.claims import NAMES, SET_NAMES, TEXT, describe  # noqa: E402
+from evidence.intervals import smooth  # noqa: E402
+from evidence.plan import DATA_PERCENTS, MASKED, OWN  # noqa: E402
+from evidence.results import SETS, Results  # noqa: E402
+
+WIDTH, DPI, FONT_SIZE = 5.0, 160, 11
+DARK, MIDDLE, LIGHT, PALE, BRIGHT = "#1b2430", "#1d4e89", "#7fa7d0", "#e4e4e4", "#c98a1b"
+BARS = {  # color and hatch, in the order of NAMES
+    "discriminative": (PALE, ""),
+    "coupled": (BRIGHT, "//"),
+    "stage1": (LIGHT, ".."),
+    "descore": (MIDDLE, ""),
+    "stage1_short": ("white", "xx"),
+    "base": ("white", ""),
+}
+LINES = (("o", "-", MIDDLE), ("s", "--", BRIGHT), ("^", ":", DARK))
+SHARE_OF_RUN_SMOOTHED = 0.15
+ABLATIONS = {  # label, arm, what it is compared with
+    "no masking (0)": ("mask_0", "stage1_short"),
+    "masking 0.25": ("mask_25", "stage1_short"),
+    "masking 0.75": ("mask_75", "stage1_short"),
+    "vision tower frozen": ("frozen_vision", "stage1_short"),
+    "stage 2 without BT": ("bt_off", "descore"),
+    "rewards on wrong rows": ("misattached", "descore"),
+}
+
+
+def draw_accuracy(results: Results) -> Figure | None:
+    """A panel for each held-out set; bars without ties with intervals, diamonds with ties (mean over seeds)."""
+    models = {model: name for model, name in NAMES.items() if results.seeds(*model)}
+    if not models:
+        return None
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.42 * len(models) * len(SETS)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(SETS), 1, sharex=True)
+    places = np.arange(len(models))[::-1]
+    for ax, name in zip(panels, SETS, strict=True):
+        for place, model in zip(places, models, strict=True):
+            estimate = results.accuracy(*model, sets=[name])
+            color, hatch = BARS[model[0]]
+            errors = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
+            ax.barh(place, estimate.value, 0.7, color=color, hatch=hatch, edgecolor=DARK, xerr=errors, capsize=3)
+            ax.plot(results.mean("with_ties", *model, sets=[name]), place, "D", color="white", markeredgecolor=DARK)
+        ax.axvline(0.5, color=DARK, linestyle=":", linewidth=1)
+        ax.set_yticks(places, [text.replace(", ", ",\n") for text in models.values()], fontsize=FONT_SIZE - 3)
+        ax.set_title(f"{SET_NAMES[name]}", loc="left", fontsize=FONT_SIZE)
+    panels[-1].set_xlim(0.0, 1.0)
+    panels[-1].set_xlabel("share of pairs in the right order\n(bar: without ties, diamond: with ties; dotted: chance)")
+    return figure
+
+
+def draw_curves(results: Results) -> Figure | None:
+    """Training of BT and of GRPO over time: pairs in the right order, gradient norms, BT loss in stage 2."""
+    shown = {"stage 1 (BT)": "stage1", "discriminative (BT)": "discriminative", "generative (GRPO)": "coupled"}
+    if not any(results.runs(run, "accuracy") for run in shown.values()):
+        return None
+    figure = Figure(figsize=(WIDTH, 9), dpi=DPI, layout="constrained")
+    ordered, norms, drift = figure.subplots(3, 1)
+    for (label, run), style in zip(shown.items(), LINES, strict=True):
+        _draw_runs(ordered, results, run, "accuracy", label=label, style=style)
+        _draw_runs(norms, results, run, "grad_norm", label=label, style=style, relative=True)
+    stage2 = {"DeScore": "descore", "without BT": "bt_off", "rewards on wrong rows": "misattached"}
+    for (label, run), style in zip(stage2.items(), LINES, strict=True):
+        _draw_runs(drift, results, run, "bt_loss", label=label, style=style)
+    ordered.set_title("training pairs in the right order", loc="left", fontsize=FONT_SIZE)
+    norms.set_title("gradient norm / its median", loc="left", fontsize=FONT_SIZE)
+    norms.set_yscale("log")
+    drift.set_title("stage 2: Bradley-Terry loss of the head", loc="left", fontsize=FONT_SIZE)
+    for ax in (ordered, norms, drift):
+        ax.set_xlabel("minutes of training")
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False, fontsize=FONT_SIZE - 2)
+    return figure
+
+
+def _draw_runs(
+    ax: Axes,
+    results: Results,
+    run: str,
+    metric: str,
+    *,
+    label: str,
+    style: tuple[str, str, str],
+    relative: bool = False,
+) -> None:
+    """A line a seed, smoothed; only the first is in the legend."""
+    marker, line, color = style
+    for number, seed in enumerate(results.runs(run, metric)):
+        values = results.curve(run, metric, seed)
+        minutes = np.cumsum(np.nan_to_num(results.curve(run, "seconds", seed))) / 60
+        if relative:
+            values = values / (np.nanmedian(values) or 1.0)
+        values = smooth(values, max(1, round(SHARE_OF_RUN_SMOOTHED * len(values))))
+        ax.plot(
+            minutes, values, linestyle=line, color=color, marker=marker, markevery=max(1, len(values) // 6),
+            markersize=5, linewidth=1.4, alpha=0.9, label=None if number else label,
+        )  # fmt: skip
+
+
+def draw_data(results: Results) -> Figure | None:
+    """Accuracy over the share of the training pairs, at equal steps."""
+    shares = (*DATA_PERCENTS, 100)
+    arms = {
+        "stage 1, own thoughts": ("stage1_data_{}", "stage1_short", OWN),
+        "discriminative, no thought": ("discriminative_data_{}", "discriminative_short", MASKED),
+    }
+    curves = {}
+    for label, (part, whole, read) in arms.items():
+        points = [(share, results.accuracy(whole if share == 100 else part.format(share), read)) for share in shares]
+        curves[label] = [(share, estimate) for share, estimate in points if estimate is not None]
+    if not any(curves.values()):
+        return None
+    figure = Figure(figsize=(WIDTH, 3.8), dpi=DPI, layout="constrained")
+    ax = figure.subplots()
+    for (label, points), (marker, line, color) in zip(curves.items(), LINES, strict=False):
+        values = [estimate.value for _, estimate in points]
+        errors = [[e.value - e.low for _, e in points], [e.high - e.value for _, e in points]]
+        x = [share for share, _ in points]
+        ax.errorbar(x, values, errors, marker=marker, linestyle=line, color=color, capsize=4, label=label)
+    ax.axhline(0.5, color=DARK, linestyle=":", linewidth=1)
+    ax.set_xscale("log")
+    ax.set_xticks(shares, [f"{share}%" for share in shares])
+    ax.minorticks_off()
+    ax.set_xlabel("share of the training pairs")
+    ax.set_ylabel("held-out pairs in the right order")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    return figure
+
+
+def draw_ablations(results: Results) -> Figure | None:
+    """Paired differences in accuracy to the model without the change, over all held-out pairs."""
+    rows = {
+        f"{label}\n(against {'DeScore' if reference == 'descore' else 'stage 1'})": results.difference(
+            (arm, OWN), (reference, OWN)
+        )
+        for label, (arm, reference) in ABLATIONS.items()
+    }
+    rows["score in the text\n(against DeScore's head)"] = results.difference(("descore", TEXT), ("descore", OWN))
+    rows = {label: difference for label, difference in rows.items() if difference is not None}
+    if not rows:
+        return None
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.6 * len(rows)), dpi=DPI, layout="constrained")
+    ax = figure.subplots()
+    for place, (label, difference) in enumerate(reversed(rows.items())):
+        errors = [[difference.value - difference.low], [difference.high - difference.value]]
+        marker = "o" if "DeScore" in label else "s"
+        ax.errorbar(difference.value, place, xerr=errors, marker=marker, color=MIDDLE, capsize=4, markersize=7)
+    ax.axvline(0, color=DARK, linewidth=1)
+    ax.set_yticks(range(len(rows)), list(reversed(rows)), fontsize=FONT_SIZE - 2)
+    ax.set_xlabel("change in accuracy, with 95% interval")
+    ax.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def draw_all(path: Path) -> str:
+    """Write the figures and tables of a file of results; returns the tables."""
+    results = Results.load(path)
+    drawings = {"accuracy": draw_accuracy, "curves": draw_curves, "data": draw_data, "ablations": draw_ablations}
+    for name, draw in drawings.items():
+        figure = draw(results)
+        if figure is not None:
+            figure.savefig(path.with_name(f"{path.stem}_{name}.png"), metadata={"Software": None})
+    text = describe(results)
+    path.with_suffix(".md").write_text(text)
+    return text
+
+
+if __name__ == "__main__":
+    sys.stdout.write(draw_all(Path(sys.argv[1] if len(sys.argv) > 1 else HERE / "results" / "small.json")))

@@ -1,0 +1,1 @@
+"""The evidence: which experiments there are, running them, collecting what they found, and the statistics of it."""

@@ -1,0 +1,114 @@
+"""Running jobs: order, resuming, failures; and the smallest real run of everything (slow)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from evidence import running
+from evidence.plan import Job
+from evidence.running import Runner, describe_commit
+
+RUN = Path(__file__).resolve().parents[1] / "run_evidence.py"
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch) -> Runner:
+    monkeypatch.setattr(running, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(running, "POLL_SECONDS", 0.02)
+    return Runner(tmp_path / "work", num_parallel=2)
+
+
+def shell(name: str, script: str, *needs: str) -> Job:
+    """A job that runs `script` and is to leave a file of its name."""
+    return Job(name, ("bash", "-c", script), name, needs=needs)
+
+
+def test_jobs_run_after_what_they_need_and_once(runner, tmp_path):
+    jobs = [shell("one", "sleep 0.2; echo 1 >> one"), shell("two", "cat one > two; echo 2 >> two", "one")]
+    assert runner.run(jobs) == []
+    assert (tmp_path / "two").read_text() == "1\n2\n"
+    mark = json.loads((tmp_path / "work" / "done" / "one.json").read_text())
+    assert set(mark) == {"name", "command", "commit", "started", "seconds"}
+    assert mark["seconds"] >= 0.2
+    assert runner.run(jobs) == []
+    assert (tmp_path / "one").read_text() == "1\n"
+
+
+def test_independent_jobs_run_at_the_same_time_but_no_more_than_asked(runner, tmp_path):
+    script = "echo x >> running; sleep 0.3; wc -l < running > {0}; sed -i 1d running"
+    assert runner.run([shell(name, script.format(name)) for name in ("a", "b", "c")]) == []
+    counts = [int((tmp_path / name).read_text()) for name in ("a", "b", "c")]
+    assert max(counts) == 2
+
+
+def test_a_job_that_fails_is_tried_again_and_stops_only_what_needs_it(runner, tmp_path):
+    jobs = [
+        shell("fails", "echo x >> tries; exit 3"),
+        shell("needs_it", "touch needs_it", "fails"),
+        shell("unlucky", "test -e once && touch unlucky; touch once"),
+        shell("leaves_nothing", "true"),
+        shell("other", "touch other"),
+    ]
+    assert sorted(runner.run(jobs)) == ["fails", "leaves_nothing", "needs_it"]
+    assert (tmp_path / "tries").read_text() == "x\n" * 2
+    assert (tmp_path / "unlucky").exists()
+    assert (tmp_path / "other").exists()
+    assert not (tmp_path / "needs_it").exists()
+    assert "exit 3" in (tmp_path / "work" / "logs" / "fails.log").read_text()
+
+
+def test_what_was_done_with_another_command_is_not_taken_for_this_one(runner):
+    assert runner.run([shell("one", "touch one")]) == []
+    with pytest.raises(ValueError, match="belongs to another command"):
+        runner.run([shell("one", "touch one; true")])
+
+
+def test_commit_is_named():
+    commit = describe_commit()
+    assert commit == "unknown" or len(commit.removesuffix("-dirty")) >= 7
+
+
+def test_a_driver_that_is_told_to_end_ends_its_jobs_and_writes_results(tmp_path):
+    """As `kill` does; jobs lead groups of their own and would live on."""
+    results, work = tmp_path / "trial.json", tmp_path / "work"
+    command = [sys.executable, str(RUN), "--size", "trial", "--device", "cpu", "--only", "world"]
+    process = subprocess.Popen(
+        [*command, "--work", str(work), "--results", str(results)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    log = work / "logs" / "world.log"
+    deadline = time.monotonic() + 60
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert json.loads(results.read_text())["scores"] == []
+    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(work) not in listing.replace(os.path.relpath(work, RUN.parents[1]), str(work))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_smallest_run_trains_scores_and_draws_everything(tmp_path):
+    results = tmp_path / "trial.json"
+    command = [sys.executable, str(RUN), "--size", "trial", "--device", "cpu", "--jobs", "2"]
+    options = ["--work", str(tmp_path / "work"), "--results", str(results)]
+    first = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    content = json.loads(results.read_text())
+    arms = {(score["arm"], score["read"]) for score in content["scores"]}
+    wanted = {("descore", "own"), ("descore", "text"), ("coupled", "text"), ("stage1", "own"), ("mask_0", "masked"),
+              ("discriminative", "masked"), ("misattached", "own"), ("stage1_data_10", "own")}  # fmt: skip
+    assert wanted <= arms
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        f"trial_{name}.png" for name in ("accuracy", "curves", "data", "ablations")
+    }
+    again = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    assert "0 to run" in again.stderr
+    assert json.loads(results.read_text()) == content
