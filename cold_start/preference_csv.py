@@ -153,14 +153,11 @@ def _parse_score(text: str, side: str, needs: CsvNeeds) -> float:
         raise ValueError(f"{name} is {text!r}; write a number") from error
 
 
-def scan_videos(
-    pairs: Sequence[PreferencePair], budget: VideoBudget, *, should_decode: bool = False
-) -> tuple[dict[str, VideoHeader], list[str]]:
-    """Open every distinct video: headers of the sound ones by path, and the faults with their rows.
-
-    Only the first frame is decoded, or with `should_decode` all frames that training would use.
-    """
-    paths = list(dict.fromkeys(path for pair in pairs for path in (pair.video_a, pair.video_b)))
+def probe_videos(
+    paths: Sequence[str], budget: VideoBudget, *, should_decode: bool = False
+) -> dict[str, VideoHeader | VideoError]:
+    """Header, or what is wrong, of each distinct video; all frames are decoded only with `should_decode`."""
+    paths = list(dict.fromkeys(paths))
 
     def probe(path: str) -> VideoHeader | VideoError:
         try:
@@ -172,7 +169,18 @@ def scan_videos(
             return error
 
     with ThreadPoolExecutor(PROBE_THREADS) as pool:
-        found = dict(zip(paths, tqdm(pool.map(probe, paths), total=len(paths), desc="videos"), strict=True))
+        return dict(zip(paths, tqdm(pool.map(probe, paths), total=len(paths), desc="videos"), strict=True))
+
+
+def scan_videos(
+    pairs: Sequence[PreferencePair], budget: VideoBudget, *, should_decode: bool = False
+) -> tuple[dict[str, VideoHeader], list[str]]:
+    """Open every distinct video: headers of the sound ones by path, and the faults with their rows.
+
+    Only the first frame is decoded, or with `should_decode` all frames that training would use.
+    """
+    paths = [path for pair in pairs for path in (pair.video_a, pair.video_b)]
+    found = probe_videos(paths, budget, should_decode=should_decode)
     headers = {path: header for path, header in found.items() if isinstance(header, VideoHeader)}
     problems = []
     for pair in pairs:

@@ -146,8 +146,8 @@ class SequenceBuilder:
             if reserved in text:
                 raise ValueError(f"{what} contains the reserved token {reserved!r}; remove it")
 
-    def render(self, problem: str) -> str:
-        """The chat text of the user turn with one video placeholder token, ending in the generation prompt."""
+    def user_blocks(self, problem: str) -> list[dict[str, str]]:
+        """The user turn: one block `{"type": "video"}`, and `{"type": "text", "text": ...}` before and after it."""
         content = self.template.render(content=problem)
         self.check_text(content, "problem")
         parts = content.split(VIDEO_PLACEHOLDER)
@@ -155,8 +155,11 @@ class SequenceBuilder:
             raise ValueError(f"problem contains {VIDEO_PLACEHOLDER!r} {len(parts) - 1} times; once is allowed")
         before, after = parts if len(parts) == 2 else ("", parts[0])
         blocks = [{"type": "text", "text": before}, {"type": "video"}, {"type": "text", "text": after}]
-        blocks = [block for block in blocks if block.get("text") != ""]
-        messages = [{"role": "user", "content": blocks}]
+        return [block for block in blocks if block.get("text") != ""]
+
+    def render(self, problem: str) -> str:
+        """The chat text of the user turn with one video placeholder token, ending in the generation prompt."""
+        messages = [{"role": "user", "content": self.user_blocks(problem)}]
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def encode_prompt(self, problem: str, video: VideoFrames) -> EncodedPrompt:

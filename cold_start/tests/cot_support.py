@@ -1,0 +1,145 @@
+"""What the tests of collect_cot share: a chat server that says what a test wants, and preference CSVs without CoTs."""
+
+import csv
+import json
+import random
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from infer_utils import collect_cot
+from stage1_support import TINY_BASE, write_pairs_csv
+
+MODEL = "judge"
+LABELS = ["A", "B", "same", "invalid", "A", "B"]
+DIMENSIONS = ("subject", "dynamics", "camera", "environment", "style")
+DROP = "drop"
+"""In place of an answer: close the connection without one."""
+Answer = tuple[int, object] | tuple[int, object, Mapping[str, str]] | str
+
+
+def make_cot(
+    scores: Sequence[int | str], overall: float | None, *, reasoning: str = "The clip shows a circle."
+) -> str:
+    """A well-formed CoT; `scores` in the order of DIMENSIONS."""
+    answer: dict[str, object] = {"dimensional_scores": dict(zip(DIMENSIONS, scores, strict=True))}
+    if overall is not None:
+        answer["overall_score"] = overall
+    return f"{reasoning}\n<answer>\n{json.dumps(answer)}\n</answer>"
+
+
+def random_cot(request: Mapping) -> str:
+    """A well-formed CoT that depends on the seed and the prompt of a request, and on nothing else."""
+    texts = [block["text"] for block in request["messages"][0]["content"] if block["type"] == "text"]
+    rng = random.Random(f"{request['seed']} {texts}")
+    scores = [rng.choice([0, 1, 2, "N/A"]) for _ in DIMENSIONS]
+    return make_cot(scores, round(rng.uniform(1, 5), 2), reasoning=f"I see a {rng.choice(['red', 'blue'])} thing.")
+
+
+def completion(text: str | None, *, finish_reason: str = "stop", prompt_tokens: int | None = None, **message) -> dict:
+    """The body of a reply."""
+    return {
+        "choices": [{"message": {"role": "assistant", "content": text, **message}, "finish_reason": finish_reason}],
+        "usage": {"prompt_tokens": prompt_tokens},
+    }
+
+
+class ChatServer:
+    """A real HTTP server on a port of its own. `answer`: what a chat request gets: status, body, perhaps headers.
+
+    `requests`: all chat requests, parsed, in order of arrival; `models`: the answer of /models.
+    """
+
+    def __init__(self, answer: Callable[[dict], Answer] | None = None) -> None:
+        self.answer = answer or (lambda request: (200, completion(random_cot(request))))
+        self.models: Answer = (200, {"data": [{"id": MODEL, "max_model_len": 4096}]})
+        self.requests: list[dict] = []
+        self.keys: set[str | None] = set()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _make_handler(self))
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def __enter__(self) -> "ChatServer":
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _make_handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            server.keys.add(self.headers["Authorization"])
+            self._reply(server.models)
+
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.keys.add(self.headers["Authorization"])
+            server.requests.append(request)
+            self._reply(server.answer(request))
+
+        def _reply(self, answer: Answer) -> None:
+            if answer == DROP:
+                self.close_connection = True
+                return
+            status, body, *headers = answer
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            for name, value in (headers[0] if headers else {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(data)))
+            with suppress(ConnectionError):  # the client may have given up
+                self.end_headers()
+                self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    return Handler
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV as they are."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_bare_csv(path: Path, clips: Sequence[Path], *, labels: Sequence[str], **columns: Sequence[str]) -> Path:
+    """A preference CSV without CoTs and MOS columns; `columns` are added, or replace the written ones."""
+    rows = read_rows(write_pairs_csv(path, clips, labels=labels))
+    dropped = ("CoT_A", "CoT_B", "MOS_A_GSB", "MOS_B_GSB")
+    rows = [{name: cell for name, cell in row.items() if name not in dropped} for row in rows]
+    for name, cells in columns.items():
+        for row, cell in zip(rows, cells, strict=True):
+            row[name] = cell
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def flags(server: ChatServer, **options: object) -> list[str]:
+    """Flags for a server; True stands for a flag without a value."""
+    named = {
+        "model": MODEL,
+        "endpoint": server.url,
+        "processor": TINY_BASE,
+        "max_tokens": 512,
+        "concurrency": 4,
+        **options,
+    }
+    return [
+        part
+        for name, value in named.items()
+        for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
+
+
+def run_collect(path: Path, output: Path, server: ChatServer, **options: object) -> int:
+    """`python -m infer_utils.collect_cot` in this process; the exit status."""
+    return collect_cot.main([str(path), "--output", str(output), *flags(server, **options)])
