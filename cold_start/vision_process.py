@@ -15,6 +15,17 @@ from qwen_vl_utils.vision_process import VIDEO_READER_BACKENDS, smart_resize
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv_functional
 
+UNDECODABLE = (
+    decord.DECORDError,
+    RuntimeError,  # decord, where it cannot open a file
+    AssertionError,  # decord, on a video without frames
+    StopIteration,  # decord, where a frame is missing that the file announces
+    IndexError,
+    ArithmeticError,  # a frame rate of zero
+    OSError,  # the file went away, or may not be read
+)
+"""What a damaged or vanishing file makes decord and its callers raise. Memory that runs out is not its fault."""
+
 
 class VideoError(ValueError):
     """A video that cannot be used: missing, empty, undecodable or too short. The message names the file."""
@@ -103,7 +114,7 @@ def probe_video(path: str | os.PathLike, *, min_frames: int = VideoBudget.min_fr
         reader = decord.VideoReader(path, num_threads=1)
         height, width, _ = reader[0].shape
         header = VideoHeader(width=width, height=height, total_frames=len(reader), fps=float(reader.get_avg_fps()))
-    except (RuntimeError, IndexError, decord.DECORDError) as error:
+    except UNDECODABLE as error:
         raise VideoError(_undecodable(path, error)) from error
     _require_frames(path, header.total_frames, min_frames)
     return header
@@ -127,11 +138,15 @@ def load_video(path: str | os.PathLike, budget: VideoBudget, *, size_factor: int
         video, metadata, _ = VIDEO_READER_BACKENDS["decord"](request)
     except ValueError as error:  # fewer than two frames
         raise VideoError(f"video is too short: {path}: {error}") from error
-    except (RuntimeError, IndexError, decord.DECORDError) as error:
+    except UNDECODABLE as error:
         raise VideoError(_undecodable(path, error)) from error
     _require_frames(path, int(metadata["total_num_frames"]), budget.min_frames)
+    try:
+        frames = resize_frames(video, budget, size_factor=size_factor)
+    except ValueError as error:  # far longer than high, or the other way round
+        raise VideoError(f"video has a size that the model cannot take: {path}: {error}") from error
     return VideoFrames(
-        frames=resize_frames(video, budget, size_factor=size_factor),
+        frames=frames,
         source_fps=float(metadata["fps"]),
         frame_indices=tuple(int(index) for index in metadata["frames_indices"]),
         total_frames=int(metadata["total_num_frames"]),
@@ -157,9 +172,13 @@ def num_sampled_frames(header: VideoHeader, budget: VideoBudget) -> int:
 
 def _existing_file(path: str | os.PathLike) -> str:
     path = os.fspath(path)
-    if not os.path.isfile(path):
+    try:
+        size = os.path.getsize(path) if os.path.isfile(path) else None
+    except OSError:  # it went away between the two questions
+        size = None
+    if size is None:
         raise VideoError(f"video not found: {path}")
-    if os.path.getsize(path) == 0:
+    if size == 0:
         raise VideoError(f"video is empty (0 bytes): {path}")
     return path
 

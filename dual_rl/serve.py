@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from verl.inference.options import build_source
+from verl.inference.reward_model import RewardModel
 from verl.inference.source import choose_prompt_length, load_model_scale, read_checkpoint
 from verl.serving.app import RewardService
 from verl.serving.metrics import ServerMetrics
@@ -35,7 +36,13 @@ def build_service(options: argparse.Namespace, folder: Path) -> RewardService:
     checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt, fresh_head_seed=source.fresh_head_seed)
     choose_prompt_length(checkpoint, source.settings)
     scale = load_model_scale(source.model_ckpt, checkpoint, source.settings) if options.normalize else None
-    scoring = ScoringThread(source.load, max_queue=limits.max_queue, metrics=metrics)
+
+    def load() -> RewardModel:
+        model = source.load()
+        model.loader.max_gigapixels = limits.max_gigapixels
+        return model
+
+    scoring = ScoringThread(load, max_queue=limits.max_queue, metrics=metrics)
     return RewardService(scoring, source.model_ckpt, folder, roots, limits, metrics, token, scale)
 
 

@@ -125,6 +125,14 @@ class Client:
         return float(value)
 
 
+def announce_frames(num_frames: int) -> bytes:
+    """A clip whose header says that it has so many frames: its table of sample durations is changed."""
+    content = bytearray(CLIPS[0].read_bytes())
+    place = content.index(b"stts") + len(b"stts") + 8  # past version, flags and the number of entries
+    content[place : place + 4] = num_frames.to_bytes(4)
+    return bytes(content)
+
+
 def read_all(connection: socket.socket) -> bytes:
     """What comes until the server closes."""
     with connection:

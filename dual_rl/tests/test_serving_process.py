@@ -9,7 +9,7 @@ import pytest
 import serve
 from serving_support import CLIPS, PROMPTS, ServingProcess, assert_scored, wait_for
 from verl.inference.reward_model import RewardModel
-from verl.serving.options import read_token
+from verl.serving.options import parse_arguments, read_token
 from verl.serving.server import describe_address, open_socket
 
 pytest_plugins = ["serving_fixtures"]
@@ -41,6 +41,7 @@ def test_addresses_and_warnings_are_told(monkeypatch):
         (["--host", "999.1.1.1"], "cannot listen on 999.1.1.1"),
         (["--max_videos", "9", "--max_queue", "8"], "would never fit max_queue=8"),
         (["--body_timeout", "0"], "body_timeout is 0.0"),
+        (["--max_gigapixels", "-1"], "max_gigapixels is -1.0"),
         (["--max_new_tokens", "9000000"], "lower max_new_tokens"),
     ],
 )
@@ -48,6 +49,17 @@ def test_mistakes_are_told_before_the_model_is_loaded(small_model, capfd, monkey
     monkeypatch.setattr(RewardModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert serve.main(["--model_ckpt", str(small_model), "--port", "0", *flags]) == 1
     assert message in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_the_limit_on_decoding_reaches_the_model(small_model, tmp_path):
+    arguments = ["--model_ckpt", str(small_model), *FLAGS, "--max_gigapixels", "1e-6", "--max_new_tokens", "4"]
+    service = serve.build_service(parse_arguments(arguments, description=""), tmp_path)
+    service.scoring.start()
+    wait_for(lambda: service.scoring.state == "ready", "ready")
+    (future,) = service.scoring.submit([(str(CLIPS[0]), "a")])
+    assert "too large to decode" in future.result().error
+    service.scoring.stop()
+    assert service.scoring.join(10)
 
 
 @pytest.mark.parametrize("content", ["", " \n", "two words", "t\xe9"])

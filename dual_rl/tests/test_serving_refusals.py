@@ -1,12 +1,15 @@
 """What the reward server must not do: read outside its roots, serve strangers, or take more than it can hold."""
 
 import itertools
+import json
 import os
 from pathlib import Path
 
 import pytest
+from fastapi.exceptions import RequestValidationError
 
-from serving_support import CLIPS, FORM_HEADERS, PROMPTS, Client, assert_scored, form_body
+from serving_support import CLIPS, FORM_HEADERS, PROMPTS, Client, announce_frames, assert_scored, form_body
+from verl.serving.app import create_app
 from verl.serving.limits import MAX_JSON_BYTES, ServerLimits
 
 pytest_plugins = ["serving_fixtures"]
@@ -180,6 +183,42 @@ def test_what_is_no_request_is_refused_with_a_reason(serving, route, body, statu
     server = serving(limits=ServerLimits(max_videos=4, max_prompt_chars=100))
     reply = server.client.request("POST", f"/v1/score{route}", body, FORM_HEADERS if route else {})
     assert (reply.status, message in reply.json["error"]) == (status, True), reply.body
+
+
+@pytest.mark.parametrize(
+    ("method", "route", "status", "allowed"),
+    [
+        ("GET", "/", 404, None),
+        ("GET", "/docs", 404, None),
+        ("POST", "/v1/scores", 404, None),
+        ("GET", "/v1/score", 405, "POST"),
+        ("DELETE", "/v1/score/upload", 405, "POST"),
+        ("POST", "/health", 405, "GET"),
+    ],
+)
+def test_other_routes_and_methods_are_refused_in_the_same_form(serving, method, route, status, allowed):
+    server = serving()
+    reply = server.client.request(method, route, b"{}" if method == "POST" else None)
+    assert (reply.status, set(reply.json)) == (status, {"error"})
+    assert reply.json["error"].startswith(f"{method} {route}: ")
+    assert reply.headers.get("allow") == allowed
+    assert server.client.metric('descore_refused_total{reason="invalid"}') == 1
+
+
+def test_parameters_that_a_route_may_have_one_day_are_refused_in_the_same_form(serving):
+    handler = create_app(serving().service).exception_handlers[RequestValidationError]
+    reply = handler(None, RequestValidationError([{"loc": ("query", "seed"), "msg": "no integer", "type": "int"}]))
+    assert reply.status_code == 422
+    assert json.loads(reply.body) == {"error": "the request has wrong parameters: no integer"}
+
+
+def test_a_video_that_is_too_large_to_decode_fails_alone_and_unread(serving, model, offline, reads, monkeypatch):
+    monkeypatch.setattr(model.loader, "max_gigapixels", 16 * 104 * 112 / 1e9)
+    server = serving()
+    reply = server.client.upload([CLIPS[0].read_bytes(), announce_frames(2_000_000_000)], PROMPTS[:2])
+    assert_scored(reply.results[:1], offline[:1])
+    assert "videos[1] clip.mp4: 2000000000 frames or more of 112 x 104 pixels" in reply.results[1]["error"]
+    assert len(reads) == 1
 
 
 def test_an_upload_of_another_type_is_refused(serving):

@@ -7,9 +7,9 @@
 
 Both scoring routes answer {"results": [...], "model": ..., "scale": ...}, in order; `scale` is null for the head's own
 rewards. A result is {"reward", "cot", "num_tokens", "is_finished"} or {"error"}, and an error of one video concerns no
-other. Every other answer is {"error"}: 400, 415 and 422 for what is no such request, 401 without the token, 403 for
-paths when the server has no roots, 408 and 413 for bodies that are too slow or too large, 500 when the engine failed,
-503 with Retry-After while it cannot take more.
+other. Every other answer is {"error"}: 400, 415 and 422 for what is no such request, 404 and 405 for other routes and
+methods, 401 without the token, 403 for paths when the server has no roots, 408 and 413 for bodies that are too slow or
+too large, 500 when the engine failed, 503 with Retry-After while it cannot take more.
 """
 
 import asyncio
@@ -20,8 +20,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from verl.data.scored_sequence import judge_problem
@@ -184,6 +186,17 @@ def create_app(service: RewardService) -> FastAPI:
         if refused.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse({"error": str(refused)}, status_code=refused.status, headers=headers)
+
+    @app.exception_handler(HTTPException)
+    def refuse_route(request: Request, error: HTTPException) -> Response:
+        service.metrics.refused.labels("invalid").inc()
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}; see POST /v1/score and /v1/score/upload"
+        return JSONResponse({"error": message}, status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    def refuse_parameters(request: Request, error: RequestValidationError) -> Response:
+        problems = "; ".join(str(problem["msg"]) for problem in error.errors())
+        return refuse(request, RefusedError(422, "invalid", f"the request has wrong parameters: {problems}"))
 
     @app.exception_handler(ClientDisconnect)
     def leave(request: Request, _: ClientDisconnect) -> Response:

@@ -28,6 +28,7 @@ class RefusedError(Exception):
 class ServerLimits:
     """`max_body_mb`: of an upload. `max_videos`, `max_prompt_chars`: of one request. `max_queue`: videos that wait.
 
+    `max_gigapixels`: of one video, all its frames together; a minute of 1080p at 24 a second has 3.
     `max_receiving`: bodies on their way at a time. `body_timeout`: seconds for the whole of one, however it trickles.
     """
 
@@ -37,6 +38,7 @@ class ServerLimits:
     max_queue: int = 1024
     max_receiving: int = 128
     body_timeout: float = 120.0
+    max_gigapixels: float = 4.0
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
