@@ -33,6 +33,7 @@ from verl.workers.model_setup import read_checkpoint
 from verl.workers.parallel import join_process_group
 
 BOUND = 1e-5  # measured: up to 3.3e-6, after several steps; 1.6e-6 in the first
+CHECKPOINTING = "worker.actor.model.enable_gradient_checkpointing"
 MICRO = "worker.actor.micro_batch_size_per_device_for_update"
 KL = {"algorithm.disable_kl": False}
 FULL_KL = {**KL, "algorithm.kl_penalty": "full"}
@@ -355,5 +356,17 @@ def test_four_ranks_equal_one(bench, folder, model):
         for name, (settings, _) in FOUR_RANKS.items():
             expected = bench.run(Case({**settings, MICRO: 1}, order=SHUFFLED))
             assert_same_update(ranks.outcome(name, 3), expected)
+    finally:
+        ranks.kill()
+
+
+@pytest.mark.slow
+def test_two_ranks_with_compiled_layers_equal_one_without(bench, model, tmp_path_factory):
+    cases = {"full": Case({**KL, MICRO: 1}), "lora": Case({**KL, **LORA, CHECKPOINTING: True})}
+    compiled = {name: ("run", (dataclasses.replace(case, is_compiled=True),)) for name, case in cases.items()}
+    ranks = Ranks(tmp_path_factory.mktemp("compiled") / "two", model, compiled)
+    try:
+        for name, case in cases.items():
+            assert_same_update(ranks.outcome(name), bench.run(case))
     finally:
         ranks.kill()

@@ -77,7 +77,8 @@ class Case:
 
     `advantages`: by response, 0 for those left out; None for varied ones. `has_old`: compute old log-probs first.
     `load`, `save`: folders of training state to start from and to write. `is_moved`: parameters and moments are moved
-    to host memory and back around the update, as the offload options do.
+    to host memory and back around the update, as the offload options do. `is_compiled`: layers are, as on GPUs; then
+    only in a process of its own, which attends as compiled layers do from then on.
     """
 
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -89,6 +90,7 @@ class Case:
     save: Path | None = None
     num_updates: int = 1
     is_moved: bool = False
+    is_compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class Bench:
 
     def run(self, case: Case) -> Outcome:
         config = make_config(self.model, case.settings)
-        runtime = self._runtime(config)
+        runtime = self._runtime(config, case)
         if case.load is not None:
             load_training_state(case.load, runtime.actor, runtime.optimizer)
         gradients, metrics, error = [], {}, None
@@ -222,7 +224,7 @@ class Bench:
     def experience_of(self, case: Case, name: str) -> dict[ResponseKey, torch.Tensor]:
         """What `old_log_probs`, `ref_log_probs` or `rewards` of the ExperienceMaker gives."""
         config = make_config(self.model, case.settings)
-        runtime = self._runtime(config)
+        runtime = self._runtime(config, case)
         experience, shard = self._prepare(case, config, runtime)
         return {key: torch.as_tensor(value) for key, value in getattr(experience, name)(shard).items()}
 
@@ -261,13 +263,16 @@ class Bench:
         batch = batch_of(case, runtime.builder)
         return updater.update(shard, advantages_of(case, batch), step=STEP, lr_factor=1.0)
 
-    def _runtime(self, config: Config) -> PolicyRuntime:
+    def _runtime(self, config: Config, case: Case) -> PolicyRuntime:
         """A runtime as it is at the start, with shifted weights."""
         actor, algorithm = config.worker.actor, config.algorithm
-        key = repr((actor.model, actor.fsdp, actor.optim, actor.ulysses_size, config.worker.ref, algorithm.disable_kl))
+        settings = (actor.model, actor.fsdp, actor.optim, actor.ulysses_size, config.worker.ref, algorithm.disable_kl)
+        key = repr((*settings, case.is_compiled))
         if key not in self._built:
             runtime = build_runtime(config, self.rank)
             shift_weights(runtime.actor)
+            for model in filter(None, (runtime.actor, runtime.reference)) if case.is_compiled else ():
+                model.compile_layers()
             self._built[key] = runtime, {name: _local(p).clone() for name, p in trained(runtime.actor).items()}
         runtime, start = self._built[key]
         with torch.no_grad():
