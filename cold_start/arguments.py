@@ -35,6 +35,10 @@ class ModelArguments:
     gradient_checkpointing: bool = field(
         default=True, metadata={"help": "recompute the activations that do not fit into the device's memory"}
     )
+    max_kept_layers: int | None = field(
+        default=None,
+        metadata={"help": "most layers that keep activations on a GPU; default: as many as fit, 0: least memory"},
+    )
     torch_compile: bool = field(
         default=True, metadata={"help": "fuse layers on GPUs; the first step takes a minute or two longer"}
     )
@@ -47,6 +51,8 @@ class ModelArguments:
             raise ValueError("--vision_lora True needs LoRA: use --lora_enable True and --freeze_llm False")
         if self.lora_r <= 0 or self.lora_alpha <= 0:
             raise ValueError(f"--lora_r and --lora_alpha must be positive, not {self.lora_r} and {self.lora_alpha}")
+        if self.max_kept_layers is not None and self.max_kept_layers < 0:
+            raise ValueError(f"--max_kept_layers must not be negative, not {self.max_kept_layers}")
 
     @property
     def uses_lora(self) -> bool:

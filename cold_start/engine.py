@@ -98,7 +98,8 @@ def accelerate(engine, arguments: ModelArguments) -> ActivationPlan | None:
         model.compile_layers()
     if not arguments.gradient_checkpointing:
         return None
-    return ActivationPlan(model.text_layers, [p for _, p in model.trainable_parameters()], engine.device)
+    trained = [parameter for _, parameter in model.trainable_parameters()]
+    return ActivationPlan(model.text_layers, trained, engine.device, max_kept=arguments.max_kept_layers)
 
 
 def step_engine(engine, *, step: int) -> float:

@@ -22,13 +22,22 @@ class ActivationPlan:
     """Chooses, before each forward pass with a gradient, which of `layers` compute again in the backward pass.
 
     `layers`: the text layers, made with gradient checkpointing, in order. `trained`: the parameters that the backward
-    pass makes gradients for. Off GPUs every layer computes again.
+    pass makes gradients for. `max_kept`: most layers that may keep theirs, None for as many as fit. Off GPUs every
+    layer computes again.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], trained: Sequence[nn.Parameter], device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        trained: Sequence[nn.Parameter],
+        device: torch.device,
+        *,
+        max_kept: int | None = None,
+    ) -> None:
         self.layers = layers
         self.trained = trained
         self.device = device
+        self.max_kept = len(layers) if max_kept is None else min(max_kept, len(layers))
         self.is_active = device.type == "cuda"
         self.num_kept = 0
         self._bytes_per_token: float | None = None
@@ -40,18 +49,19 @@ class ActivationPlan:
         if not self.is_active:
             return
         self._num_tokens = num_tokens
-        self.num_kept = 1 if self._bytes_per_token is None else self._count_kept(num_tokens)
+        num_fitting = 1 if self._bytes_per_token is None else self._count_fitting(num_tokens)
+        self.num_kept = min(num_fitting, self.max_kept)
         first_kept = len(self.layers) - self.num_kept
         for number, layer in enumerate(self.layers):
             layer.gradient_checkpointing = number < first_kept
 
-    def _count_kept(self, num_tokens: int) -> int:
+    def _count_fitting(self, num_tokens: int) -> int:
         free, total = torch.cuda.mem_get_info(self.device)
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         missing_gradients = sum(p.numel() * p.element_size() for p in self.trained if p.grad is None)
         room = free + cached - SPARE_SHARE * total - SPARE_BYTES - missing_gradients
         by_layer = self._bytes_per_token * num_tokens
-        return max(0, min(len(self.layers), int(room / by_layer) - WORKING_LAYERS))
+        return max(0, int(room / by_layer) - WORKING_LAYERS)
 
     def _measured(self, forward):
         def measure(*arguments, **named):

@@ -114,8 +114,12 @@ class Ours:
             arguments=arguments,
             data_arguments=DataArguments(),
             schedule=None,
-            activations=accelerate(self.engine, ModelArguments(torch_compile=not options.no_compile)),
+            activations=accelerate(self.engine, self._model_arguments(options)),
         )
+
+    @staticmethod
+    def _model_arguments(options: argparse.Namespace) -> ModelArguments:
+        return ModelArguments(torch_compile=not options.no_compile, max_kept_layers=options.max_kept_layers)
 
     def collate(self, pairs: list[EncodedPair]) -> list[PairBatch]:
         data = PairDataset([], self.builder, VideoBudget())
@@ -273,6 +277,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no_compile", action="store_true", help="leave the layers as transformers has them")
+    parser.add_argument("--max_kept_layers", type=int, help="0: the least memory")
     parser.add_argument("--tiny", action="store_true", help="small layers, to try the script")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--one_part", choices=PARTS, help="run this part in this process")

@@ -57,6 +57,7 @@ def make_config(options: argparse.Namespace) -> Config:
     actor = config.worker.actor
     actor.model.lora.rank, actor.model.lora.alpha = options.lora_rank, 2 * options.lora_rank
     actor.model.enable_compile = not options.no_compile
+    actor.model.max_kept_layers = options.max_kept_layers
     actor.optim.lr = 0.0
     actor.max_grad_norm = 1e9
     return config
@@ -335,6 +336,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--lora_rank", type=int, default=64)
     parser.add_argument("--no_compile", action="store_true", help="leave the layers as transformers has them")
+    parser.add_argument("--max_kept_layers", type=int, help="0: the least memory")
     parser.add_argument("--tiny", action="store_true", help="small layers, to try the script")
     parser.add_argument("--profile", type=Path, help="write the kernels of one pair's step here")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))

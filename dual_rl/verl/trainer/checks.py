@@ -47,6 +47,7 @@ _RANGES: dict[str, str] = {
     "worker.actor.bt_weight": ">= 0",
     "worker.actor.importance_sampling_cap": "> 0",
     "worker.actor.ulysses_size": ">= 1",
+    "worker.actor.model.max_kept_layers": ">= 0",
     "worker.actor.model.lora.rank": ">= 0",
     "worker.actor.model.lora.alpha": ">= 1",
     "worker.actor.optim.lr": ">= 0",

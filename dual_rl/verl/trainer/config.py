@@ -81,6 +81,8 @@ class ModelConfig:
     freeze_vision_tower: bool = True
     enable_gradient_checkpointing: bool = True
     """Compute activations again in the backward pass where they do not fit into the device's memory (CPUs: always)."""
+    max_kept_layers: int | None = None
+    """Most layers that keep their activations on a GPU, by default as many as fit; 0 takes the least memory."""
     enable_compile: bool = True
     """Fuse the text layers with torch.compile, on GPUs; the first step takes a minute longer."""
     lora: LoraConfig = field(default_factory=LoraConfig)

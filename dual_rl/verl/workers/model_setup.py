@@ -114,7 +114,8 @@ def assemble_runtime(checkpoint: PolicyCheckpoint, config: Config, rank: Rank) -
     if actor_config.model.enable_gradient_checkpointing and sequence_group is None:
         # Ranks that share a row repeat its exchanges together and would have to choose together.
         trained = [parameter for parameter in actor.parameters() if parameter.requires_grad]
-        activations = ActivationPlan(actor.text_layers, trained, rank.device)
+        max_kept = actor_config.model.max_kept_layers
+        activations = ActivationPlan(actor.text_layers, trained, rank.device, max_kept=max_kept)
     return PolicyRuntime(
         rank=rank,
         checkpoint=dataclasses.replace(checkpoint, weights=None),

@@ -135,8 +135,9 @@ def iterate_weights(model: PolicyModel, *, dtype: torch.dtype) -> Iterator[tuple
     for name, parameter in parameters.items():
         if ".lora_" in name:
             continue
-        whole = gather_tensor(parameter)
-        if ".base_layer." in name:
+        is_adapted = ".base_layer." in name
+        whole = gather_tensor(parameter if is_adapted else parameter.detach().to(dtype))  # half the bytes to gather
+        if is_adapted:
             down = gather_tensor(parameters[name.replace("base_layer", "lora_A.default")])
             up = gather_tensor(parameters[name.replace("base_layer", "lora_B.default")])
             whole = whole.float() + scale * (up.float() @ down.float())

@@ -1,0 +1,102 @@
+"""Which layers keep their activations: by what a device has room for. The device's own numbers are given here."""
+
+import pytest
+import torch
+from torch import nn
+
+from verl.model.recompute import ActivationPlan
+
+GIB = 2**30
+TOTAL = 80 * GIB
+
+
+class Layer(nn.Module):
+    gradient_checkpointing = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Device:
+    """What CUDA would say; `allocated` grows by `bytes_of_layer` in a layer that keeps."""
+
+    def __init__(self, monkeypatch, *, free: int, allocated: int = 10 * GIB, cached: int = 0) -> None:
+        self.free, self.allocated, self.cached = free, allocated, cached
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (self.free, TOTAL))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: self.allocated)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: self.allocated + self.cached)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def make_plan(num_layers: int = 10, trained=(), **options) -> ActivationPlan:
+    layers = [Layer() for _ in range(num_layers)]
+    return ActivationPlan(layers, list(trained), torch.device("cuda"), **options)
+
+
+def recomputed(plan: ActivationPlan) -> list[bool]:
+    return [layer.gradient_checkpointing for layer in plan.layers]
+
+
+def measure(plan: ActivationPlan, device: Device, *, num_tokens: int, bytes_of_layer: int) -> None:
+    """The first pass, in which the last layer is seen to keep so much."""
+    plan.prepare(num_tokens)
+    original = Layer.forward
+
+    def keep(self, x):
+        device.allocated += bytes_of_layer
+        return original(self, x)
+
+    plan.layers[-1].forward = plan._measured(keep.__get__(plan.layers[-1]))
+    plan.layers[-1](torch.zeros(1))
+
+
+def test_the_first_pass_keeps_one_layer_and_later_ones_what_fits(monkeypatch):
+    device = Device(monkeypatch, free=40 * GIB)
+    plan = make_plan()
+    plan.start()
+    measure(plan, device, num_tokens=1000, bytes_of_layer=4 * GIB)
+    assert recomputed(plan) == [True] * 9 + [False]
+    plan.prepare(1000)  # 40 less 3 and 6% of 80, by 4: 8 layers, of which 2 are room to work in
+    assert recomputed(plan) == [True] * 4 + [False] * 6
+    plan.prepare(500)
+    assert recomputed(plan) == [False] * 10
+    plan.prepare(100_000)
+    assert recomputed(plan) == [True] * 10
+
+
+def test_cached_memory_counts_but_not_what_was_cached_before_the_step(monkeypatch):
+    device = Device(monkeypatch, free=20 * GIB, cached=20 * GIB)
+    plan = make_plan()
+    plan.start()  # the cache of a sleeping engine
+    measure(plan, device, num_tokens=1000, bytes_of_layer=4 * GIB)
+    plan.prepare(1000)
+    assert plan.num_kept == 1
+    device.cached += 20 * GIB
+    plan.prepare(1000)
+    assert plan.num_kept == 6
+
+
+def test_gradients_that_are_still_to_come_take_room(monkeypatch):
+    device = Device(monkeypatch, free=40 * GIB)
+    parameter = nn.Parameter(torch.empty(3 * GIB, device="meta"))  # 12 GiB in fp32
+    plan = make_plan(trained=[parameter])
+    measure(plan, device, num_tokens=1000, bytes_of_layer=4 * GIB)
+    plan.prepare(1000)
+    assert plan.num_kept == 3
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(0, 0), (2, 2), (99, 6), (None, 6)])
+def test_a_limit_keeps_fewer(monkeypatch, limit, expected):
+    device = Device(monkeypatch, free=40 * GIB)
+    plan = make_plan(max_kept=limit)
+    measure(plan, device, num_tokens=1000, bytes_of_layer=4 * GIB)
+    plan.prepare(1000)
+    assert plan.num_kept == expected
+
+
+def test_on_a_cpu_every_layer_recomputes():
+    layers = [Layer(), Layer()]
+    plan = ActivationPlan(layers, [], torch.device("cpu"))
+    plan.start()
+    plan.prepare(10)
+    assert all(layer.gradient_checkpointing for layer in layers)
