@@ -84,6 +84,8 @@ def test_a_run_writes_everything_users_expect(workplace):
         "trainer.val_freq": 1,
         "trainer.logger": "[console,file,tensorboard]",
         "worker.actor.model.lora.rank": 4,
+        "worker.actor.offload.offload_params": True,
+        "worker.actor.offload.offload_optimizer": True,
     }
     folder = workplace.root / "run"
     run = run_command(folder, workplace.arguments(folder, settings))
@@ -148,8 +150,9 @@ def test_a_run_continues_on_another_number_of_ranks(uninterrupted, workplace):
     [
         {"worker.actor.fsdp.fsdp_size": 1, "worker.ref.fsdp.fsdp_size": 1},
         {"worker.actor.fsdp.enable_cpu_offload": True, "worker.ref.fsdp.enable_cpu_offload": True},
+        {"worker.actor.offload.offload_params": True, "worker.ref.offload.offload_params": True},
     ],
-    ids=["hybrid sharding", "CPU offload"],
+    ids=["hybrid sharding", "CPU offload", "weights given up"],
 )
 def test_other_ways_of_sharding_train_the_same(uninterrupted, workplace, settings):
     run = workplace.run(settings={**TWO_RANKS, **settings})

@@ -77,7 +77,6 @@ class Worker:
         dtype = resolve_precision(self.config.worker.rollout.precision, self.rank.device)
         self.engine.load_weights(iterate_weights(self.runtime.actor, dtype=dtype))
         self._release_policy()
-        self._release_device_memory()
 
     def generate(
         self, pairs: Sequence[PreferencePair], prompts: Sequence[ray.ObjectRef], sampling: Sampling
@@ -140,6 +139,7 @@ class Worker:
         save_actor(target, self.runtime, dtype=dtype)
         if not self.config.trainer.save_model_only:
             save_training_state(target, self.runtime.actor, self.runtime.optimizer)
+        self._release_policy()
 
     def load(self, folder: str) -> None:
         """Continue from what `save` wrote, on any number of ranks, and hand the weights over."""
@@ -178,6 +178,7 @@ class Worker:
         """Give up the device memory of the weights, where `offload_params` asks for that."""
         for weights in self.offloaded_weights:
             weights.release()
+        self._release_device_memory()
 
     def _memory_metrics(self) -> dict[str, float]:
         """Device memory while responses are written and in the update, whose peak the allocator still holds.
