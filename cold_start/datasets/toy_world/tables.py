@@ -120,7 +120,7 @@ def build_tables(pairs: dict[str, Sequence[Pair]], judge_problem: Callable[[str]
     tables: dict[str, list[Row]] = {}
     if any(pairs.get(split) for split in COMPARED_SPLITS):
         tables[HELD_OUT_FILE] = [held_out_row(pair) for split in HELD_OUT_SETS for pair in pairs.get(split, ())]
-    for split in SPLITS:
+    for split in (split for split in SPLITS if split in pairs):
         of_split = pairs[split]
         tables[f"{split}.csv"] = [training_row(pair, judge_problem(pair.prompt)) for pair in of_split]
         tables[f"{split}_rl.csv"] = [rl_row(pair, judge_problem(pair.prompt)) for pair in of_split]
