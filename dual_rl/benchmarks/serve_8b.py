@@ -4,11 +4,13 @@
 
 `--work` is what benchmarks/make_work.py wrote; any reward model and CSV of pairs will do (`--model`, `--data`). Both
 score the same videos with the same flags: offline `RewardModel`, as inference.py uses it; then serve.py in a process
-of its own, asked by several clients at a time for one batch each, by paths on the server. Rewards must agree.
+of its own, asked by several clients at a time for one batch each, by paths on the server. Rounds have prompts of their
+own, so that no cache helps; the median round counts. Rewards must agree.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -26,12 +28,25 @@ DUAL_RL = Path(__file__).resolve().parents[1]
 WARMUP_VIDEOS = 4
 
 
-def read_videos(path: Path, count: int) -> tuple[list[str], list[str]]:
-    """Paths of the first `count` videos of a CSV of pairs, and prompts for them."""
+def read_videos(path: Path, count: int) -> list[str]:
+    """Paths of the first `count` videos of a CSV of pairs."""
     pairs = read_pairs(path, DataConfig(train_files=str(path)))
     videos = [video for pair in pairs for video in pair.videos][:count]
     assert len(videos) == count, f"{path} has {len(videos)} videos, {count} are asked for"
-    return videos, [f"clip {number} drifts over a plain background" for number in range(count)]
+    return videos
+
+
+def run_rounds(score, options: argparse.Namespace) -> dict:
+    """`seconds` of each round and `rewards` of all. `score`: videos and prompts to rewards, in order."""
+    videos = read_videos(options.data, options.videos)
+    score(videos[:WARMUP_VIDEOS], ["warm up"] * WARMUP_VIDEOS)
+    seconds, rewards = [], []
+    for number in range(options.rounds):
+        prompts = [f"clip {video} of round {number} drifts over a plain background" for video in range(len(videos))]
+        start = time.perf_counter()
+        rewards += score(videos, prompts)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds, "rewards": rewards}
 
 
 def score_offline(options: argparse.Namespace) -> dict:
@@ -39,49 +54,42 @@ def score_offline(options: argparse.Namespace) -> dict:
     from verl.inference.reward_model import RewardModel
     from verl.inference.scoring import ScoringSettings
 
-    videos, texts = read_videos(options.data, options.videos)
     settings = ScoringSettings(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens)
     with RewardModel.from_pretrained(options.model, settings=settings) as model:
-        model.score(videos[:WARMUP_VIDEOS], texts[:WARMUP_VIDEOS])
-        model.engine.llm.reset_prefix_cache()
-        start = time.perf_counter()
-        rewards = model.score(videos, texts).rewards
-        return {"seconds": time.perf_counter() - start, "rewards": rewards}
+        return run_rounds(lambda videos, prompts: model.score(videos, prompts).rewards, options)
 
 
 def score_by_server(options: argparse.Namespace) -> dict:
     """By a server that starts with the same flags."""
-    videos, texts = read_videos(options.data, options.videos)
+    root = str(Path(read_videos(options.data, 1)[0]).parent)
     command = [
         sys.executable, str(DUAL_RL / "serve.py"), "--model_ckpt", str(options.model), "--port", str(options.port),
-        "--roots", str(Path(videos[0]).parent), "--batch_size", str(options.batch_size),
-        "--max_new_tokens", str(options.max_new_tokens),
+        "--roots", root, "--batch_size", str(options.batch_size), "--max_new_tokens", str(options.max_new_tokens),
     ]  # fmt: skip
     server = subprocess.Popen(command)
-    try:
-        client = RewardClient(f"http://127.0.0.1:{options.port}", timeout=600)
-        client.wait_until_ready(seconds=900)
+    client = RewardClient(f"http://127.0.0.1:{options.port}", timeout=600)
 
-        def ask(numbers: range) -> list[float]:
-            scores = client.score([ServerPath(videos[n]) for n in numbers], [texts[n] for n in numbers])
-            assert all(score.error is None for score in scores), scores
-            return [score.reward for score in scores]
+    def ask(videos: list[str], prompts: list[str]) -> list[float]:
+        scores = client.score([ServerPath(video) for video in videos], prompts)
+        assert all(score.error is None for score in scores), scores
+        return [score.reward for score in scores]
 
-        ask(range(WARMUP_VIDEOS))
-        start = time.perf_counter()
-        batches = [range(len(videos))[n :: options.clients] for n in range(options.clients)]
+    def ask_in_parallel(videos: list[str], prompts: list[str]) -> list[float]:
+        rewards = [0.0] * len(videos)
+        shares = [range(len(videos))[n :: options.clients] for n in range(min(options.clients, len(videos)))]
         with ThreadPoolExecutor(options.clients) as pool:
-            answers = list(pool.map(ask, batches))
-        seconds = time.perf_counter() - start
+            jobs = [pool.submit(ask, [videos[n] for n in share], [prompts[n] for n in share]) for share in shares]
+        for share, job in zip(shares, jobs, strict=True):
+            for number, reward in zip(share, job.result(), strict=True):
+                rewards[number] = reward
+        return rewards
+
+    try:
+        client.wait_until_ready(seconds=900)
+        return run_rounds(ask_in_parallel, options)
     finally:
         server.terminate()
         server.wait(60)
-    rewards = {
-        n: reward
-        for batch, answer in zip(batches, answers, strict=True)
-        for n, reward in zip(batch, answer, strict=True)
-    }
-    return {"seconds": seconds, "rewards": [rewards[n] for n in range(len(videos))]}
 
 
 PARTS = {"offline": score_offline, "server": score_by_server}
@@ -94,6 +102,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="default: WORK/train.csv")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--videos", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_new_tokens", type=int, default=400)
@@ -111,11 +120,12 @@ def main() -> None:
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         results[part] = json.loads(output.splitlines()[-1])
     distances = [abs(a - b) for a, b in zip(results["offline"]["rewards"], results["server"]["rewards"], strict=True)]
-    rates = {part: options.videos / result["seconds"] for part, result in results.items()}
+    rates = {part: options.videos / statistics.median(result["seconds"]) for part, result in results.items()}
     result = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
-        **{name: getattr(options, name) for name in ("videos", "clients", "batch_size", "max_new_tokens")},
+        **{name: getattr(options, name) for name in ("videos", "rounds", "clients", "batch_size", "max_new_tokens")},
+        "seconds": {part: result["seconds"] for part, result in results.items()},
         "videos_per_second": rates,
         "server_by_offline": rates["server"] / rates["offline"],
         "largest_distance_of_rewards": max(distances),
