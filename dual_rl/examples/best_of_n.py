@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from verl.data.scored_sequence import judge_problem
 from verl.inference.best_of_n import Candidates, build_tasks, find_candidates
 from verl.inference.reward_model import RewardModel
