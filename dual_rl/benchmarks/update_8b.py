@@ -42,6 +42,7 @@ from verl.workers.updater import Updater
 
 GIB = 2**30
 ADAPTER_STD = 0.01
+PORT = 29511
 CHECK_LAYERS = 4
 CHECK_SHAPE = WorkShape(pairs=1, n=3, prompt_tokens=1300, response_tokens=(100, 300))
 GROWTH = {
@@ -85,11 +86,10 @@ class Ours:
     """Our update on one rank, as a worker runs it."""
 
     def __init__(self, options: argparse.Namespace, *, layers: int) -> None:
-        if not torch.distributed.is_initialized():
-            self.rank = join_process_group(index=0, world_size=1, address="localhost", port=29511)
+        rank = join_process_group(index=0, world_size=1, address="localhost", port=PORT)
         checkpoint = make_checkpoint(options, layers=layers, dtype=torch.bfloat16)
         config = make_config(options)
-        self.runtime: PolicyRuntime = assemble_runtime(checkpoint, config, self.rank)
+        self.runtime: PolicyRuntime = assemble_runtime(checkpoint, config, rank)
         fill_adapters(self.runtime.actor)
         micro_batch_size = config.worker.actor.micro_batch_size_per_device_for_experience
         self.experience = ExperienceMaker(self.runtime, micro_batch_size=micro_batch_size, temperature=1.0)
