@@ -149,11 +149,6 @@ class RowFlops:
         """What the mathematics of `lora_update` asks for: nothing twice."""
         return 2 * self.linear + 3 * self.adapters + 3 * self.attention + 2 * self.head
 
-    def full_update(self, *, recomputed_share: float) -> float:
-        """Forward and backward with every weight of the text model trained."""
-        forward = self.linear + self.attention
-        return forward * (1 + recomputed_share) + 2 * self.linear + 2.5 * self.attention + 4 * self.head
-
 
 def linear_weights(config: Qwen3VLConfig) -> int:
     """Weights of the text layers' matrices."""

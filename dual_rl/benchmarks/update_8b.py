@@ -265,7 +265,7 @@ def run_original(options: argparse.Namespace) -> dict:
     _reset_peak()
     runs = [run_original_step(original, work) for _ in range(2)]
     phases = min(runs, key=lambda run: run["old"] + run["reference"] + run["update"])  # the faster of both
-    tokens = sum(prompt * 8 for prompt in work.rollouts[0].prompt_tokens)
+    tokens = sum(prompt * len(work.rollouts[0].responses_a) for prompt in work.rollouts[0].prompt_tokens)
     tokens += sum(len(response.cot_ids) + 2 for response in work.rollouts[0].responses)
     return {
         "pairs": 1,

@@ -1,9 +1,10 @@
-"""Which layers keep their activations: by what a device has room for. The device's own numbers are given here."""
+"""Which layers keep their activations, in both stages: by what a device has room for. Its numbers are given here."""
 
 import pytest
 import torch
 from torch import nn
 
+import recompute
 from verl.model.recompute import ActivationPlan
 
 GIB = 2**30
@@ -28,9 +29,18 @@ class Device:
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
 
-def make_plan(num_layers: int = 10, trained=(), **options) -> ActivationPlan:
-    layers = [Layer() for _ in range(num_layers)]
-    return ActivationPlan(layers, list(trained), torch.device("cuda"), **options)
+PLANS = {"stage 1": recompute.ActivationPlan, "stage 2": ActivationPlan}
+
+
+@pytest.fixture(params=PLANS.values(), ids=PLANS)
+def kind(request):
+    """The class of either stage."""
+    return request.param
+
+
+def make_plan(kind=ActivationPlan, trained=(), **options) -> ActivationPlan:
+    layers = [Layer() for _ in range(10)]
+    return kind(layers, list(trained), torch.device("cuda"), **options)
 
 
 def recomputed(plan: ActivationPlan) -> list[bool]:
@@ -50,10 +60,9 @@ def measure(plan: ActivationPlan, device: Device, *, num_tokens: int, bytes_of_l
     plan.layers[-1](torch.zeros(1))
 
 
-def test_the_first_pass_keeps_one_layer_and_later_ones_what_fits(monkeypatch):
+def test_the_first_pass_keeps_one_layer_and_later_ones_what_fits(monkeypatch, kind):
     device = Device(monkeypatch, free=40 * GIB)
-    plan = make_plan()
-    plan.start()
+    plan = make_plan(kind)
     measure(plan, device, num_tokens=1000, bytes_of_layer=4 * GIB)
     assert recomputed(plan) == [True] * 9 + [False]
     plan.prepare(1000)  # 40 less 3 and 6% of 80, by 4: 8 layers, of which 2 are room to work in
@@ -76,27 +85,26 @@ def test_cached_memory_counts_but_not_what_was_cached_before_the_step(monkeypatc
     assert plan.num_kept == 6
 
 
-def test_gradients_that_are_still_to_come_take_room(monkeypatch):
+def test_gradients_that_are_still_to_come_take_room(monkeypatch, kind):
     device = Device(monkeypatch, free=40 * GIB)
     parameter = nn.Parameter(torch.empty(3 * GIB, device="meta"))  # 12 GiB in fp32
-    plan = make_plan(trained=[parameter])
+    plan = make_plan(kind, trained=[parameter])
     measure(plan, device, num_tokens=1000, bytes_of_layer=4 * GIB)
     plan.prepare(1000)
     assert plan.num_kept == 3
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(0, 0), (2, 2), (99, 6), (None, 6)])
-def test_a_limit_keeps_fewer(monkeypatch, limit, expected):
+def test_a_limit_keeps_fewer(monkeypatch, kind, limit, expected):
     device = Device(monkeypatch, free=40 * GIB)
-    plan = make_plan(max_kept=limit)
+    plan = make_plan(kind, max_kept=limit)
     measure(plan, device, num_tokens=1000, bytes_of_layer=4 * GIB)
     plan.prepare(1000)
     assert plan.num_kept == expected
 
 
-def test_on_a_cpu_every_layer_recomputes():
+def test_on_a_cpu_every_layer_recomputes(kind):
     layers = [Layer(), Layer()]
-    plan = ActivationPlan(layers, [], torch.device("cpu"))
-    plan.start()
+    plan = kind(layers, [], torch.device("cpu"))
     plan.prepare(10)
     assert all(layer.gradient_checkpointing for layer in layers)
