@@ -69,7 +69,8 @@ class Repository:
         """
         path = path.rstrip("/")
         folders = [str(parent) for parent in Path(readme).parents]
-        if any(self.exists(join(folder, path)) for folder in folders):
+        places = [join(folder, path) for folder in folders]
+        if any(self.exists(place) or is_below(place, WRITTEN) for place in places):
             return True
         if "/" not in path and path in self.names:
             return True
