@@ -40,6 +40,7 @@ class ActivationPlan:
         self.max_kept = len(layers) if max_kept is None else min(max_kept, len(layers))
         self.is_active = device.type == "cuda"
         self.num_kept = 0
+        self._num_tokens = 0  # of the row that `prepare` was called for
         self._bytes_per_token: float | None = None
         if self.is_active:
             layers[-1].forward = self._measured(layers[-1].forward)
@@ -67,7 +68,7 @@ class ActivationPlan:
         def measure(*arguments, **named):
             before = torch.cuda.memory_allocated(self.device)
             output = forward(*arguments, **named)
-            if torch.is_grad_enabled() and self._bytes_per_token is None:
+            if torch.is_grad_enabled() and self._num_tokens and self._bytes_per_token is None:
                 self._bytes_per_token = (torch.cuda.memory_allocated(self.device) - before) / self._num_tokens
             return output
 

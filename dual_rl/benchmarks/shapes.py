@@ -145,6 +145,10 @@ class RowFlops:
         backward = self.linear + 2 * self.adapters + 2.5 * self.attention
         return forward * (1 + recomputed_share) + backward + 2 * self.head
 
+    def attention_update(self, *, recomputed_share: float) -> float:
+        """Attention's part of `lora_update`."""
+        return self.attention * (3.5 + recomputed_share)
+
     def lora_model(self) -> float:
         """What the mathematics of `lora_update` asks for: nothing twice."""
         return 2 * self.linear + 3 * self.adapters + 3 * self.attention + 2 * self.head

@@ -12,11 +12,6 @@ from pathlib import Path
 import torch
 
 SHOWN = (
-    "timing/seconds/step",
-    "timing/seconds/generate",
-    "timing/seconds/prepare",
-    "timing/seconds/update",
-    "timing/seconds/hand_over",
     "perf/packed_tokens",
     "perf/tokens_per_second_per_device",
     "perf/update_memory_gib",
@@ -42,6 +37,7 @@ def main() -> None:
     lines = [json.loads(line) for line in (arguments.run / "train_log.jsonl").read_text().splitlines()]
     steps = [without_saving(line) for line in lines if "timing/seconds/step" in line]
     later = steps[1:] or steps
+    phases = sorted(name for name in later[0] if name.startswith("timing/seconds/"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     result = {
         "device": device,
@@ -49,7 +45,9 @@ def main() -> None:
         "settings": arguments.settings,
         "num_steps": len(steps),
         "seconds_by_step": [round(line["timing/seconds/step"], 2) for line in steps],
-        "median": {name: statistics.median(line[name] for line in later) for name in SHOWN if name in later[0]},
+        "median": {
+            name: statistics.median(line[name] for line in later) for name in (*phases, *SHOWN) if name in later[0]
+        },
         "save_seconds": steps[-1].get("timing/seconds/save"),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

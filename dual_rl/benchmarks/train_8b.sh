@@ -11,12 +11,13 @@ RESULT="${RESULT:-$WORK/result.json}"
 PAIRS="${PAIRS:-8}"                       # per step; the paper's setting is 128
 STEPS="${STEPS:-3}"
 GPUS="${GPUS:-$(nvidia-smi --list-gpus | wc -l)}"
+LAYERS="${LAYERS:-36}"                    # text layers; fewer where all weights are to be trained on one card
 TOKENIZER="${TOKENIZER:-../cold_start/model/tiny_base}"
 
-[[ -f "$WORK/train.csv" ]] || PYTHONPATH=".:${PYTHONPATH:-}" python benchmarks/make_work.py --output "$WORK" --tokenizer "$TOKENIZER" --pairs $((PAIRS * 2))
+[[ -f "$WORK/train.csv" ]] || PYTHONPATH=".:${PYTHONPATH:-}" python benchmarks/make_work.py --output "$WORK" --tokenizer "$TOKENIZER" --pairs $((PAIRS * 2)) --layers "$LAYERS"
 rm -rf "$WORK/run"
 python -m verl.trainer.main config=examples/config.yaml data.train_files="$WORK/train.csv" \
-  data.max_prompt_length=4096 data.max_response_length=600 \
+  data.max_prompt_length=4096 data.max_response_length=1000 \
   data.rollout_batch_size="$PAIRS" worker.actor.global_batch_size="$PAIRS" \
   worker.actor.model.model_path="$WORK/model" \
   worker.reward.reward_function=examples/reward_function/r1ta_subdim_head.py:compute_score \

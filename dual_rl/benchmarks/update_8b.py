@@ -9,7 +9,8 @@ its own. `--tiny --layers 2 --pairs 2` tries the script on a CPU.
 - ours: `ExperienceMaker` and `Updater`, as the trainer runs them.
 - original: benchmarks/original.py.
 - check: both again with few text layers, and the original in fp32: how far the gradients of each are from that.
-- growth: ours over responses a video, their length, and the video's length.
+
+benchmarks/growth_8b.py measures how ours grows with the work.
 """
 
 import argparse
@@ -45,11 +46,6 @@ ADAPTER_STD = 0.01
 PORT = 29511
 CHECK_LAYERS = 4
 CHECK_SHAPE = WorkShape(pairs=1, n=3, prompt_tokens=1300, response_tokens=(100, 300))
-GROWTH = {
-    "n": [{"n": 2}, {"n": 4}, {"n": 8}, {"n": 16}],
-    "response_tokens": [{"response_tokens": (m, m)} for m in (300, 600, 1200)],
-    "frames": [{"frames": (m, m), "prompt_tokens": 1300 + 98 * m} for m in (4, 12, 24)],
-}
 
 
 def make_config(options: argparse.Namespace) -> Config:
@@ -122,8 +118,8 @@ class Ours:
         self.runtime.optimizer.register_step_pre_hook(keep)
 
     def row_flops(self, work: Work) -> dict[str, float]:
-        """Executed and needed operations of a step, by phase."""
-        totals = dict.fromkeys(("vision", "reference", "update", "update_needed"), 0.0)
+        """Operations of a step: executed ones by phase, and those of the update that are needed or are attention."""
+        totals = dict.fromkeys(("vision", "reference", "update", "update_needed", "update_attention"), 0.0)
         config, rank = self.runtime.checkpoint.config, self.updater.actor_config.model.lora.rank
         shard = Shard((work.rollouts,), dict(work.prompts))
         num_layers = config.text_config.num_hidden_layers
@@ -135,6 +131,7 @@ class Ours:
             totals["reference"] += count_row_flops(packed, config).forward()
             totals["update"] += flops.lora_update(recomputed_share=recomputed)
             totals["update_needed"] += flops.lora_model()
+            totals["update_attention"] += flops.attention_update(recomputed_share=recomputed)
         return totals
 
 
@@ -162,12 +159,12 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
-def _peak_gib() -> float:
+def peak_gib() -> float:
     return torch.cuda.max_memory_allocated() / GIB if DEVICE == "cuda" else 0.0
 
 
@@ -225,7 +222,7 @@ def run_ours(options: argparse.Namespace) -> dict:
     ours.run(work.first(2))
     compiled = time.perf_counter() - start
     ours.run(work)
-    _reset_peak()
+    reset_peak()
     runs = [ours.run(work) for _ in range(options.repeats)]
     phases = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     flops = ours.row_flops(work)
@@ -240,7 +237,7 @@ def run_ours(options: argparse.Namespace) -> dict:
         "tflops_executed": {name: flops[name] / TERA / phases[name] for name in ("vision", "reference", "update")},
         "tflops_needed_by_update": flops["update_needed"] / TERA / phases["update"],
         "first_pair_loss": {"loss": one["loss"], "bt": one["bt"]},
-        "peak_memory_gib": _peak_gib(),
+        "peak_memory_gib": peak_gib(),
         "ceilings": measure_ceilings(),
     }
     if options.profile:
@@ -262,7 +259,7 @@ def run_original(options: argparse.Namespace) -> dict:
     warm = dataclasses.replace(work.rollouts[0], responses_a=work.rollouts[0].responses_a[:1])
     warm = dataclasses.replace(warm, responses_b=work.rollouts[0].responses_b[:1])
     run_original_step(original, dataclasses.replace(work, rollouts=(warm,)))
-    _reset_peak()
+    reset_peak()
     runs = [run_original_step(original, work) for _ in range(2)]
     phases = min(runs, key=lambda run: run["old"] + run["reference"] + run["update"])  # the faster of both
     tokens = sum(prompt * len(work.rollouts[0].responses_a) for prompt in work.rollouts[0].prompt_tokens)
@@ -273,7 +270,7 @@ def run_original(options: argparse.Namespace) -> dict:
         "seconds": phases,
         "runs": runs,
         "pairs_per_second": 1 / (phases["old"] + phases["reference"] + phases["update"]),
-        "peak_memory_gib": _peak_gib(),
+        "peak_memory_gib": peak_gib(),
     }
 
 
@@ -308,36 +305,26 @@ def run_check(options: argparse.Namespace) -> dict:
     }
 
 
-def run_growth(options: argparse.Namespace) -> dict:
-    ours = Ours(options, layers=options.layers)
-    result = {}
-    for axis, changes in GROWTH.items():
-        result[axis] = []
-        for change in changes:
-            work = make_work(ours.runtime.builder, WorkShape(pairs=1, **change))
-            ours.run(work)
-            _reset_peak()
-            run = ours.run(work)
-            memory = _peak_gib()
-            tokens = work.rollouts[0].num_tokens
-            result[axis].append({**change, "packed_tokens": tokens, **run, "peak_memory_gib": memory})
-    return result
+PARTS = {"check": run_check, "ours": run_ours, "original": run_original}
 
 
-PARTS = {"check": run_check, "ours": run_ours, "original": run_original, "growth": run_growth}
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Flags that say which model and settings are measured."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--tokenizer", default="../cold_start/model/tiny_base")
     parser.add_argument("--layers", type=int, default=36)
-    parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--lora_rank", type=int, default=64)
     parser.add_argument("--no_compile", action="store_true", help="leave the layers as transformers has them")
     parser.add_argument("--max_kept_layers", type=int, help="0: the least memory")
     parser.add_argument("--tiny", action="store_true", help="small layers, to try the script")
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", type=Path, help="write the kernels of one pair's step here")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--one_part", choices=PARTS, help="run this part in this process")
