@@ -38,6 +38,7 @@ def main() -> None:
     steps = [without_saving(line) for line in lines if "timing/seconds/step" in line]
     later = steps[1:] or steps
     phases = sorted(name for name in later[0] if name.startswith("timing/seconds/"))
+    shown = [name for name in (*phases, *SHOWN) if name in later[0]]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     result = {
         "device": device,
@@ -45,9 +46,7 @@ def main() -> None:
         "settings": arguments.settings,
         "num_steps": len(steps),
         "seconds_by_step": [round(line["timing/seconds/step"], 2) for line in steps],
-        "median": {
-            name: statistics.median(line[name] for line in later) for name in (*phases, *SHOWN) if name in later[0]
-        },
+        "median": {name: statistics.median(line[name] for line in later) for name in shown},
         "save_seconds": steps[-1].get("timing/seconds/save"),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
