@@ -26,6 +26,7 @@ DARK, MIDDLE, LIGHT, PALE, BRIGHT = "#1b2430", "#1d4e89", "#7fa7d0", "#e4e4e4", 
 BARS = {  # color and hatch, in the order of NAMES
     "discriminative": (PALE, ""),
     "coupled": (BRIGHT, "//"),
+    "coupled_fast": ("white", "//"),
     "stage1": (LIGHT, ".."),
     "descore": (MIDDLE, ""),
     "stage1_short": ("white", "xx"),

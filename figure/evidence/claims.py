@@ -17,6 +17,7 @@ Model = tuple[str, str]
 NAMES = {
     ("discriminative", MASKED): "discriminative, no thought",
     ("coupled", TEXT): "generative, score in the text",
+    ("coupled_fast", TEXT): "generative, learning rate x 4",
     ("stage1", OWN): "DeScore, stage 1 only",
     ("descore", OWN): "DeScore, both stages",
     ("stage1_short", OWN): "stage 1, where stage 2 begins",
@@ -42,6 +43,7 @@ class Claim:
 CLAIMS = (
     Claim("DeScore beats the discriminative model", ("descore", OWN), ("discriminative", MASKED)),
     Claim("DeScore beats the generative model", ("descore", OWN), ("coupled", TEXT)),
+    Claim("DeScore beats the generative model, learning rate x 4", ("descore", OWN), ("coupled_fast", TEXT)),
     Claim("stage 1 alone beats the discriminative model", ("stage1", OWN), ("discriminative", MASKED)),
     Claim("stage 1 alone beats the generative model", ("stage1", OWN), ("coupled", TEXT)),
     Claim("both stages beat stage 1 of the same budget", ("descore", OWN), ("stage1", OWN)),

@@ -46,7 +46,11 @@ REINFORCED = {  # ablations of stage 2
     "bt_off": ("worker.actor.bt_weight=0",),
     "misattached": (f"worker.reward.reward_function={MISATTACHED}",),
 }
-MAIN_ARMS = ("discriminative", "coupled", "stage1", "descore", "stage1_short")
+COUPLED = {  # the generative model; DeScore's learning rate need not be the best for it
+    "coupled": (),
+    "coupled_fast": ("worker.actor.optim.lr=2e-4",),
+}
+MAIN_ARMS = ("discriminative", *COUPLED, "stage1", "descore", "stage1_short")
 """The four models, and stage 1 where stage 2 takes over: an earlier checkpoint of the same run."""
 OWN, MASKED = "own", "masked"
 """How a model is scored: after the chain of thought that it writes, or without one."""
@@ -129,13 +133,15 @@ class Plan:
             self._add_stage1(arm, seed, *flags, steps=size.long_steps)
         preference = (f"worker.reward.reward_function={PREFERENCE}",)
         settings = ("worker.actor.bt_weight=0", "worker.actor.model.trainable_head=false", *preference)
-        self._add_stage2("coupled", seed, *settings, start=("base_0", 1), steps=size.coupled_steps)
+        for arm, further in COUPLED.items():
+            self._add_stage2(arm, seed, *settings, *further, start=("base_0", 1), steps=size.coupled_steps)
         self._add_stage2("descore", seed, start=(f"stage1_{seed}", size.short_steps), steps=size.rl_steps)
         self._score("stage1_short", seed, run="stage1", steps=size.short_steps)
         self._score("stage1", seed, steps=size.long_steps)
         self._score("discriminative", seed, steps=size.long_steps, read=MASKED)
         self._score("descore", seed, steps=size.rl_steps)
-        self._score("coupled", seed, steps=size.coupled_steps)
+        for arm in COUPLED:
+            self._score(arm, seed, steps=size.coupled_steps)
 
     def _add_ablations(self, seed: int) -> None:
         short = self.size.short_steps

@@ -3,7 +3,10 @@
 from evidence.plan import MAIN_ARMS, MASKED, OWN
 from evidence.results import SETS
 
-CORRECT = {"discriminative": "0101", "coupled": "0111", "stage1": "0111", "descore": "1111", "stage1_short": "0110"}
+CORRECT = {
+    "discriminative": "0101", "coupled": "0111", "coupled_fast": "0101", "stage1": "0111", "descore": "1111",
+    "stage1_short": "0110",
+}  # fmt: skip
 
 
 def make_score(arm: str, seed: int, name: str, *, read: str, correct: str) -> dict:
@@ -15,7 +18,7 @@ def make_score(arm: str, seed: int, name: str, *, read: str, correct: str) -> di
 
 def make_content(seeds: tuple[int, ...] = (1, 2)) -> dict:
     """Four pairs a set, of which a model gets the same right in every set and seed; curves of three steps."""
-    reads = {"discriminative": MASKED, "coupled": "text"}
+    reads = {"discriminative": MASKED, "coupled": "text", "coupled_fast": "text"}
     scores = [
         make_score(arm, seed, name, read=reads.get(arm, OWN), correct=CORRECT[arm])
         for arm in MAIN_ARMS for seed in seeds for name in SETS

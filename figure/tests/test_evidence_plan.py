@@ -132,6 +132,7 @@ def test_baselines_differ_from_descore_in_nothing_but_what_they_are():
         "trainer.max_steps",
     }  # fmt: skip
     assert "base_0" in plan.jobs["coupled_1"].needs
+    assert set(plan.jobs["coupled_fast_1"].command) - coupled == {"worker.actor.optim.lr=2e-4"}
     stage1, discriminative = (plan.jobs[f"{arm}_1"].command for arm in ("stage1", "discriminative"))
     assert set(discriminative) - set(stage1) == {"--drop_prob", "1.0"}
 
