@@ -6,6 +6,10 @@
 #   bash train.sh                                   the shipped example
 #   DATA=my.csv OUTPUT_DIR=output/mine bash train.sh
 #   DATA=my.csv bash train.sh --loss_type btt --num_train_epochs 2      any flag of train_reward.py
+#
+# On several nodes, the same on each of them with its own NODE_RANK (0 is the one that MASTER_ADDR names):
+#
+#   HOSTFILE=hosts NODE_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 DATA=my.csv bash train.sh
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -17,6 +21,12 @@ EVAL_DATA="${EVAL_DATA:-}"                              # held-out CSV of the sa
 OUTPUT_DIR="${OUTPUT_DIR:-$here/output}"                # checkpoint-N/ folders and logs
 DS_CONFIG="${DS_CONFIG:-$here/ds_config/zero2.json}"    # zero0, zero2 or zero3
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+HOSTFILE="${HOSTFILE:-}"                                # of several nodes: a line "HOST slots=GPUS" for each
+if [[ -n "$HOSTFILE" ]]; then
+  : "${NODE_RANK:?HOSTFILE needs NODE_RANK, which line of the file this node is, from 0}"
+  : "${MASTER_ADDR:?HOSTFILE needs MASTER_ADDR, the address of the first node}"
+  : "${MASTER_PORT:?HOSTFILE needs MASTER_PORT, a free port of the first node, the same on all}"
+fi
 MASTER_PORT="${MASTER_PORT:-$(free_port)}"              # so that two runs on one machine do not collide
 
 if [[ "${NUM_GPUS:-0}" -gt 0 ]]; then
@@ -65,4 +75,9 @@ arguments=(
 )
 [[ -z "$EVAL_DATA" ]] || arguments+=(--meta_data_test "$EVAL_DATA")
 
-exec deepspeed --log_level warning --num_gpus "$PROCESSES" --master_port "$MASTER_PORT" "$here/train_reward.py" "${arguments[@]}" "$@"
+if [[ -n "$HOSTFILE" ]]; then
+  launch=(--hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+else
+  launch=(--num_gpus "$PROCESSES")
+fi
+exec deepspeed --log_level warning "${launch[@]}" --master_port "$MASTER_PORT" "$here/train_reward.py" "${arguments[@]}" "$@"

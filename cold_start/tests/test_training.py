@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from functools import cache
@@ -36,8 +37,10 @@ LOSS_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # 1% of a step: Adam makes steps of gradients that are only rounding
 
 
-def start(data: Path, base: Path, output: Path, *, processes=1, zero=2, accumulation=4, batch=1, **settings):
-    """Launch train.sh; returns the process, whose output is captured."""
+def start(
+    data: Path, base: Path, output: Path, *, processes=1, zero=2, accumulation=4, batch=1, node=None, **settings
+):
+    """Launch train.sh; returns the process, whose output is captured. `node`: variables of one of several nodes."""
     flags = SETTINGS | {
         "gradient_accumulation_steps": accumulation,
         "per_device_train_batch_size": batch,
@@ -51,6 +54,7 @@ def start(data: Path, base: Path, output: Path, *, processes=1, zero=2, accumula
         "NUM_GPUS": "0",
         "NUM_PROCESSES": str(processes),
         "OMP_NUM_THREADS": "1",
+        **(node or {}),
     }
     command = ["bash", str(STAGE_DIR / "train.sh"), *(text for k, v in flags.items() for text in (f"--{k}", str(v)))]
     return subprocess.Popen(
@@ -63,6 +67,12 @@ def run(*arguments, **settings) -> tuple[int, str]:
     process = start(*arguments, **settings)
     output, _ = process.communicate(timeout=RUN_SECONDS)
     return process.returncode, output
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def losses(output: Path) -> list[float]:
@@ -125,6 +135,28 @@ def test_losses_fall_and_the_checkpoint_scores(finished, clips):
 @pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(finished, zero):
     assert_same_training(finished(), finished(processes=2, accumulation=2, zero=zero))
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_process(finished, clips, small_base, tmp_path):
+    """Two nodes with a process each, here on one machine under two names."""
+    data = finished().parent / "pairs.csv"
+    (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    variables = {"HOSTFILE": str(tmp_path / "hosts"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    settings = {"meta_data_test": data, "per_device_eval_batch_size": 3, "accumulation": 2}
+    nodes = [
+        start(data, small_base, tmp_path / "run", node={**variables, "NODE_RANK": str(rank)}, **settings)
+        for rank in range(2)
+    ]
+    outputs = [node.communicate(timeout=RUN_SECONDS)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert_same_training(finished(), tmp_path / "run")
+
+
+def test_a_node_without_its_rank_is_told_what_is_missing(tmp_path, clips, small_base):
+    status, text = run(tmp_path / "a.csv", small_base, tmp_path / "run", node={"HOSTFILE": "hosts"})
+    assert status != 0
+    assert "HOSTFILE needs NODE_RANK" in text
 
 
 @pytest.mark.parametrize(
