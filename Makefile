@@ -8,7 +8,7 @@ ARGS ?=
 export VENV STAGES
 WITH_VENV := PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: help quickstart evidence test style quality setup clean
+.PHONY: help quickstart evidence figures test style quality setup clean
 
 help: ## list the targets
 	@echo 'make TARGET [ARGS="further arguments"]'
@@ -20,6 +20,9 @@ quickstart: setup ## train a tiny video reward model on this machine and show ho
 
 evidence: setup ## train, score and draw the comparison of models (ARGS="--size full --jobs 6" on a GPU)
 	@$(WITH_VENV) python figure/run_evidence.py $(ARGS)
+
+figures: setup ## draw every figure again from the committed results
+	@$(WITH_VENV) bash -c 'for script in figure/draw_*.py; do python "$$script" || exit; done'
 
 # One pytest process: on two cores `-n 2` was slower than none, as every worker imports torch and transformers anew and
 # the training tests start processes of their own. With more cores, ARGS="-n 4 --dist loadfile" may pay.
