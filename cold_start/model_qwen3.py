@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
@@ -177,6 +178,11 @@ def prepare_for_training(
             target_modules=targets,
         )
         model.backbone = get_peft_model(model.backbone, config)
+        for module in model.backbone.modules():
+            if isinstance(module, LoraLayer):
+                # Autocast brings adapters to the input's dtype; PEFT's way, input to the adapters' fp32 and back again,
+                # gives the same numbers.
+                module.cast_input_dtype_enabled = False
     elif not arguments.freeze_llm:
         model.qwen.language_model.requires_grad_(True)
         model.qwen.get_input_embeddings().requires_grad_(False)
