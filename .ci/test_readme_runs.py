@@ -154,6 +154,7 @@ RUNS = {
         swap={"results/mine/generations.jsonl": "{folder}/generations.jsonl", "page.html": "{folder}/thoughts.html"},
         writes="thoughts.html",
     ),
+    "predict": Run("dual_rl/README.md", "python benchmarks/predict_8b.py", says="times as many"),
     "draw_best_of_n": Run("dual_rl/README.md", "python ../figure/draw_best_of_n.py", says="N=8", in_copy=True),
     "draw_evidence": Run("figure/README.md", "python figure/draw_evidence.py", says="## Claims", in_copy=True),
 }
