@@ -75,19 +75,29 @@ def describe(results: Results) -> str:
 
 
 def _accuracy_table(results: Results) -> list[str]:
-    head = ["model", *(SET_NAMES[name] for name in SETS), "all, with ties", "seeds", "minutes of training"]
+    head = [
+        "model",
+        *(SET_NAMES[name] for name in SETS),
+        "all, with ties",
+        "sub-scores right",
+        "seeds",
+        "minutes of training",
+    ]
     rows = [head, ["---"] * len(head)]
     for model, name in NAMES.items():
         if not results.seeds(*model):
             continue
         cells = [show(results.accuracy(*model, sets=[one])) for one in SETS]
         ties = results.mean("with_ties", *model)
-        rows.append([name, *cells, f"{ties:.3f}", str(len(results.seeds(*model))), _minutes(results, model[0])])
+        right = results.mean("sub_scores", model[0], OWN if model[1] == TEXT else model[1])
+        cells += [f"{ties:.3f}", "-" if right is None else f"{right:.3f}"]
+        rows.append([name, *cells, str(len(results.seeds(*model))), _minutes(results, model[0])])
     counts = {name: len(next(s["correct"] for key, s in results.scores.items() if key[2] == name)) for name in SETS} \
         if results.scores else {}  # fmt: skip
     shown = ", ".join(f"{count} {SET_NAMES[name]}" for name, count in counts.items())
     note = (
-        f"Accuracy on held-out pairs with a preference ({shown}), 95% intervals over seeds and pairs; chance is 0.5."
+        f"Accuracy on held-out pairs with a preference ({shown}), 95% intervals over seeds and pairs; chance is 0.5.\n"
+        "Sub-scores right: share of what the model's own thoughts say of single dimensions, over all sets."
     )
     return ["## Accuracy", "", *(f"| {' | '.join(row)} |" for row in rows), "", note]
 
