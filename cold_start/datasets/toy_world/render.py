@@ -220,13 +220,17 @@ def _blend(patch: np.ndarray, distance: np.ndarray, softness: float, color: np.n
 
 
 def encode_clip(path: str | Path, scene: Scene, nuisance: Nuisance) -> None:
-    """Writes the clip as H.264 mp4 (yuv420p, one thread, no B-frames); an unfinished file never has the final name."""
+    """Writes the clip as H.264 mp4 (yuv420p, one thread, no B-frames); an unfinished file never has the final name.
+
+    The same clip is the same bytes. Therefore without x264's macroblock tree, whose AVX-512 code now and then gives
+    another result for the same frames.
+    """
     import av  # only encoding needs it
 
     frames = render_frames(scene, nuisance, np.arange(nuisance.num_frames) / nuisance.fps)
     temporary = f"{path}.{os.getpid()}.tmp"
     with av.open(temporary, "w", format="mp4") as container:
-        options = {"crf": str(nuisance.crf), "preset": "veryfast", "bf": "0", "threads": "1"}
+        options = {"crf": str(nuisance.crf), "preset": "veryfast", "bf": "0", "threads": "1", "mbtree": "0"}
         stream = container.add_stream("libx264", rate=Fraction(nuisance.fps), options=options)
         stream.width, stream.height, stream.pix_fmt = nuisance.width, nuisance.height, "yuv420p"
         stream.thread_count = 1
