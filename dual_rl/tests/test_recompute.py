@@ -108,3 +108,10 @@ def test_on_a_cpu_every_layer_recomputes(kind):
     plan = kind(layers, [], torch.device("cpu"))
     plan.prepare(10)
     assert all(layer.gradient_checkpointing for layer in layers)
+
+
+def test_a_pass_that_was_not_announced_runs_and_is_not_measured(kind, monkeypatch):
+    Device(monkeypatch, free=40 * GIB)
+    plan = make_plan(kind)
+    assert plan.layers[-1](torch.ones(1)) == 1
+    assert plan._bytes_per_token is None
