@@ -50,6 +50,7 @@ def measure(ours: Ours, shape: WorkShape) -> dict:
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--axes", nargs="+", choices=GROWTH, default=list(GROWTH))
+    parser.set_defaults(max_kept_layers=None)  # each shape is run with all and with none
     return parser.parse_args()
 
 

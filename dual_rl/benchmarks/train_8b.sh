@@ -6,12 +6,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-WORK="${WORK:-/tmp/descore_8b}"
-RESULT="${RESULT:-$WORK/result.json}"
 PAIRS="${PAIRS:-8}"                       # per step; the paper's setting is 128
 STEPS="${STEPS:-3}"
 GPUS="${GPUS:-$(nvidia-smi --list-gpus | wc -l)}"
 LAYERS="${LAYERS:-36}"                    # text layers; fewer where all weights are to be trained on one card
+WORK="${WORK:-/tmp/descore_${LAYERS}_layers_${PAIRS}_pairs}"      # made once, with as many layers and pairs
+RESULT="${RESULT:-$WORK/result.json}"
 TOKENIZER="${TOKENIZER:-../cold_start/model/tiny_base}"
 
 [[ -f "$WORK/train.csv" ]] || PYTHONPATH=".:${PYTHONPATH:-}" python benchmarks/make_work.py --output "$WORK" --tokenizer "$TOKENIZER" --pairs $((PAIRS * 2)) --layers "$LAYERS"

@@ -316,7 +316,6 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--lora_rank", type=int, default=64)
     parser.add_argument("--no_compile", action="store_true", help="leave the layers as transformers has them")
-    parser.add_argument("--max_kept_layers", type=int, help="0: the least memory")
     parser.add_argument("--tiny", action="store_true", help="small layers, to try the script")
     return parser
 
@@ -325,6 +324,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max_kept_layers", type=int, help="0: the least memory")
     parser.add_argument("--profile", type=Path, help="write the kernels of one pair's step here")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--one_part", choices=PARTS, help="run this part in this process")
