@@ -1,4 +1,7 @@
-"""Stage 1 and stage 2 build the same sequence: pixels, token ids and positions; and they refuse the same texts."""
+"""Stage 1 and stage 2 build the same sequence: pixels, token ids and positions; and they refuse the same texts.
+
+They also attend with the same kernels.
+"""
 
 from pathlib import Path
 
@@ -6,12 +9,14 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+import flash_kernels as stage1_kernels
 import scored_sequence as stage1
 import vision_process as stage1_vision
 from model_support import TINY_BASE
 from verl.core.packing import pack_groups
 from verl.data import scored_sequence as stage2
 from verl.data import vision_process as stage2_vision
+from verl.model import flash_kernels as stage2_kernels
 from verl.types import Response, ResponseKey, VideoKey
 
 CLIPS = sorted((Path(stage1.__file__).parent / "datasets" / "train" / "videos").glob("*.mp4"))
@@ -64,6 +69,11 @@ def test_prompt_length_is_known_without_decoding(builders):
         prompt = builders[1].encode_prompt(KEY, "what <video> is it", stage2_vision.load_video(clip, budget))
         header = stage2_vision.probe_video(clip)
         assert builders[1].count_prompt_tokens("what <video> is it", header, budget) == prompt.input_ids.numel()
+
+
+def test_both_stages_choose_attention_kernels_alike():
+    """Each stage is whole without the other, so the file is there twice."""
+    assert Path(stage1_kernels.__file__).read_text() == Path(stage2_kernels.__file__).read_text()
 
 
 @pytest.mark.parametrize("problem", ["look: <video> done?", "no placeholder", "<video>"])

@@ -1,5 +1,6 @@
 """Attention over shared-prompt rows and packed frames against plain masked attention in float64."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from verl.core.row_layout import SharedPromptLayout
-from verl.model.attention import FlashKernels, SharedPromptFlash, merge_attention, shared_prompt_attention
+from verl.model.attention import SharedPromptFlash, shared_prompt_attention
+from verl.model.flash_kernels import FlashAttention2, FlashAttention4, has_flash4
 
 HEADS, KV_HEADS, DIM = 8, 2, 64
 SCALING = 0.9 * DIM**-0.5
@@ -54,8 +56,6 @@ class PlainKernels:
             for total, tokens, share in zip(totals, (queries, keys, keys), shares, strict=True):
                 total[tokens] += share.transpose(0, 1).unflatten(1, (total.shape[1], -1)).sum(2)
         return totals
-
-    merge_into = staticmethod(merge_attention)
 
 
 def run_module(query, key, value, layout):
@@ -115,8 +115,24 @@ def test_shared_prompt_attention_on_a_gpu_equals_masked_attention(layout, dtype,
     assert max(relative_errors(run_module, layout.to("cuda"), "cuda", dtype)) < bound
 
 
+@pytest.fixture(params=[FlashAttention2, FlashAttention4])
+def flash(request):
+    """The kernels of both packages; skips what this machine cannot run."""
+    if request.param is FlashAttention4 and not has_flash4(torch.device("cuda")):
+        pytest.skip("flash-attn-4 is not installed, or this is no Hopper GPU")
+    return request.param
+
+
 @pytest.mark.gpu
-def test_flash_kernels_share_heads_and_return_the_lse():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_merged_flash_passes_equal_masked_attention(flash, layout, dtype):
+    errors = relative_errors(partial(run_merged_passes, kernels=flash), layout.to("cuda"), "cuda", dtype)
+    assert max(errors) < 2e-2
+
+
+@pytest.mark.gpu
+def test_flash_kernels_share_heads_and_return_the_lse(flash):
     layout = LAYOUTS["unequal"]
     bounds = (layout.segment_bounds,) * 2
     longest = (layout.longest_segment,) * 2
@@ -126,7 +142,7 @@ def test_flash_kernels_share_heads_and_return_the_lse():
     arguments = {"is_causal": True, "scaling": SCALING}
     expected = PlainKernels.forward(*tensors, bounds, longest, **arguments)
     on_gpu = [tensor.cuda().bfloat16() for tensor in tensors]
-    found = FlashKernels.forward(*on_gpu, tuple(b.cuda() for b in bounds), longest, **arguments)
+    found = flash.forward(*on_gpu, tuple(b.cuda() for b in bounds), longest, **arguments)
     torch.testing.assert_close(found[0].float().cpu(), expected[0], rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(found[1].float().cpu(), expected[1], rtol=1e-3, atol=1e-3)
 

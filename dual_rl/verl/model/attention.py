@@ -15,14 +15,13 @@ Elsewhere (CPU, fp32): each response is unrolled behind a copy of its prompt's k
 batched causal SDPA call serves all of them.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from verl.core.row_layout import SharedPromptLayout
+from verl.model.flash_kernels import choose_kernels
 from verl.model.ulysses import RowPart
 
 # transformers hands the vision tower's frames over together to implementations with "flash" in their name.
@@ -40,7 +39,7 @@ def use_shared_prompt_attention(config) -> None:
 def compile_around_attention() -> None:
     """Let compiled layers call this attention as it is: its kernels are whole, and its layout is no tensor."""
     AttentionInterface.register(SHARED_PROMPT_ATTENTION, torch.compiler.disable(shared_prompt_attention))
-    FlashKernels.is_compiled = True
+    Merging.merge_into = staticmethod(torch.compile(merge_attention, dynamic=True))
 
 
 def shared_prompt_attention(
@@ -71,7 +70,7 @@ def shared_prompt_attention(
     if row_part is not None:
         flat = row_part.gather_tokens(*flat)
     if is_flash:
-        output = SharedPromptFlash.apply(*flat, layout, scaling, FlashKernels)
+        output = SharedPromptFlash.apply(*flat, layout, scaling, choose_kernels(query))
     else:
         output = _attend_unrolled(*flat, layout, scaling)
     if row_part is not None:
@@ -133,45 +132,11 @@ def _attend_frames_by_flash(
     return output.unsqueeze(0)
 
 
-class FlashKernels:
-    """Variable-length flash attention on CUDA, with its log-sum-exp; torch 2.11 to 2.13 share these arguments.
-
-    query [Tq, heads, dim], key and value [Tk, kv_heads, dim]; `bounds` are the int32 bounds of (queries, keys) and
-    `longest` the longest sequences of both. No dropout, so the random state is a dummy.
-    """
-
-    is_compiled = False
-    """Set with `compile_around_attention`: elementwise work is fused too."""
-
-    @staticmethod
-    def forward(query, key, value, bounds, longest, *, is_causal, scaling) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output [Tq, heads, dim] and log-sum-exp, fp32 [heads, Tq]."""
-        output, lse, *_ = torch.ops.aten._flash_attention_forward(
-            query, key, value, *bounds, *longest, 0.0, is_causal, False, scale=scaling
-        )
-        return output, lse
-
-    @staticmethod
-    def backward(gradient, query, key, value, output, lse, bounds, longest, *, is_causal, scaling):
-        """Gradients of query, key and value, in their shapes."""
-        random_state = torch.zeros(2, dtype=torch.uint64, device=query.device)
-        unused = torch.empty(0, device=query.device)
-        return torch.ops.aten._flash_attention_backward(
-            gradient, query, key, value, output, lse, *bounds, *longest, 0.0, is_causal, random_state, unused,
-            scale=scaling,
-        )  # fmt: skip
-
-    @staticmethod
-    def merge_into(output, lse, part, part_lse) -> None:
-        """See `merge_attention`."""
-        (_fused_merge() if FlashKernels.is_compiled else merge_attention)(output, lse, part, part_lse)
-
-
 class SharedPromptFlash(torch.autograd.Function):
     """The two merged passes of the module's docstring: query [T, heads, dim], key and value [T, kv_heads, dim].
 
     The responses of a group stand side by side behind their prompt, so that the second pass takes both as they lie,
-    one call a group. `kernels`: FlashKernels, or another implementation of the same functions.
+    one call a group. `kernels`: FlashAttention2, or another implementation of the same functions.
     """
 
     @staticmethod
@@ -183,7 +148,7 @@ class SharedPromptFlash(torch.autograd.Function):
             prompt, responses = group.prompt, group.responses
             cross = (query[responses], key[prompt], value[prompt])
             part = kernels.forward(*cross, group.bounds, group.lengths, is_causal=False, scaling=scaling)
-            kernels.merge_into(output[responses], lse[:, responses], *part)
+            Merging.merge_into(output[responses], lse[:, responses], *part)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.layout, ctx.scaling, ctx.kernels = layout, scaling, kernels
         return output
@@ -214,6 +179,7 @@ def merge_attention(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor,
     lse.copy_(merged)
 
 
-@cache
-def _fused_merge():
-    return torch.compile(merge_attention, dynamic=True)
+class Merging:
+    """How attention is merged on GPUs: with layers that are compiled, in one kernel."""
+
+    merge_into = staticmethod(merge_attention)
