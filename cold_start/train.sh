@@ -13,13 +13,16 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-num_gpus() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true; }
+num_gpus() {  # those of the machine, or those of them that CUDA_VISIBLE_DEVICES names
+  local gpus; gpus="$(nvidia-smi --list-gpus 2>/dev/null | grep '^GPU')" || return 0
+  if [[ -v CUDA_VISIBLE_DEVICES ]]; then gpus="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES")"; fi
+  grep -c '^[^-]' <<<"$gpus" || true
+}
 NUM_GPUS="${NUM_GPUS:-$(num_gpus)}"
 
 DATA="${DATA:-$here/datasets/train/example.csv}"        # training CSV, see datasets/train/README.md
 EVAL_DATA="${EVAL_DATA:-}"                              # held-out CSV of the same form; empty: no evaluation
 OUTPUT_DIR="${OUTPUT_DIR:-$here/output}"                # checkpoint-N/ folders and logs
-DS_CONFIG="${DS_CONFIG:-$here/ds_config/zero2.json}"    # zero0, zero2 or zero3
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 HOSTFILE="${HOSTFILE:-}"                                # of several nodes: a line "HOST slots=GPUS" for each
 if [[ -n "$HOSTFILE" ]]; then
@@ -40,6 +43,8 @@ else
   export DS_ACCELERATOR=cpu
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(nproc) + PROCESSES - 1) / PROCESSES ))}"
 fi
+sharded() { [[ -n "$HOSTFILE" || "$PROCESSES" -gt 1 ]]; }  # one process has nothing to share its state with
+DS_CONFIG="${DS_CONFIG:-$here/ds_config/$(sharded && echo zero2 || echo zero0).json}"    # zero0, zero2 or zero3
 echo "stage 1: $MODEL_PATH on $DATA -> $OUTPUT_DIR ($PROCESSES process(es), ${NUM_GPUS:-0} GPU(s))"
 
 arguments=(
@@ -77,6 +82,9 @@ arguments=(
 
 if [[ -n "$HOSTFILE" ]]; then
   launch=(--hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+elif [[ "${NUM_GPUS:-0}" -gt 0 && -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
+  export CUDA_VISIBLE_DEVICES="$(cut -d, -f-"$PROCESSES" <<<"$CUDA_VISIBLE_DEVICES")"
+  launch=()  # --num_gpus would have DeepSpeed take the machine's first GPUs instead
 else
   launch=(--num_gpus "$PROCESSES")
 fi

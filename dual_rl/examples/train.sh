@@ -16,7 +16,11 @@ TRAIN_FILES="${TRAIN_FILES:?set it to a CSV with videos, problem and answer; see
 VAL_FILES="${VAL_FILES:-}"                              # held-out CSV of the same form; empty: no validation
 OUTPUT_DIR="${OUTPUT_DIR:-$stage/results/$EXP_NAME}"    # global_step_N/ folders and logs
 
-num_gpus() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true; }
+num_gpus() {  # those of the machine, or those of them that CUDA_VISIBLE_DEVICES names
+  local gpus; gpus="$(nvidia-smi --list-gpus 2>/dev/null | grep '^GPU')" || return 0
+  if [[ -v CUDA_VISIBLE_DEVICES ]]; then gpus="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES")"; fi
+  grep -c '^[^-]' <<<"$gpus" || true
+}
 NUM_GPUS="${NUM_GPUS:-$(num_gpus)}"
 
 arguments=(
