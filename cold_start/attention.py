@@ -1,22 +1,20 @@
 """Attention over packed rows, for the text model and the vision tower alike.
 
 A packed row holds several sequences (or video frames) one after the other; each attends to itself only. On CUDA in
-half precision this is one variable-length flash attention call; elsewhere, sequence by sequence through torch's SDPA,
-or as one batched call when all have the same length. No mask is built and no work is spent on padding or across
-sequences.
+half precision this is one variable-length flash attention call, an operator of its own so that compiled layers hold it
+without a break; elsewhere, sequence by sequence through torch's SDPA, or as one batched call when all have the same
+length. No mask is built and no work is spent on padding or across sequences.
 """
-
-import inspect
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
+from torch import Tensor
 from transformers import AttentionInterface
+
+from flash_kernels import choose_kernels
 
 # transformers hands whole packed rows with `cu_seq_lens` to implementations with "flash" in their name.
 PACKED_ATTENTION = "packed_flash_or_sdpa"
-VARLEN_SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not before torch 2.12
-FULL_WINDOW, CAUSAL_WINDOW = (-1, -1), (-1, 0)
 
 
 def use_packed_attention(config) -> None:
@@ -26,24 +24,19 @@ def use_packed_attention(config) -> None:
         part._attn_implementation = PACKED_ATTENTION
 
 
-def compile_around_attention() -> None:
-    """Let compiled layers call this attention as it is: its kernels are whole."""
-    AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(packed_attention))
-
-
 def packed_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     scaling: float,
-    cu_seq_lens_q: torch.Tensor,
+    cu_seq_lens_q: Tensor,
     max_length_q: int,
     is_causal: bool | None = None,
     **_: object,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """transformers' attention signature: query [1, heads, T, dim], key and value [1, kv_heads, T, dim].
 
     `cu_seq_lens_q`: int32 [N + 1], where each of the N sequences begins and ends. Returns [1, T, heads, dim].
@@ -52,30 +45,76 @@ def packed_attention(
     causal = module.is_causal if is_causal is None else is_causal
     query, key = query.to(value.dtype), key.to(value.dtype)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        if VARLEN_SHARES_HEADS:
-            arguments = {"enable_gqa": key.shape[1] != query.shape[1]}
-        else:
-            arguments, groups = {}, query.shape[1] // key.shape[1]
-            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-        output = varlen_attn(
-            *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            window_size=CAUSAL_WINDOW if causal else FULL_WINDOW,
-            **arguments,
-        )
+        flat = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        output, _ = packed_flash(*flat, cu_seq_lens_q, max_length_q, causal, scaling)
         return output.unsqueeze(0), None
-    lengths = torch.diff(cu_seq_lens_q).tolist()
-    return _attend_by_sequence(query, key, value, lengths, scaling=scaling, causal=causal), None
+    return _attend_by_sequence(query, key, value, cu_seq_lens_q, scaling=scaling, causal=causal), None
 
 
+@torch.library.custom_op("cold_start::packed_flash", mutates_args=())
+def packed_flash(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, is_causal: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Flash attention of sequences to themselves: query [T, heads, dim], key and value [T, kv_heads, dim].
+
+    Returns the output and the log-sum-exp, fp32 [heads, T], which has no gradient.
+    """
+    rows = ((bounds, bounds), (longest, longest))
+    found = choose_kernels(query).forward(query, key, value, *rows, is_causal=is_causal, scaling=scaling)
+    output, lse = (tensor.contiguous() for tensor in found)
+    return output, lse
+
+
+@packed_flash.register_fake
+def _(query, key, value, bounds, longest, is_causal, scaling):
+    length, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((heads, length), dtype=torch.float32)
+
+
+@torch.library.custom_op("cold_start::packed_flash_backward", mutates_args=())
+def packed_flash_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    bounds: Tensor,
+    longest: int,
+    is_causal: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    rows = ((bounds, bounds), (longest, longest))
+    tensors = (gradient.contiguous(), query, key, value, output, lse)
+    found = choose_kernels(query).backward(*tensors, *rows, is_causal=is_causal, scaling=scaling)
+    to_query, to_key, to_value = (tensor.contiguous() for tensor in found)
+    return to_query, to_key, to_value
+
+
+@packed_flash_backward.register_fake
+def _(gradient, query, key, value, *_):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    query, key, value, bounds, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, *output, bounds)
+
+
+def _backward(ctx, gradient: Tensor, _: Tensor | None):
+    return *packed_flash_backward(gradient, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+
+
+packed_flash.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@torch.compiler.disable
 def _attend_by_sequence(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], *, scaling: float, causal: bool
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *, scaling: float, causal: bool
+) -> Tensor:
     """SDPA over each sequence of the row; shapes as in `packed_attention`."""
+    lengths = torch.diff(bounds).tolist()
     arguments = {"is_causal": causal, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     if len(set(lengths)) == 1:  # frames of one size: [1, heads, N * L, dim] -> [N, heads, L, dim]
         batched = (

@@ -3,6 +3,7 @@
 A video that does not decode drops its whole pair, which is listed; it is never replaced by another.
 """
 
+import dataclasses
 import hashlib
 import math
 import random
@@ -119,6 +120,11 @@ class PairBatch:
     labels: PairLabels
     pair_indices: torch.Tensor
     failures: tuple[PairFailure, ...] = ()
+
+    def pin_memory(self) -> "PairBatch":
+        """A copy in page-locked memory; DataLoader calls it where it is made with `pin_memory`."""
+        sequences = {name: getattr(self, name).pin_memory() for name in ("packed", "a_sequences", "b_sequences")}
+        return dataclasses.replace(self, labels=self.labels.pin_memory(), **sequences)
 
 
 class PairDataset(Dataset):

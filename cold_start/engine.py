@@ -99,7 +99,10 @@ def accelerate(engine, arguments: ModelArguments) -> ActivationPlan | None:
     if not arguments.gradient_checkpointing:
         return None
     trained = [parameter for _, parameter in model.trainable_parameters()]
-    return ActivationPlan(model.text_layers, trained, engine.device, max_kept=arguments.max_kept_layers)
+    blocks = model.qwen.visual.blocks
+    return ActivationPlan(
+        model.text_layers, trained, engine.device, max_kept=arguments.max_kept_layers, vision_blocks=blocks
+    )
 
 
 def step_engine(engine, *, step: int) -> float:

@@ -38,6 +38,10 @@ class PairLabels:
     def to(self, device: torch.device | str) -> "PairLabels":
         return PairLabels(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
 
+    def pin_memory(self) -> "PairLabels":
+        """A copy in page-locked memory, from where `to` does not wait for what the device is doing."""
+        return PairLabels(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
+
     def contributes(self, loss_type: LossType) -> torch.Tensor:
         """bool [P]: which pairs a loss uses."""
         usable = self.is_valid if loss_type in TIE_LOSSES else self.is_valid & (self.preference != 0)

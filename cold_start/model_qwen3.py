@@ -16,10 +16,16 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, Qwen3VLForConditionalGeneration
+from transformers.vision_utils import (
+    get_vision_attention_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
 
 from arguments import ModelArguments, RewardTokenMode
-from attention import compile_around_attention, use_packed_attention
+from attention import use_packed_attention
 from scored_sequence import REWARD_TOKEN, PackedSequences, reward_token_id
+from utils import send
 
 LANGUAGE_LINEARS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 VISION_LINEARS = r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc(1|2))"
@@ -47,6 +53,7 @@ class RewardModel(nn.Module):
         self.backbone = backbone
         self.reward_token = reward_token
         self.autocast_dtype = autocast_dtype
+        self.qwen.language_model._deepstack_process = _add_vision_features
         hidden_size = self.qwen.config.text_config.hidden_size
         self.reward_embedding = nn.Parameter(reward_embedding.detach().float().clone())
         self.rm_head = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
@@ -69,9 +76,8 @@ class RewardModel(nn.Module):
     def compile_layers(self) -> None:
         """Fuse what stands between the matrix products of text layers and vision blocks (torch.compile).
 
-        Attention is left as it is. Call once; the first passes take a minute or two longer.
+        Call once; the first passes take a minute or two longer.
         """
-        compile_around_attention()
         for layer in (*self.text_layers, *self.qwen.visual.blocks):
             layer.forward = torch.compile(layer.forward, dynamic=True)
 
@@ -91,21 +97,26 @@ class RewardModel(nn.Module):
             return F.linear(pooled, self.rm_head.weight.float()).squeeze(-1)
 
     def compute_hidden_states(self, batch: PackedSequences) -> torch.Tensor:
-        """Final normed hidden states of a packed row, [T, hidden]. The vision tower runs once over all videos."""
+        """Final normed hidden states of a packed row, [T, hidden]. The vision tower runs once over all videos.
+
+        Nothing here waits for a GPU, so that its work is queued while it still does that of the batch before.
+        """
         qwen = self.qwen
         embeddings = qwen.get_input_embeddings()(batch.input_ids)
         row = self.reward_embedding.to(embeddings.dtype).expand(batch.num_sequences, -1)
         embeddings = embeddings.index_copy(0, batch.reward_positions, row)
         vision = qwen.visual(
-            batch.pixel_values.to(qwen.visual.dtype), grid_thw=batch.video_grid_thw.to(self.device), return_dict=True
+            batch.pixel_values.to(qwen.visual.dtype),
+            grid_thw=batch.video_grid_thw,
+            return_dict=True,
+            **self._vision_layout(batch.video_grid_thw),
         )
-        is_video = batch.input_ids == qwen.config.video_token_id
         video_embeddings = vision.pooler_output.to(embeddings.dtype)
-        embeddings = embeddings.masked_scatter(is_video.unsqueeze(-1), video_embeddings)
+        embeddings = embeddings.index_copy(0, batch.video_positions, video_embeddings)
         output = qwen.language_model(
             inputs_embeds=embeddings.unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(1),
-            visual_pos_masks=is_video.unsqueeze(0),
+            visual_pos_masks=batch.video_positions,
             deepstack_visual_embeds=vision.deepstack_features,
             cu_seq_lens_q=batch.cu_seq_lens,
             max_length_q=batch.max_seq_len,
@@ -113,9 +124,41 @@ class RewardModel(nn.Module):
         )
         return output.last_hidden_state.squeeze(0)
 
+    def _vision_layout(self, grid_thw: torch.Tensor) -> dict[str, torch.Tensor | int | None]:
+        """What the vision tower derives from its grid, derived on the CPU; the names are those that it takes."""
+        visual = self.qwen.visual
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid_thw,
+            num_grid_per_side=visual.num_grid_per_side,
+            mode=visual.interpolation_mode,
+            align_corners=visual.interpolation_align_corners,
+            spatial_merge_size=visual.config.spatial_merge_size,
+        )
+        bounds, longest = get_vision_attention_seqlens(grid_thw, visual.config)
+        layout = {
+            "interp_indices": indices,
+            "interp_weights": weights,
+            "position_ids": get_vision_position_ids(grid_thw, visual.config.spatial_merge_size),
+            "cu_seqlens": bounds,
+        }
+        return {name: send(tensor, self.device) for name, tensor in layout.items()} | {"max_seqlen": longest}
+
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that receive gradients."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+
+def _add_vision_features(hidden: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Stands for transformers' `_deepstack_process`: takes positions in a row, int64 [N], besides a mask.
+
+    Finding the positions of a mask waits for the GPU. `hidden`: [1, T, hidden] (with a mask [batch, T, hidden]);
+    `features`: [N, hidden].
+    """
+    features = features.to(hidden.dtype)
+    if where.dtype == torch.bool:
+        positions = where.flatten().nonzero().squeeze(1)
+        return hidden.flatten(0, 1).index_add(0, positions, features).view_as(hidden)
+    return hidden.index_add(1, where, features.unsqueeze(0))
 
 
 def _pool(hidden: torch.Tensor, batch: PackedSequences, mode: RewardTokenMode) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""Which text layers keep their activations for the backward pass, and which compute them again.
+"""Which layers keep their activations for the backward pass, and which compute them again.
 
 Computing a layer again costs its forward pass once more; keeping costs device memory. Before each forward pass with a
-gradient as many layers keep as the device has room for, the last ones, whose memory is free again first. What a layer
-keeps for each token is measured in the first such pass, in which one layer keeps.
+gradient as many layers keep as the device has room for: first text layers, which save more time for their memory, then
+vision blocks. Of each kind the last ones keep, whose memory is free again first. What a layer keeps for each token
+(a block for each patch) is measured in the first such pass, in which one of each kind keeps.
 """
 
 from collections.abc import Sequence
@@ -18,12 +19,54 @@ WORKING_LAYERS = 2
 """Room, in layers that keep, for the one that is computed again and its gradients."""
 
 
-class ActivationPlan:
-    """Chooses, before each forward pass with a gradient, which of `layers` compute again in the backward pass.
+class _Stack:
+    """Layers of one kind. `size`: tokens or patches of the pass that comes; `most`: how many layers may keep."""
 
-    `layers`: the text layers, made with gradient checkpointing, in order. `trained`: the parameters that the backward
-    pass makes gradients for. `max_kept`: most layers that may keep theirs, None for as many as fit. Off GPUs every
-    layer computes again.
+    def __init__(self, layers: Sequence[nn.Module], device: torch.device, *, most: int) -> None:
+        self.layers = layers
+        self.device = device
+        self.most = most
+        self.size = 0
+        self.num_kept = 0
+        self._bytes_per_unit: float | None = None
+        layers[-1].forward = self._measured(layers[-1].forward)
+
+    def keep(self, room: float) -> float:
+        """Choose by the bytes that are free (one layer keeps until it is measured); returns those that are left."""
+        if self._bytes_per_unit is None:
+            fitting, by_layer = 1, 0.0
+        else:
+            by_layer = self._bytes_per_unit * self.size
+            fitting = max(0, int(room / by_layer) - WORKING_LAYERS)
+        self.num_kept = min(fitting, self.most)
+        first_kept = len(self.layers) - self.num_kept
+        for number, layer in enumerate(self.layers):
+            layer.gradient_checkpointing = number < first_kept
+        return room - (self.num_kept + WORKING_LAYERS) * by_layer
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether all of them keep."""
+        return self.num_kept == len(self.layers)
+
+    def _measured(self, forward):
+        def measure(*arguments, **named):
+            before = torch.cuda.memory_allocated(self.device)
+            output = forward(*arguments, **named)
+            if torch.is_grad_enabled() and self.size and self._bytes_per_unit is None:
+                self._bytes_per_unit = max(1, torch.cuda.memory_allocated(self.device) - before) / self.size
+            return output
+
+        return measure
+
+
+class ActivationPlan:
+    """Chooses, before each forward pass with a gradient, which layers compute again in the backward pass.
+
+    `layers`: the text layers, made with gradient checkpointing, in order; `vision_blocks`: the same of the vision
+    tower. `trained`: the parameters that the backward pass makes gradients for. `max_kept`: most text layers that may
+    keep theirs, None for as many as fit; with fewer than all, no vision block keeps. Off GPUs every layer computes
+    again.
     """
 
     def __init__(
@@ -33,43 +76,40 @@ class ActivationPlan:
         device: torch.device,
         *,
         max_kept: int | None = None,
+        vision_blocks: Sequence[nn.Module] = (),
     ) -> None:
         self.layers = layers
         self.trained = trained
         self.device = device
-        self.max_kept = len(layers) if max_kept is None else min(max_kept, len(layers))
         self.is_active = device.type == "cuda"
-        self.num_kept = 0
-        self._num_tokens = 0  # of the row that `prepare` was called for
-        self._bytes_per_token: float | None = None
         if self.is_active:
-            layers[-1].forward = self._measured(layers[-1].forward)
+            most = len(layers) if max_kept is None else min(max_kept, len(layers))
+            self._text = _Stack(layers, device, most=most)
+            most_blocks = len(vision_blocks) if most == len(layers) else 0
+            self._vision = _Stack(vision_blocks, device, most=most_blocks) if vision_blocks else None
 
-    def prepare(self, num_tokens: int) -> None:
-        """Choose for a row of `num_tokens` tokens."""
+    @property
+    def num_kept(self) -> int:
+        """Text layers that keep."""
+        return self._text.num_kept if self.is_active else 0
+
+    @property
+    def num_kept_blocks(self) -> int:
+        """Vision blocks that keep."""
+        return self._vision.num_kept if self.is_active and self._vision else 0
+
+    def prepare(self, num_tokens: int, *, num_patches: int = 0) -> None:
+        """Choose for a row of `num_tokens` tokens with videos of `num_patches` patches."""
         if not self.is_active:
             return
-        self._num_tokens = num_tokens
-        num_fitting = 1 if self._bytes_per_token is None else self._count_fitting(num_tokens)
-        self.num_kept = min(num_fitting, self.max_kept)
-        first_kept = len(self.layers) - self.num_kept
-        for number, layer in enumerate(self.layers):
-            layer.gradient_checkpointing = number < first_kept
+        self._text.size = num_tokens
+        room = self._text.keep(self._count_room())
+        if self._vision:
+            self._vision.size = num_patches
+            self._vision.keep(room if self._text.is_kept else 0.0)
 
-    def _count_fitting(self, num_tokens: int) -> int:
+    def _count_room(self) -> float:
         free, total = torch.cuda.mem_get_info(self.device)
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         missing_gradients = sum(p.numel() * p.element_size() for p in self.trained if p.grad is None)
-        room = free + cached - SPARE_SHARE * total - SPARE_BYTES - missing_gradients
-        by_layer = self._bytes_per_token * num_tokens
-        return max(0, int(room / by_layer) - WORKING_LAYERS)
-
-    def _measured(self, forward):
-        def measure(*arguments, **named):
-            before = torch.cuda.memory_allocated(self.device)
-            output = forward(*arguments, **named)
-            if torch.is_grad_enabled() and self._num_tokens and self._bytes_per_token is None:
-                self._bytes_per_token = (torch.cuda.memory_allocated(self.device) - before) / self._num_tokens
-            return output
-
-        return measure
+        return free + cached - SPARE_SHARE * total - SPARE_BYTES - missing_gradients

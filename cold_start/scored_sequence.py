@@ -8,7 +8,8 @@ the CoT masked, `<Reward>` follows the generation prompt directly. Several seque
 packed row, each with its own positions, so that a batch holds no padding.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -66,11 +67,13 @@ class ScoredSequence:
     """One sequence `prompt, CoT, <Reward>, <EOS>`.
 
     `input_ids`: int64 [length]. `position_ids`: int64 [3, length], M-RoPE positions (time, height, width).
-    `reward_position`: index of `<Reward>` in the sequence (length - 2). The others as in EncodedPrompt.
+    `video_positions`: int64, indices of the video tokens. `reward_position`: index of `<Reward>` in the sequence
+    (length - 2). The others as in EncodedPrompt.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+    video_positions: torch.Tensor
     reward_position: int
     pixel_values: torch.Tensor
     grid_thw: tuple[int, int, int]
@@ -81,8 +84,9 @@ class PackedSequences:
     """Sequences one after the other in a single row, without padding.
 
     Shapes, for N sequences of total length T: `input_ids` int64 [T]; `position_ids` int64 [3, T]; `cu_seq_lens` int32
-    [N + 1], sequence i covers cu_seq_lens[i] : cu_seq_lens[i + 1]; `max_seq_len` the longest; `reward_positions` int64
-    [N], indices into the row; `pixel_values` float32 [all patches, patch_dim]; `video_grid_thw` int64 [N, 3].
+    [N + 1], sequence i covers cu_seq_lens[i] : cu_seq_lens[i + 1]; `max_seq_len` the longest; `video_positions` int64,
+    indices of all video tokens in the row; `reward_positions` int64 [N], indices into the row; `pixel_values` float32
+    [all patches, patch_dim]; `video_grid_thw` int64 [N, 3].
 
     Example: lengths 5 and 7 give T = 12, cu_seq_lens [0, 5, 12], reward_positions [3, 10].
     """
@@ -91,6 +95,7 @@ class PackedSequences:
     position_ids: torch.Tensor
     cu_seq_lens: torch.Tensor
     max_seq_len: int
+    video_positions: torch.Tensor
     reward_positions: torch.Tensor
     pixel_values: torch.Tensor
     video_grid_thw: torch.Tensor
@@ -101,15 +106,16 @@ class PackedSequences:
 
     def to(self, device: torch.device | str) -> "PackedSequences":
         """A copy on `device`; `video_grid_thw` stays on the CPU, where its values are read."""
-        return PackedSequences(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            cu_seq_lens=self.cu_seq_lens.to(device, non_blocking=True),
-            max_seq_len=self.max_seq_len,
-            reward_positions=self.reward_positions.to(device, non_blocking=True),
-            pixel_values=self.pixel_values.to(device, non_blocking=True),
-            video_grid_thw=self.video_grid_thw,
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "PackedSequences":
+        """A copy in page-locked memory, from where `to` does not wait for what the device is doing."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedSequences":
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        del tensors["video_grid_thw"]
+        return dataclasses.replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
 
 class SequenceBuilder:
@@ -205,6 +211,7 @@ class SequenceBuilder:
             raise ValueError(f"{REWARD_TOKEN!r} must stand exactly once in a sequence, found {num_reward_tokens}")
         return ScoredSequence(
             input_ids=input_ids,
+            video_positions=(input_ids == self.processor.video_token_id).nonzero().squeeze(1),
             position_ids=compute_mrope_positions(
                 input_ids,
                 video_token_id=self.processor.video_token_id,
@@ -265,6 +272,9 @@ def pack_sequences(sequences: Sequence[ScoredSequence]) -> PackedSequences:
         position_ids=torch.cat([sequence.position_ids for sequence in sequences], dim=1),
         cu_seq_lens=torch.cat([torch.zeros(1, dtype=ends.dtype), ends]).to(torch.int32),
         max_seq_len=int(lengths.max()),
+        video_positions=torch.cat(
+            [start + sequence.video_positions for start, sequence in zip(starts, sequences, strict=True)]
+        ),
         reward_positions=starts + torch.tensor([sequence.reward_position for sequence in sequences]),
         pixel_values=torch.cat([sequence.pixel_values for sequence in sequences]),
         video_grid_thw=torch.tensor([sequence.grid_thw for sequence in sequences]),

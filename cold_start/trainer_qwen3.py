@@ -158,12 +158,13 @@ class RewardTrainer:
         return torch.cat([loss_sum.detach().double().view(1), pair_sums.detach()])
 
     def _compute_loss(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = batch.labels.to(self.engine.device)
+        device, packed = self.engine.device, batch.packed
+        labels = batch.labels.to(device)
         if self.activations is not None and torch.is_grad_enabled():
-            self.activations.prepare(batch.packed.input_ids.numel())
-        rewards = self.engine(batch.packed.to(self.engine.device))
-        rewards_a = rewards[batch.a_sequences.to(rewards.device)]
-        rewards_b = rewards[batch.b_sequences.to(rewards.device)]
+            self.activations.prepare(packed.input_ids.numel(), num_patches=len(packed.pixel_values))
+        rewards = self.engine(packed.to(device))
+        rewards_a = rewards[batch.a_sequences.to(device, non_blocking=True)]
+        rewards_b = rewards[batch.b_sequences.to(device, non_blocking=True)]
         loss_sum = compute_pair_loss(rewards_a, rewards_b, labels, loss_type=self.arguments.loss_type)
         return loss_sum, compute_pair_sums(rewards_a.detach(), rewards_b.detach(), labels)
 
@@ -240,7 +241,7 @@ class RewardTrainer:
             raise ValueError(f"{folder} holds no optimizer state (--save_only_model?); it cannot be resumed from")
         state = json.loads((folder / STATE_FILE).read_text())
         for name, value in self._identity().items():
-            if state[name] != value:
+            if state.get(name, value) != value:
                 raise ValueError(f"cannot resume from {folder}: {name} was {state[name]}, now it is {value}")
         state_folder = folder / DEEPSPEED_FOLDER
         loaded_from, _ = self.engine.load_checkpoint(str(state_folder), tag=DEEPSPEED_TAG, load_module_strict=False)
@@ -258,6 +259,7 @@ class RewardTrainer:
             "data": self.train_data.fingerprint,
             "pairs_per_step": self.arguments.pairs_per_step(self.engine.world_size),
             "world_size": self.engine.world_size,
+            "zero_stage": self.engine.zero_optimization_stage(),
             "seed": self.arguments.seed,
             "mask_probability": self.data_arguments.mask_probability,
             "loss_type": self.arguments.loss_type,

@@ -5,7 +5,7 @@
 Both get the same pairs and random weights, adapt the language model with LoRA, tune the vision tower, and take one
 pair at a time, four to a step. Each runs in a process of its own. `--tiny --layers 2` tries the script on a CPU.
 
-- ours: DeepSpeed (ZeRO-2) and `RewardTrainer`, as train.sh runs them.
+- ours: DeepSpeed (ZeRO-0, one process shares nothing) and `RewardTrainer`, as train.sh runs them.
 - original: A and B in forward passes of their own through stock transformers, with vocabulary logits at every position
   that nobody reads, everything in bf16. Rebuilt generously: no padding, flash attention, no DeepSpeed, and no copy of
   the embedding for the one row that is trained.
@@ -30,6 +30,7 @@ from arguments import DataArguments, ModelArguments, TrainingArguments
 from attention import use_packed_attention
 from data import EncodedPair, PairBatch, PairDataset
 from engine import accelerate, build_engine, init_distributed, step_engine
+from flash_kernels import choose_kernels
 from losses import PairLabels, compute_pair_loss
 from model_qwen3 import RewardModel, add_reward_token, prepare_for_training
 from scored_sequence import ScoredSequence, SequenceBuilder, pack_sequences
@@ -123,7 +124,8 @@ class Ours:
 
     def collate(self, pairs: list[EncodedPair]) -> list[PairBatch]:
         data = PairDataset([], self.builder, VideoBudget())
-        return [data.collate([pair]) for pair in pairs]
+        batches = [data.collate([pair]) for pair in pairs]
+        return [batch.pin_memory() for batch in batches] if DEVICE == "cuda" else batches  # as DataLoader does
 
     def run(self, batches: list[PairBatch]) -> float:
         """One step; returns the loss."""
@@ -218,6 +220,8 @@ def run_ours(options: argparse.Namespace) -> dict:
         "tokens": sum(batch.packed.input_ids.numel() for batch in batches),
         "needed_tflops_per_second": needed / TERA / median,
         "kept_layers": plan.num_kept if plan else None,
+        "kept_vision_blocks": plan.num_kept_blocks if plan else None,
+        "text_attention": choose_kernels(torch.empty(1, config.text_config.head_dim, device=DEVICE)).__name__,
         "peak_memory_gib": _peak_gib(),
         "ceilings": ceilings,
     }
@@ -273,7 +277,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--tokenizer", default=str(here / "model" / "tiny_base"))
-    parser.add_argument("--deepspeed", default=str(here / "ds_config" / "zero2.json"))
+    parser.add_argument("--deepspeed", default=str(here / "ds_config" / "zero0.json"))
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no_compile", action="store_true", help="leave the layers as transformers has them")

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attention import packed_attention
+import attention
+from attention import packed_attention, packed_flash
+from flash_kernels import FlashAttention2, FlashAttention4, has_flash4
 
 HEADS, KV_HEADS, DIM = 8, 2, 64
 LENGTHS = {"unequal": [5, 130, 64, 1], "equal": [48, 48, 48]}
@@ -39,14 +41,14 @@ def relative_error(found, expected) -> float:
     return ((found.double().cpu() - expected).norm() / expected.norm()).item()
 
 
-def compare(device, dtype, lengths, *, causal) -> list[float]:
+def compare(device, dtype, lengths, *, causal, runs=None) -> list[float]:
     """Relative errors of the output and of the three gradients."""
     torch.manual_seed(0)
     shapes = [(1, heads, sum(lengths), DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     tensors = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in shapes]
     weights = torch.randn(1, sum(lengths), HEADS, DIM, dtype=torch.float64)
     results = []
-    for run in (run_packed, run_one_by_one):
+    for run in runs or (run_packed, run_one_by_one):
         output = run(tensors, lengths, causal=causal)
         gradients = torch.autograd.grad((output * weights.to(output)).sum(), tensors)
         results.append([output.detach(), *gradients])
@@ -59,9 +61,84 @@ def test_packed_attention_equals_attention_one_by_one(lengths, causal):
     assert max(compare("cpu", torch.float32, lengths, causal=causal)) < 1e-5
 
 
+class PlainKernels:
+    """What flash kernels compute, sequence by sequence, with every matrix written out."""
+
+    @staticmethod
+    def pieces(query, key, value, bounds, is_causal, scaling):
+        """Of each sequence: its tokens, query, key, value and scores, [heads, length, ...], keys repeated."""
+        groups = query.shape[1] // key.shape[1]
+        for start, end in bounds[0].unfold(0, 2, 1).tolist():
+            tokens = slice(start, end)
+            q, k, v = (tensor[tokens].transpose(0, 1) for tensor in (query, key, value))
+            k, v = (tensor.repeat_interleave(groups, dim=0) for tensor in (k, v))
+            scores = q @ k.transpose(1, 2) * scaling
+            if is_causal:
+                scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), float("-inf"))
+            yield tokens, q, k, v, scores
+
+    @classmethod
+    def forward(cls, query, key, value, bounds, longest, *, is_causal, scaling):
+        output, lse = torch.empty_like(query), torch.empty(query.shape[1], len(query))
+        for tokens, _, _, v, scores in cls.pieces(query, key, value, bounds, is_causal, scaling):
+            output[tokens] = (scores.softmax(-1) @ v).transpose(0, 1)
+            lse[:, tokens] = scores.logsumexp(-1)
+        return output, lse
+
+    @classmethod
+    def backward(cls, gradient, query, key, value, output, lse, bounds, longest, *, is_causal, scaling):
+        totals = tuple(torch.zeros_like(tensor) for tensor in (query, key, value))
+        for tokens, q, k, v, scores in cls.pieces(query, key, value, bounds, is_causal, scaling):
+            to_output = gradient[tokens].transpose(0, 1)
+            probabilities = (scores - lse[:, tokens].unsqueeze(-1)).exp()
+            delta = (gradient[tokens] * output[tokens]).sum(-1).t().unsqueeze(-1)
+            to_scores = probabilities * (to_output @ v.transpose(1, 2) - delta) * scaling
+            shares = (to_scores @ k, to_scores.transpose(1, 2) @ q, probabilities.transpose(1, 2) @ to_output)
+            for total, share in zip(totals, shares, strict=True):
+                total[tokens] = share.transpose(0, 1).unflatten(1, (total.shape[1], -1)).sum(2)
+        return totals
+
+
+def run_operator(query, key, value, lengths, *, causal):
+    """As `run_packed` on a GPU."""
+    flat = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    bounds = torch.tensor([0, *lengths], device=query.device).cumsum(0).int()
+    return packed_flash(*flat, bounds, max(lengths), causal, DIM**-0.5)[0].unsqueeze(0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_flash_operator_equals_attention_one_by_one(monkeypatch, causal, is_compiled):
+    """Compiled: within one graph, with what stands around it."""
+    monkeypatch.setattr(attention, "choose_kernels", lambda _: PlainKernels)
+
+    def run(tensors, lengths, *, causal):
+        return 1.5 * run_operator(*(2 * tensor for tensor in tensors), lengths, causal=causal)
+
+    def expect(tensors, lengths, *, causal):
+        return 1.5 * run_one_by_one([2 * tensor for tensor in tensors], lengths, causal=causal)
+
+    if is_compiled:
+        run = torch.compile(run, dynamic=True, fullgraph=True, backend="aot_eager")
+    for lengths in LENGTHS.values():
+        errors = compare("cpu", torch.float32, lengths, causal=causal, runs=(run, expect))
+        assert max(errors) < 1e-5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_packed_attention_on_a_gpu_equals_attention_one_by_one(lengths, causal, dtype, bound):
     assert max(compare("cuda", dtype, lengths, causal=causal)) < bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", [FlashAttention2, FlashAttention4])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_flash_kernels_equal_attention_one_by_one(monkeypatch, lengths, causal, kernels):
+    if kernels is FlashAttention4 and not has_flash4(torch.device("cuda")):
+        pytest.skip("flash-attn-4 is not installed, or this is no Hopper GPU")
+    monkeypatch.setattr(attention, "choose_kernels", lambda _: kernels)
+    assert max(compare("cuda", torch.bfloat16, lengths, causal=causal)) < 2e-2

@@ -38,13 +38,17 @@ WEIGHT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # 1% of a step: Adam makes step
 
 
 def start(
-    data: Path, base: Path, output: Path, *, processes=1, zero=2, accumulation=4, batch=1, node=None, **settings
+    data: Path, base: Path, output: Path, *, processes=1, zero=None, accumulation=4, batch=1, node=None, **settings
 ):
-    """Launch train.sh; returns the process, whose output is captured. `node`: variables of one of several nodes."""
+    """Launch train.sh; returns the process, whose output is captured. `node`: variables of one of several nodes.
+
+    `zero`: ZeRO stage, by default the one that train.sh takes.
+    """
+    if zero is not None:
+        settings["deepspeed"] = STAGE_DIR / f"ds_config/zero{zero}.json"
     flags = SETTINGS | {
         "gradient_accumulation_steps": accumulation,
         "per_device_train_batch_size": batch,
-        "deepspeed": STAGE_DIR / f"ds_config/zero{zero}.json",
         **settings,
     }
     environment = os.environ | {
@@ -132,9 +136,15 @@ def test_losses_fall_and_the_checkpoint_scores(finished, clips):
     assert rewards[0] != rewards[1]
 
 
-@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_two_processes_train_as_one(finished, zero):
-    assert_same_training(finished(), finished(processes=2, accumulation=2, zero=zero))
+@pytest.mark.parametrize(("zero", "stage"), [(None, 2), pytest.param(3, 3, marks=pytest.mark.slow)])
+def test_two_processes_train_as_one(finished, zero, stage):
+    sharded = finished(processes=2, accumulation=2, zero=zero)
+    assert_same_training(finished(), sharded)
+    stages = [
+        json.loads((run / "checkpoint-3/trainer_state.json").read_text())["zero_stage"]
+        for run in (finished(), sharded)
+    ]
+    assert stages == [0, stage]
 
 
 @pytest.mark.slow
@@ -163,7 +173,7 @@ def test_a_node_without_its_rank_is_told_what_is_missing(tmp_path, clips, small_
     "settings",
     [
         {"batch": 4, "accumulation": 1},
-        pytest.param({"zero": 0}, marks=pytest.mark.slow),
+        pytest.param({"zero": 2}, marks=pytest.mark.slow),
         pytest.param({"gradient_checkpointing": False}, marks=pytest.mark.slow),
     ],
 )
@@ -209,6 +219,9 @@ def test_used_output_folder_and_other_settings_are_refused(finished, clips, smal
     assert status != 0
     assert "cannot resume from" in text
     assert "num_pairs was 10, now it is 2" in text
+    status, text = run(finished().parent / "pairs.csv", small_base, output, resume_from_checkpoint="latest", zero=2)
+    assert status != 0
+    assert "zero_stage was 0, now it is 2" in text
 
 
 def test_unknown_flags_are_errors(clips, small_base, tmp_path):
@@ -219,7 +232,7 @@ def test_unknown_flags_are_errors(clips, small_base, tmp_path):
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("zero", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_loss_that_is_not_finite_stops_before_the_step_and_names_it(clips, small_base, tmp_path, zero):
     scores = ["4", "1e38"]  # the squared error of 1e38 overflows
     data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "A"], MOS_A_GSB=scores)

@@ -14,8 +14,9 @@ TOTAL = 80 * GIB
 class Layer(nn.Module):
     gradient_checkpointing = True
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+    def forward(self, device: "Device", num_bytes: int) -> None:
+        """Keeps so much."""
+        device.allocated += num_bytes
 
 
 class Device:
@@ -50,14 +51,7 @@ def recomputed(plan: ActivationPlan) -> list[bool]:
 def measure(plan: ActivationPlan, device: Device, *, num_tokens: int, bytes_of_layer: int) -> None:
     """The first pass, in which the last layer is seen to keep so much."""
     plan.prepare(num_tokens)
-    original = Layer.forward
-
-    def keep(self, x):
-        device.allocated += bytes_of_layer
-        return original(self, x)
-
-    plan.layers[-1].forward = plan._measured(keep.__get__(plan.layers[-1]))
-    plan.layers[-1](torch.zeros(1))
+    plan.layers[-1](device, bytes_of_layer)
 
 
 def test_the_first_pass_keeps_one_layer_and_later_ones_what_fits(monkeypatch, kind):
@@ -94,6 +88,36 @@ def test_gradients_that_are_still_to_come_take_room(monkeypatch, kind):
     assert plan.num_kept == 3
 
 
+def make_plan_with_blocks(device: Device, **options) -> recompute.ActivationPlan:
+    """Stage 1's with vision blocks that keep 2 GiB each, text layers 4, for the same row; after its first pass."""
+    blocks = [Layer() for _ in range(5)]
+    plan = make_plan(recompute.ActivationPlan, vision_blocks=blocks, **options)
+    plan.prepare(1000, num_patches=8000)
+    assert (plan.num_kept, plan.num_kept_blocks) == (min(1, options.get("max_kept", 1)),) * 2
+    blocks[-1](device, 2 * GIB)
+    plan.layers[-1](device, 4 * GIB)
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("free", "layers", "blocks"),
+    [(50, 8, 0), (56, 10, 0), (62, 10, 1), (66, 10, 3), (100, 10, 5)],  # 48 GiB and 3 and 4.8 that are spared: text
+)
+def test_vision_blocks_keep_what_text_layers_leave(monkeypatch, free, layers, blocks):
+    device = Device(monkeypatch, free=free * GIB)
+    plan = make_plan_with_blocks(device)
+    plan.prepare(1000, num_patches=8000)
+    assert (plan.num_kept, plan.num_kept_blocks) == (layers, blocks)
+    assert [block.gradient_checkpointing for block in plan._vision.layers] == [True] * (5 - blocks) + [False] * blocks
+
+
+def test_with_a_limit_for_text_layers_no_vision_block_keeps(monkeypatch):
+    device = Device(monkeypatch, free=100 * GIB)
+    plan = make_plan_with_blocks(device, max_kept=0)
+    plan.prepare(1000, num_patches=8000)
+    assert (plan.num_kept, plan.num_kept_blocks) == (0, 0)
+
+
 @pytest.mark.parametrize(("limit", "expected"), [(0, 0), (2, 2), (99, 6), (None, 6)])
 def test_a_limit_keeps_fewer(monkeypatch, kind, limit, expected):
     device = Device(monkeypatch, free=40 * GIB)
@@ -111,7 +135,8 @@ def test_on_a_cpu_every_layer_recomputes(kind):
 
 
 def test_a_pass_that_was_not_announced_runs_and_is_not_measured(kind, monkeypatch):
-    Device(monkeypatch, free=40 * GIB)
+    device = Device(monkeypatch, free=40 * GIB)
     plan = make_plan(kind)
-    assert plan.layers[-1](torch.ones(1)) == 1
-    assert plan._bytes_per_token is None
+    plan.layers[-1](device, 4 * GIB)
+    plan.prepare(1000)
+    assert plan.num_kept == 1  # as in a first pass
