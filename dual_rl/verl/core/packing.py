@@ -58,12 +58,15 @@ class PackedGroups:
         return self.input_ids.device
 
     def to(self, device: torch.device | str) -> "PackedGroups":
-        """A copy on `device`."""
+        """A copy on `device`, made without waiting for what the device is doing."""
         tensors = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True)
+            field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
             if isinstance(getattr(self, field.name), torch.Tensor)
         }
+        if torch.device(device).type == "cuda":
+            tensors = {name: t.pin_memory() if t.device.type == "cpu" else t for name, t in tensors.items()}
+        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         return dataclasses.replace(self, **tensors, layout=self.layout.to(device))
 
 

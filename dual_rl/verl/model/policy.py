@@ -104,6 +104,7 @@ class PolicyModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        backbone.model.language_model._deepstack_process = _add_vision_features
         self.sequence_group: SequenceGroup | None = None
         self.is_compiled = False
         self.reward_token_id = reward_token_id
@@ -206,11 +207,10 @@ class PolicyModel(nn.Module):
         embeddings = embeddings.index_copy(1, batch.reward_positions, row)
         videos = vision.embeddings.to(embeddings.dtype).unsqueeze(0)
         embeddings = embeddings.index_copy(1, batch.video_positions, videos)  # no view: layers are compiled once
-        is_video = torch.zeros_like(batch.input_ids, dtype=torch.bool).index_fill_(0, batch.video_positions, True)
         output = self.backbone.model.language_model(
             inputs_embeds=embeddings,
             position_ids=batch.position_ids.unsqueeze(1),
-            visual_pos_masks=is_video.unsqueeze(0),
+            visual_pos_masks=batch.video_positions,
             deepstack_visual_embeds=list(vision.deepstack),
             layout=batch.layout,
             row_part=part,
@@ -293,3 +293,16 @@ class PolicyModel(nn.Module):
     def replicated_parameters(self) -> list[nn.Parameter]:
         """What FSDP2 leaves alone: small, fp32, whole on every rank."""
         return [self.reward_embedding, self.rm_head.weight]
+
+
+def _add_vision_features(hidden: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Stands for transformers' `_deepstack_process`: takes positions in a row, int64 [N], besides a mask.
+
+    Finding the positions of a mask waits for the GPU. `hidden`: [1, T, hidden] (with a mask [batch, T, hidden]);
+    `features`: [N, hidden].
+    """
+    features = features.to(hidden.dtype)
+    if where.dtype == torch.bool:
+        positions = where.flatten().nonzero().squeeze(1)
+        return hidden.flatten(0, 1).index_add(0, positions, features).view_as(hidden)
+    return hidden.index_add(1, where, features.unsqueeze(0))
