@@ -34,7 +34,7 @@ TOY_CLIPS = sorted((DUAL_RL / "data" / "videos").glob("*.mp4"))[:4]
 REAL_CLIPS = sorted((DUAL_RL.parents[1] / "shared" / "videos").glob("*.mp4"))
 PROMPTS = ["a red circle moves left over a plain gray background", "a blue star", "a green square grows", "a cat"]
 TOLERANCE = 1e-4  # of rewards, fp32
-SETTINGS = ScoringSettings(batch_size=4, max_prompt_length=1024, max_new_tokens=220, cpu_kv_cache_gib=1)
+SETTINGS = ScoringSettings(batch_size=4, max_prompt_length=1024, max_new_tokens=220, kv_cache_gib=1)
 HEAD_SEED = 3
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 torch.set_num_threads(1)

@@ -36,7 +36,7 @@ SMALL_RUN = {
     "worker.actor.micro_batch_size_per_device_for_update": 2,
     "worker.rollout.name": "hf",
     "worker.rollout.n": 2,
-    "worker.rollout.cpu_kv_cache_gib": 1,
+    "worker.rollout.kv_cache_gib": 1,
     "trainer.n_gpus_per_node": 0,
     "trainer.max_steps": 3,
     "trainer.save_freq": 1,

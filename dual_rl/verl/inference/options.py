@@ -19,6 +19,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--mask_cot", action="store_true", help="score without a chain of thought: <Reward> follows the prompt")
     add("--precision", choices=["auto", "bf16", "fp32"], default=default.precision, help="auto: bf16 on GPUs")
     add("--gpu_memory_utilization", type=float, default=default.gpu_memory_utilization)
+    add("--kv_cache_gib", type=int, help="of vLLM; default: what gpu_memory_utilization leaves, 2 on a CPU")
     add("--enforce_eager", action="store_true", help="start faster, write slower")
     add("--num_threads", type=int, default=default.num_threads, help="that decode videos, per engine")
     add("--video_fps", type=float, help="default, like --max_pixels: as the model was trained")

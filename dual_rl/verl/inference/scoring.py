@@ -54,8 +54,9 @@ class ScoringSettings:
 
     `batch_size`: videos in an engine at a time. `max_prompt_length`, `max_new_tokens`: tokens of the user turn, video
     included, and of the chain of thought; None for what the model's positions leave, at most MAX_PROMPT_LENGTH.
-    `precision`: auto is bf16 on GPUs, fp32 on CPUs. `num_threads`: that decode videos. `video_fps`, `max_pixels`: None
-    for what the model was trained with.
+    `precision`: auto is bf16 on GPUs, fp32 on CPUs. `kv_cache_gib`: of vLLM, None for what `gpu_memory_utilization`
+    leaves (2 on a CPU). `num_threads`: that decode videos. `video_fps`, `max_pixels`: None for what the model was
+    trained with.
     """
 
     backend: Literal["vllm", "hf"] = "vllm"
@@ -66,14 +67,14 @@ class ScoringSettings:
     mask_cot: bool = False
     precision: Precision = "auto"
     gpu_memory_utilization: float = 0.9
-    cpu_kv_cache_gib: int = 2
+    kv_cache_gib: int | None = None
     enforce_eager: bool = False
     num_threads: int = 4
     video_fps: float | None = None
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_prompt_length", "max_new_tokens", "num_threads"):
+        for name in ("batch_size", "max_prompt_length", "max_new_tokens", "kv_cache_gib", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")

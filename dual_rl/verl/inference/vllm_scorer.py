@@ -21,6 +21,7 @@ from verl.rollout.vllm_start import prepare_environment, process_state_kept, sta
 from verl.trainer.config import RolloutConfig
 from verl.types import VideoPrompt
 
+CPU_KV_CACHE_GIB = 2
 PROCESSOR_CACHE_GB = 4
 """For preprocessed videos between their two requests, on the host."""
 SCORING, THINKING = 0, 1
@@ -72,7 +73,7 @@ class VllmScorer:
             gpu_memory_utilization=settings.gpu_memory_utilization,
             max_num_seqs=settings.batch_size,
             enforce_eager=settings.enforce_eager,
-            cpu_kv_cache_gib=settings.cpu_kv_cache_gib,
+            kv_cache_gib=settings.kv_cache_gib or (CPU_KV_CACHE_GIB if device.type == "cpu" else None),
         )
         prepare_environment(config, device)
         with process_state_kept(device):

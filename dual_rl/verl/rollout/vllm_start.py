@@ -23,6 +23,7 @@ NO_WEIGHTS = "no_weights"
 """Name of our vLLM load format."""
 CPU_BLOCK_SIZE = 32
 """Tokens that share a cache block; vLLM's 128 on CPUs leaves little of a short prompt to share."""
+CPU_KV_CACHE_GIB = 1
 OVERWRITTEN_VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LD_PRELOAD", "TORCHINDUCTOR_COMPILE_THREADS")
 
 
@@ -36,7 +37,7 @@ def prepare_environment(config: RolloutConfig, device: torch.device) -> None:
     if importlib.util.find_spec("flashinfer") is None:
         os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     if device.type == "cpu":
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.cpu_kv_cache_gib)
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib or CPU_KV_CACHE_GIB)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # ranks of one machine would share a core
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # half a minute of compilation for nothing
 
@@ -65,6 +66,8 @@ def start_llm(
         # A prompt cut in two would make vLLM rewind its request's random generator, which CPU generators cannot.
         on_device = {"block_size": CPU_BLOCK_SIZE, "enable_chunked_prefill": False}
         num_batched_tokens = max(num_batched_tokens, max_model_len)
+    elif config.kv_cache_gib is not None:
+        on_device["kv_cache_memory_bytes"] = config.kv_cache_gib * 2**30
     arguments: dict[str, object] = {
         "model": str(folder),
         "load_format": NO_WEIGHTS,

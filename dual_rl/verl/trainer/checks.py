@@ -64,7 +64,7 @@ _RANGES: dict[str, str] = {
     "worker.rollout.tensor_parallel_size": ">= 1",
     "worker.rollout.max_num_batched_tokens": ">= 1",
     "worker.rollout.max_num_seqs": ">= 1",
-    "worker.rollout.cpu_kv_cache_gib": ">= 1",
+    "worker.rollout.kv_cache_gib": ">= 1",
     "worker.rollout.log_prob_bound": "> 0",
     "trainer.total_epochs": ">= 1",
     "trainer.max_steps": ">= 1",

@@ -167,8 +167,8 @@ class RolloutConfig:
     max_num_batched_tokens: int = 16384
     max_num_seqs: int = 256
     enforce_eager: bool = False
-    cpu_kv_cache_gib: int = 1
-    """Memory of vLLM's KV cache on a CPU rank."""
+    kv_cache_gib: int | None = None
+    """Memory of vLLM's KV cache; None: what gpu_memory_utilization leaves, 1 on a CPU."""
     log_prob_bound: float = 0.1
     """Tokens whose log-prob differs by more between rollout and trainer are counted and logged."""
     val_override_config: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0, "n": 1})
