@@ -18,7 +18,7 @@ quickstart: setup ## train a tiny video reward model on this machine and show ho
 	@$(WITH_VENV) bash cold_start/quickstart.sh
 	@$(WITH_VENV) bash dual_rl/quickstart.sh $(ARGS)
 
-evidence: setup ## train, score and draw the comparison of models (ARGS="--size full --jobs 6" on a GPU)
+evidence: setup ## train, score and draw the comparison of models (ARGS="--size full" on GPUs)
 	@$(WITH_VENV) python figure/run_evidence.py $(ARGS)
 
 figures: setup ## draw every figure again from the committed results

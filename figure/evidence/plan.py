@@ -15,6 +15,8 @@ PREFERENCE = "dual_rl/baselines/preference_reward.py:compute_score"
 MISATTACHED = "dual_rl/baselines/misattached_reward.py:compute_score"
 WARMUP_STEPS_SHARE = 0.05
 """Of the short training of stage 1; the long one warms up for as many steps, so that its beginning is the same run."""
+OWN, MASKED = "own", "masked"
+"""How a model is scored: after the chain of thought that it writes, or without one."""
 
 STAGE1 = (
     "--per_device_train_batch_size", str(BATCH_PAIRS), "--gradient_accumulation_steps", "1",
@@ -40,6 +42,21 @@ STAGE2 = (
     "trainer.save_model_only=true",
     "trainer.logger=[file]",
 )
+STAGE1_ON_GPU = ("--torch_compile", "False")
+STAGE2_ON_GPU = (
+    "worker.actor.model.enable_compile=false",
+    "worker.actor.model.enable_gradient_checkpointing=false",
+    "worker.actor.offload.offload_params=false",
+    "worker.actor.offload.offload_optimizer=false",
+    "worker.ref.fsdp.enable_cpu_offload=false",
+    "worker.rollout.enforce_eager=true",
+)
+"""What pays for large models only: compiling would take most of a tiny one's time. On CPUs train.sh leaves it out."""
+CACHE_GIB = 1
+"""Of vLLM, told: by itself it would measure how much memory is free, which changes as other jobs come and go."""
+STAGE1_SECONDS, STAGE2_SECONDS = (35.0, 0.25), (70.0, 4.0)
+SCORING_SECONDS = {OWN: 60.0, MASKED: 40.0}
+"""Guesses for a shared GPU, of a start and each step and of a scoring; they only decide which job starts first."""
 MASKING = {"mask_0": 0.0, "mask_25": 0.25, "mask_75": 0.75}
 DATA_PERCENTS = (10, 25, 50)
 REINFORCED = {  # ablations of stage 2
@@ -52,8 +69,6 @@ COUPLED = {  # the generative model; DeScore's learning rate need not be the bes
 }
 MAIN_ARMS = ("discriminative", *COUPLED, "stage1", "descore", "stage1_short")
 """The four models, and stage 1 where stage 2 takes over: an earlier checkpoint of the same run."""
-OWN, MASKED = "own", "masked"
-"""How a model is scored: after the chain of thought that it writes, or without one."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +82,17 @@ class Device:
 
 @dataclass(frozen=True)
 class Job:
-    """One command. `needs`: names of jobs before it. `output`: a path that is there when it has succeeded."""
+    """One command. `needs`: names of jobs before it. `output`: a path that is there when it has succeeded.
+
+    `seconds`: a guess of how long it takes, to choose between jobs.
+    """
 
     name: str
     command: tuple[str, ...]
     output: str
     environment: dict[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    seconds: float = 1.0
 
     @property
     def text(self) -> str:
@@ -95,7 +114,7 @@ class Scoring:
 
 
 class Plan:
-    """All jobs of a size in the order in which they should start, and what will be scored; paths below `work`."""
+    """All jobs of a size, each behind what it needs, and what will be scored; paths below `work`."""
 
     def __init__(self, size: Size, work: str, *, device: Device) -> None:
         self.size, self.work, self.device = size, work, device
@@ -107,9 +126,16 @@ class Plan:
         for seed in size.ablation_seeds:
             self._add_ablations(seed)
 
-    def _add(self, name: str, *command: str, output: str, needs: tuple[str, ...] = (), **environment: str) -> str:
-        self.jobs[name] = Job(name, command, f"{self.work}/{output}", environment, needs)
-        return name
+    def _add(
+        self,
+        name: str,
+        *command: str,
+        output: str,
+        needs: tuple[str, ...] = (),
+        seconds: float = 1.0,
+        **environment: str,
+    ) -> None:
+        self.jobs[name] = Job(name, command, f"{self.work}/{output}", environment, needs, seconds)
 
     def _add_world(self) -> None:
         size, world = self.size, f"{self.work}/world"
@@ -172,10 +198,12 @@ class Plan:
         schedule = ("--max_steps", str(steps), "--num_train_epochs", str(-(-steps // steps_per_epoch)),
                     "--save_epochs", f"{size.short_steps / steps_per_epoch:.6g}",
                     "--warmup_ratio", f"{warmup:.6g}", "--seed", str(seed))  # fmt: skip
+        on_gpu = STAGE1_ON_GPU if self.device.num_gpus else ()
         self._add(
-            run, "bash", "cold_start/train.sh", *STAGE1, *schedule, *flags,
+            run, "bash", "cold_start/train.sh", *STAGE1, *on_gpu, *schedule, *flags,
             output=f"{run}/checkpoint-{steps}",
             needs=("world",) if percent == 100 else (f"data_{percent}",),
+            seconds=STAGE1_SECONDS[0] + STAGE1_SECONDS[1] * steps,
             MODEL_PATH=BASE,
             DATA=f"{self.work}/world/train{'' if percent == 100 else f'_{percent}'}.csv",
             OUTPUT_DIR=f"{self.work}/{run}",
@@ -186,12 +214,14 @@ class Plan:
         run, (start_run, start_step) = f"{arm}_{seed}", start
         sampling = (f"worker.rollout.n={self.size.responses}", f"data.max_response_length={self.size.max_tokens}")
         seeding = (f"data.seed={seed}", f"worker.rollout.seed={seed}", f"trainer.max_steps={steps}")
-        engine = (f"worker.rollout.gpu_memory_utilization={self.device.memory_share}",
-                  "worker.rollout.enforce_eager=true") if self.device.num_gpus else ()  # fmt: skip
+        memory = (f"worker.rollout.gpu_memory_utilization={self.device.memory_share}",
+                  f"worker.rollout.kv_cache_gib={CACHE_GIB}")  # fmt: skip
+        on_gpu = (*memory, *STAGE2_ON_GPU) if self.device.num_gpus else ()
         self._add(
-            run, "bash", "dual_rl/examples/train.sh", *STAGE2, *sampling, *seeding, *engine, *settings,
+            run, "bash", "dual_rl/examples/train.sh", *STAGE2, *sampling, *seeding, *on_gpu, *settings,
             output=f"{run}/global_step_{steps}",
             needs=(start_run,),
+            seconds=STAGE2_SECONDS[0] + STAGE2_SECONDS[1] * steps,
             MODEL_PATH=f"{self.work}/{start_run}/checkpoint-{start_step}",
             TRAIN_FILES=f"{self.work}/world/train_rl.csv",
             OUTPUT_DIR=f"{self.work}/{run}",
@@ -206,11 +236,13 @@ class Plan:
         is_stage2 = "dual_rl/examples/train.sh" in self.jobs[trained].command
         flags = ["--max_new_tokens", str(self.size.max_tokens), "--num_threads", str(self.device.scoring_threads)]
         if self.device.num_gpus:
-            flags += ["--gpu_memory_utilization", str(self.device.memory_share), "--enforce_eager"]
+            flags += ["--gpu_memory_utilization", str(self.device.memory_share), "--kv_cache_gib", str(CACHE_GIB)]
+            flags += ["--enforce_eager"]
         self._add(
             scoring.name, "bash", "dual_rl/inference.sh", *flags, *(["--mask_cot"] if read == MASKED else []),
             output=f"scores/{arm}_{seed}_{read}.json",
             needs=(trained,),
+            seconds=SCORING_SECONDS[read],
             MODEL_CKPT=f"{self.work}/{trained}/{'global_step_' if is_stage2 else 'checkpoint-'}{steps}",
             DATA_PATH=f"{self.work}/world/bench_held_out.csv",
             BENCH_TYPE="tabench",

@@ -6,6 +6,7 @@ it prints is in `logs/NAME.log`. A job that was stopped half way is started agai
 
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from evidence.machine import Machine
 from evidence.plan import Job
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -26,20 +28,24 @@ logger = logging.getLogger("evidence")
 
 @dataclass
 class Running:
-    """A job under way: its process, which leads a group of its own, and since when."""
+    """A job under way: its process, which leads a group of its own, in which slot, and since when."""
 
     job: Job
+    slot: int
     process: subprocess.Popen
     started: datetime
     clock: float
 
 
 class Runner:
-    """Runs jobs in the repository root; `work`: where logs and done marks go. `attempts`: tries of a failing job."""
+    """Runs jobs in the repository root; `work`: where logs and done marks go. `attempts`: tries of a failing job.
 
-    def __init__(self, work: Path, *, num_parallel: int, attempts: int = 2) -> None:
+    `minutes`: after which it stops.
+    """
+
+    def __init__(self, work: Path, *, machine: Machine, attempts: int = 2, minutes: float = math.inf) -> None:
         self.done, self.logs = work / "done", work / "logs"
-        self.num_parallel, self.attempts = num_parallel, attempts
+        self.machine, self.attempts, self.minutes = machine, attempts, minutes
         self.commit = describe_commit()
         self._running: list[Running] = []
         self._tries: dict[str, int] = {}
@@ -47,20 +53,24 @@ class Runner:
     def run(self, jobs: Sequence[Job]) -> list[str]:
         """Run what is not done; returns the names of jobs that failed or need one that did.
 
-        Raises ValueError when a job was done with another command.
+        Raises ValueError when a job was done with another command, TimeoutError when the time is up.
         """
+        limit = time.monotonic() + 60 * self.minutes
         for folder in (self.done, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
-        waiting = [job for job in jobs if not self.is_done(job)]
+        waiting = order_jobs([job for job in jobs if not self.is_done(job)])
         finished, failed = {job.name for job in jobs} - {job.name for job in waiting}, []
         logger.info("%d jobs are done, %d to run", len(finished), len(waiting))
         try:
             while waiting or self._running:
+                if time.monotonic() > limit:
+                    left = f"{len(waiting) + len(self._running)} jobs are left"
+                    raise TimeoutError(f"{self.minutes:g} minutes are over, {left}; the same command goes on")
                 for job in [job for job in waiting if set(job.needs) & set(failed)]:
                     waiting.remove(job)
                     failed.append(job.name)
                 ready = [job for job in waiting if set(job.needs) <= finished]
-                for job in ready[: self.num_parallel - len(self._running)]:
+                for job in ready[: self.machine.num_jobs - len(self._running)]:
                     waiting.remove(job)
                     self._start(job)
                 time.sleep(POLL_SECONDS)
@@ -90,19 +100,20 @@ class Runner:
 
     def _start(self, job: Job) -> None:
         self._tries[job.name] = self._tries.get(job.name, 0) + 1
+        slot = min(set(range(self.machine.num_jobs)) - {running.slot for running in self._running})
         with (self.logs / f"{job.name}.log").open("a") as log:
             log.write(f"$ {job.text}\n")
             log.flush()
             process = subprocess.Popen(
                 job.command,
                 cwd=REPOSITORY,
-                env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **job.environment},
+                env={**self.machine.environment(slot), **job.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._running.append(Running(job, process, datetime.now(UTC), time.monotonic()))
+        self._running.append(Running(job, slot, process, datetime.now(UTC), time.monotonic()))
         logger.info("%s  started", job.name)
 
     def _collect(self) -> list[tuple[Job, bool]]:
@@ -145,11 +156,28 @@ class Runner:
         self._running.clear()
 
 
+def order_jobs(jobs: Sequence[Job]) -> list[Job]:
+    """What no other job waits for first (scorings: a run that is stopped has results), then the longest chains.
+
+    `jobs`: each behind what it needs.
+    """
+    chain: dict[str, float] = {}  # seconds from a job's start to the end of all that waits for it
+    for job in reversed(jobs):
+        behind = [chain[other.name] for other in jobs if job.name in other.needs]
+        chain[job.name] = job.seconds + max(behind, default=0.0)
+    needed = {name for job in jobs for name in job.needs}
+    return sorted(jobs, key=lambda job: (job.name in needed, -chain[job.name]))
+
+
 def describe_commit() -> str:
-    """The checked-out commit, with `-dirty` when tracked files differ from it; "unknown" outside of a repository."""
+    """The checked-out commit, with `-dirty` when tracked files differ from it.
+
+    Of a copy without a repository the variable COMMIT can say it, else it is "unknown".
+    """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        return "unknown"
-    return result.stdout.strip() if result.returncode == 0 else "unknown"
+        result = None
+    described = result.stdout.strip() if result and result.returncode == 0 else ""
+    return described or os.environ.get("COMMIT", "unknown")

@@ -5,6 +5,10 @@ The four models get the same budget: about the same seconds of training. Stage 1
 two CPU cores with one process each, a step of stage 1 (8 pairs) took 0.8 s and one of stage 2 (8 pairs, 8 responses to
 each video) 12.3 s: 225 + 20, 525, and 35 steps are 7 minutes each (masked steps are shorter: the discriminative model
 sees as many pairs as stage 1 only, in less time). The seconds that each run took are in the results.
+
+`full` is `small` with more seeds and held-out pairs, for GPUs. It has not been run: with 16 of its 148 jobs at a time
+(two GPUs, 32 cores) it should take about 17 minutes if a job of stage 1 takes 35 s + 0.25 s a step, one of stage 2
+70 s + 4 s a step and a scoring 60 or 90 s, none of which was measured.
 """
 
 from dataclasses import dataclass
@@ -44,5 +48,5 @@ class Size:
 SIZES = {
     "trial": Size(16, 4, 2, 4, 1, 2, 2, seeds=(1,), ablation_seeds=(1,), max_tokens=32),
     "small": Size(600, 200, 225, 525, 20, 35, 8, seeds=(1, 2, 3), ablation_seeds=(1,)),
-    "full": Size(1200, 800, 450, 1200, 60, 95, 8, seeds=(1, 2, 3, 4, 5), ablation_seeds=(1, 2, 3)),
+    "full": Size(600, 300, 225, 525, 20, 35, 8, seeds=(1, 2, 3, 4, 5), ablation_seeds=(1, 2, 3)),
 }

@@ -77,6 +77,27 @@ def test_settings_of_stage_2_are_settings(plan, tmp_path, monkeypatch):
         assert job.output.endswith(f"/global_step_{config.trainer.max_steps}")
 
 
+def test_on_gpus_nothing_is_compiled_and_on_cpus_nothing_is_said_of_it(plan):
+    """That the flags are flags is tested above."""
+    wanted = {
+        "cold_start/train.sh": ("--torch_compile False",),
+        "dual_rl/examples/train.sh": (
+            "worker.actor.model.enable_compile=false",
+            "worker.rollout.enforce_eager=true",
+            f"worker.rollout.gpu_memory_utilization={plan.device.memory_share}",
+            "worker.rollout.kv_cache_gib=1",
+        ),
+        "dual_rl/inference.sh": (
+            "--enforce_eager",
+            "--kv_cache_gib 1",
+            f"--gpu_memory_utilization {plan.device.memory_share}",
+        ),
+    }
+    for name, parts in wanted.items():
+        for job in jobs_of(plan, name):
+            assert [part in job.text for part in parts] == [bool(plan.device.num_gpus)] * len(parts), job.name
+
+
 def test_flags_of_inference_are_flags(plan):
     import inference
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from evidence import running
+from evidence.machine import Machine
 from evidence.plan import Job
-from evidence.running import Runner, describe_commit
+from evidence.running import Runner, describe_commit, order_jobs
 
 RUN = Path(__file__).resolve().parents[1] / "run_evidence.py"
 
@@ -21,7 +22,7 @@ RUN = Path(__file__).resolve().parents[1] / "run_evidence.py"
 def runner(tmp_path, monkeypatch) -> Runner:
     monkeypatch.setattr(running, "REPOSITORY", tmp_path)
     monkeypatch.setattr(running, "POLL_SECONDS", 0.02)
-    return Runner(tmp_path / "work", num_parallel=2)
+    return Runner(tmp_path / "work", machine=Machine(num_jobs=2, num_cores=2))
 
 
 def shell(name: str, script: str, *needs: str) -> Job:
@@ -63,6 +64,43 @@ def test_a_job_that_fails_is_tried_again_and_stops_only_what_needs_it(runner, tm
     assert "exit 3" in (tmp_path / "work" / "logs" / "fails.log").read_text()
 
 
+def test_jobs_at_the_same_time_see_a_gpu_each_which_no_record_names(runner, tmp_path):
+    runner.machine = Machine(num_jobs=2, num_cores=2, gpus=("6", "9"))
+    script = "echo $CUDA_VISIBLE_DEVICES > {0}; sleep 0.3"
+    jobs = [shell(name, script.format(name)) for name in ("a", "b", "c")]
+    assert runner.run(jobs) == []
+    seen = [(tmp_path / name).read_text().strip() for name in ("a", "b", "c")]
+    assert sorted(seen[:2]) == ["6", "9"]
+    assert seen[2] in seen[:2]
+    for job in jobs:
+        mark = json.loads((tmp_path / "work" / "done" / f"{job.name}.json").read_text())
+        assert mark["command"] == job.text
+        assert "CUDA_VISIBLE_DEVICES=" not in job.text
+
+
+def test_when_the_time_is_up_jobs_are_ended_and_no_other_starts(runner, tmp_path):
+    runner.minutes = 1 / 60
+    jobs = [
+        shell("quick", "touch quick"),
+        shell("slow", "sleep 60; touch slow"),
+        shell("later", "touch later", "slow"),
+    ]
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"^0.0166667 minutes are over, 2 jobs are left"):
+        runner.run(jobs)
+    assert time.monotonic() - start < 30
+    assert runner.is_done(jobs[0])
+    assert not runner.is_done(jobs[1])
+    assert sorted(path.name for path in (tmp_path / "work" / "logs").iterdir()) == ["quick.log", "slow.log"]
+
+
+def test_scorings_start_first_and_then_what_most_waits_for():
+    lengths = {"short": 50.0, "long": 40.0, "middle": 30.0, "score_short": 1.0, "score_middle": 2.0}
+    needs = {"middle": ("long",), "score_short": ("short",), "score_middle": ("middle",)}
+    jobs = [Job(name, ("true",), name, needs=needs.get(name, ()), seconds=lengths[name]) for name in lengths]
+    assert [job.name for job in order_jobs(jobs)] == ["score_middle", "score_short", "long", "short", "middle"]
+
+
 def test_what_was_done_with_another_command_is_not_taken_for_this_one(runner):
     assert runner.run([shell("one", "touch one")]) == []
     with pytest.raises(ValueError, match="belongs to another command"):
@@ -91,6 +129,17 @@ def test_a_driver_that_is_told_to_end_ends_its_jobs_and_writes_results(tmp_path)
     assert json.loads(results.read_text())["scores"] == []
     listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(work) not in listing.replace(os.path.relpath(work, RUN.parents[1]), str(work))
+
+
+def test_a_driver_whose_time_is_up_writes_results_too(tmp_path):
+    results, work = tmp_path / "trial.json", tmp_path / "work"
+    command = [sys.executable, str(RUN), "--size", "trial", "--device", "cpu", "--only", "world", "--minutes", "0"]
+    paths = ["--work", str(work), "--results", str(results)]
+    run = subprocess.run([*command, *paths], capture_output=True, text=True, check=False, timeout=120)
+    assert run.returncode == 1
+    assert "0 minutes are over, 1 jobs are left; the same command goes on" in run.stderr
+    assert json.loads(results.read_text())["jobs"] == []
+    assert (tmp_path / "trial.md").is_file()
 
 
 @pytest.mark.slow
