@@ -33,7 +33,7 @@ from engine import accelerate, build_engine, init_distributed, step_engine
 from flash_kernels import choose_kernels
 from losses import PairLabels, compute_pair_loss
 from model_qwen3 import RewardModel, add_reward_token, prepare_for_training
-from scored_sequence import ScoredSequence, SequenceBuilder, pack_sequences
+from scored_sequence import ScoredSequence, SequenceBuilder
 from shapes import DEVICE, GIB, TERA, build_config, count_pair_flops, measure_ceilings, randomize
 from trainer_qwen3 import RewardTrainer
 from vision_process import VideoBudget, VideoFrames
@@ -194,6 +194,10 @@ def time_steps(step, *, warmup: int, repeats: int) -> list[float]:
     return seconds
 
 
+def _name_attention(head_dim: int) -> str:
+    return choose_kernels(torch.empty(1, head_dim, device=DEVICE)).__name__ if DEVICE == "cuda" else "SDPA"
+
+
 def _synchronize() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -221,7 +225,7 @@ def run_ours(options: argparse.Namespace) -> dict:
         "needed_tflops_per_second": needed / TERA / median,
         "kept_layers": plan.num_kept if plan else None,
         "kept_vision_blocks": plan.num_kept_blocks if plan else None,
-        "text_attention": choose_kernels(torch.empty(1, config.text_config.head_dim, device=DEVICE)).__name__,
+        "text_attention": _name_attention(config.text_config.head_dim),
         "peak_memory_gib": _peak_gib(),
         "ceilings": ceilings,
     }
@@ -251,11 +255,11 @@ def run_check(options: argparse.Namespace) -> dict:
         gradients[name] = {n: p.grad.float().cpu() for n, p in original.model.trainable_parameters()}
         del original
     ours = Ours(options, layers=CHECK_LAYERS)
-    rewards = ours.model(pack_sequences([pairs[0].sequence_a, pairs[0].sequence_b]).to(torch.device(DEVICE)))
+    found = gradients["ours"] = {}
+    for name, parameter in ours.model.trainable_parameters():
+        parameter.register_hook(lambda gradient, name=name: found.update({name: gradient.float().cpu()}))
     losses["ours"] = ours.run(ours.collate(pairs))
-    sign = 1.0 if pairs[0].label == "A" else -1.0
-    torch.nn.functional.softplus(-(rewards[0] - rewards[1]) * sign).backward()
-    gradients["ours"] = {n: p.grad.float().cpu() for n, p in ours.model.trainable_parameters()}
+    assert found.keys() == gradients["fp32"].keys()
     truth = gradients["fp32"]
 
     def distance(name: str) -> float:

@@ -61,6 +61,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
         "torch": torch.__version__,
         "model": f"Qwen3-VL-8B's shape ({options.layers} text layers), LoRA {options.lora_rank}, bf16, random weights",
+        "text_attention": ours.text_attention,
         "ceilings": measure_ceilings(),
         "growth": {},
     }

@@ -32,6 +32,7 @@ from pairs import Work, WorkShape, make_work
 from shapes import DEVICE, TERA, build_checkpoint, build_config, count_row_flops, count_vision_flops, measure_ceilings
 from verl.data.scored_sequence import SequenceBuilder
 from verl.model.building import build_policy
+from verl.model.flash_kernels import choose_kernels
 from verl.model.policy import PolicyModel
 from verl.model.reward_files import PolicyCheckpoint
 from verl.trainer.config import Config
@@ -104,6 +105,12 @@ class Ours:
             metrics = self.updater.update(shard, work.advantages, step=1, lr_factor=1.0)
         kept = self.runtime.activations.num_kept
         return {**watch.seconds, "loss": metrics["actor/loss"], "bt": metrics["bt/loss"], "kept_layers": kept}
+
+    @property
+    def text_attention(self) -> str:
+        """Name of the kernels."""
+        head_dim = self.runtime.checkpoint.config.text_config.head_dim
+        return choose_kernels(torch.empty(1, head_dim, device=DEVICE)).__name__ if DEVICE == "cuda" else "SDPA"
 
     def keep_gradients(self) -> None:
         """Keep those of the next step."""
@@ -237,6 +244,7 @@ def run_ours(options: argparse.Namespace) -> dict:
         "tflops_executed": {name: flops[name] / TERA / phases[name] for name in ("vision", "reference", "update")},
         "tflops_needed_by_update": flops["update_needed"] / TERA / phases["update"],
         "first_pair_loss": {"loss": one["loss"], "bt": one["bt"]},
+        "text_attention": ours.text_attention,
         "peak_memory_gib": peak_gib(),
         "ceilings": measure_ceilings(),
     }
