@@ -211,7 +211,9 @@ def run_ours(options: argparse.Namespace) -> dict:
     ours = Ours(options, layers=options.layers)
     pairs = make_pairs(ours.builder, PAIRS_PER_STEP)
     batches = ours.collate(pairs)
+    start = time.perf_counter()
     loss = ours.run(batches)
+    first_step = time.perf_counter() - start
     seconds = time_steps(lambda: ours.run(batches), warmup=2, repeats=options.repeats)
     median = statistics.median(seconds)
     config = ours.model.generator.config
@@ -219,6 +221,7 @@ def run_ours(options: argparse.Namespace) -> dict:
     plan, ceilings = ours.trainer.activations, measure_ceilings()
     return {
         "loss": loss,
+        "first_step_seconds": first_step,
         "seconds": median,
         "runs": seconds,
         "tokens": sum(batch.packed.input_ids.numel() for batch in batches),
@@ -227,6 +230,7 @@ def run_ours(options: argparse.Namespace) -> dict:
         "kept_vision_blocks": plan.num_kept_blocks if plan else None,
         "text_attention": _name_attention(config.text_config.head_dim),
         "peak_memory_gib": _peak_gib(),
+        "allocation_retries": torch.cuda.memory_stats()["num_alloc_retries"] if DEVICE == "cuda" else 0,
         "ceilings": ceilings,
     }
 
@@ -306,15 +310,16 @@ def main() -> None:
         "pairs_per_step": PAIRS_PER_STEP,
     }
     for part in options.parts:
+        start = time.perf_counter()
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one_part", part], check=True)
+        sys.stderr.write(f"{part}: {time.perf_counter() - start:.0f} s, start and warmup included\n")
         result[part] = json.loads((options.folder / f"{part}.json").read_text())
-    if {"ours", "original"} <= set(options.parts):
-        result["speedup"] = result["original"]["seconds"] / result["ours"]["seconds"]
-    text = json.dumps(result, indent=2) + "\n"
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text)
-    sys.stdout.write(text)
+        if {"ours", "original"} <= result.keys():
+            result["speedup"] = result["original"]["seconds"] / result["ours"]["seconds"]
+        if options.output:  # after every part, so that a run that is stopped leaves something
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(result, indent=2) + "\n")
+    sys.stdout.write(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
