@@ -141,6 +141,7 @@ class Original:
     def __init__(self, options: argparse.Namespace, *, layers: int, dtype: torch.dtype) -> None:
         self.model, self.builder = build_model(options, layers=layers, dtype=dtype)
         self.model.generator.config.text_config._attn_implementation = "sdpa"
+        del self.model.qwen.language_model._deepstack_process  # transformers' own again
         trained = [parameter for _, parameter in self.model.trainable_parameters()]
         for parameter in trained[:-1] if dtype != torch.float32 else []:
             parameter.data = parameter.data.to(dtype)
