@@ -40,7 +40,7 @@ class Running:
 class Runner:
     """Runs jobs in the repository root; `work`: where logs and done marks go. `attempts`: tries of a failing job.
 
-    `minutes`: after which it stops.
+    `minutes`: after which it stops; a job that is not likely to end before does not start.
     """
 
     def __init__(self, work: Path, *, machine: Machine, attempts: int = 2, minutes: float = math.inf) -> None:
@@ -63,13 +63,15 @@ class Runner:
         logger.info("%d jobs are done, %d to run", len(finished), len(waiting))
         try:
             while waiting or self._running:
-                if time.monotonic() > limit:
-                    left = f"{len(waiting) + len(self._running)} jobs are left"
-                    raise TimeoutError(f"{self.minutes:g} minutes are over, {left}; the same command goes on")
                 for job in [job for job in waiting if set(job.needs) & set(failed)]:
                     waiting.remove(job)
                     failed.append(job.name)
-                ready = [job for job in waiting if set(job.needs) <= finished]
+                now = time.monotonic()
+                free = [job for job in waiting if set(job.needs) <= finished]
+                ready = [job for job in free if now + job.seconds <= limit]
+                if now > limit or (free and not ready and not self._running):
+                    left = f"{len(waiting) + len(self._running)} jobs are left"
+                    raise TimeoutError(f"no time in {self.minutes:g} minutes: {left}; the same command goes on")
                 for job in ready[: self.machine.num_jobs - len(self._running)]:
                     waiting.remove(job)
                     self._start(job)

@@ -1,5 +1,6 @@
 """Running jobs: order, resuming, failures; and the smallest real run of everything (slow)."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ def runner(tmp_path, monkeypatch) -> Runner:
 
 def shell(name: str, script: str, *needs: str) -> Job:
     """A job that runs `script` and is to leave a file of its name."""
-    return Job(name, ("bash", "-c", script), name, needs=needs)
+    return Job(name, ("bash", "-c", script), name, needs=needs, seconds=0.1)
 
 
 def test_jobs_run_after_what_they_need_and_once(runner, tmp_path):
@@ -86,12 +87,22 @@ def test_when_the_time_is_up_jobs_are_ended_and_no_other_starts(runner, tmp_path
         shell("later", "touch later", "slow"),
     ]
     start = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"^0.0166667 minutes are over, 2 jobs are left"):
+    with pytest.raises(TimeoutError, match=r"in 0.0166667 minutes: 2 jobs are left"):
         runner.run(jobs)
     assert time.monotonic() - start < 30
     assert runner.is_done(jobs[0])
     assert not runner.is_done(jobs[1])
     assert sorted(path.name for path in (tmp_path / "work" / "logs").iterdir()) == ["quick.log", "slow.log"]
+
+
+def test_a_job_that_would_not_end_in_time_does_not_start(runner):
+    runner.minutes = 10 / 60
+    jobs = [shell("quick", "touch quick"), dataclasses.replace(shell("long", "touch long"), seconds=60.0)]
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match="1 jobs are left"):
+        runner.run(jobs)
+    assert time.monotonic() - start < 5
+    assert [runner.is_done(job) for job in jobs] == [True, False]
 
 
 def test_scorings_start_first_and_then_what_most_waits_for():
@@ -137,7 +148,7 @@ def test_a_driver_whose_time_is_up_writes_results_too(tmp_path):
     paths = ["--work", str(work), "--results", str(results)]
     run = subprocess.run([*command, *paths], capture_output=True, text=True, check=False, timeout=120)
     assert run.returncode == 1
-    assert "0 minutes are over, 1 jobs are left; the same command goes on" in run.stderr
+    assert "in 0 minutes: 1 jobs are left; the same command goes on" in run.stderr
     assert json.loads(results.read_text())["jobs"] == []
     assert (tmp_path / "trial.md").is_file()
 
