@@ -44,11 +44,16 @@ def packed_attention(
     assert attention_mask is None, "packed rows carry their structure in cu_seq_lens, not in a mask"
     causal = module.is_causal if is_causal is None else is_causal
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if is_for_flash(query):
         flat = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         output, _ = packed_flash(*flat, cu_seq_lens_q, max_length_q, causal, scaling)
         return output.unsqueeze(0), None
     return _attend_by_sequence(query, key, value, cu_seq_lens_q, scaling=scaling, causal=causal), None
+
+
+def is_for_flash(query: Tensor) -> bool:
+    """Whether flash attention takes it."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
 @torch.library.custom_op("cold_start::packed_flash", mutates_args=())

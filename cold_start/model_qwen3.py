@@ -76,8 +76,10 @@ class RewardModel(nn.Module):
     def compile_layers(self) -> None:
         """Fuse what stands between the matrix products of text layers and vision blocks (torch.compile).
 
-        Call once; the first passes take a minute or two longer.
+        Call once; the first passes take a minute or two longer. What enters a first layer must be no view of another
+        tensor, as what enters the others is none: it would be compiled for by itself.
         """
+        self.qwen.visual.blocks[0].register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(), *inputs[1:]))
         for layer in (*self.text_layers, *self.qwen.visual.blocks):
             layer.forward = torch.compile(layer.forward, dynamic=True)
 
@@ -102,19 +104,19 @@ class RewardModel(nn.Module):
         Nothing here waits for a GPU, so that its work is queued while it still does that of the batch before.
         """
         qwen = self.qwen
-        embeddings = qwen.get_input_embeddings()(batch.input_ids)
-        row = self.reward_embedding.to(embeddings.dtype).expand(batch.num_sequences, -1)
-        embeddings = embeddings.index_copy(0, batch.reward_positions, row)
+        embeddings = qwen.get_input_embeddings()(batch.input_ids.unsqueeze(0))
+        row = self.reward_embedding.to(embeddings.dtype).expand(1, batch.num_sequences, -1)
+        embeddings = embeddings.index_copy(1, batch.reward_positions, row)
         vision = qwen.visual(
             batch.pixel_values.to(qwen.visual.dtype),
             grid_thw=batch.video_grid_thw,
             return_dict=True,
             **self._vision_layout(batch.video_grid_thw),
         )
-        video_embeddings = vision.pooler_output.to(embeddings.dtype)
-        embeddings = embeddings.index_copy(0, batch.video_positions, video_embeddings)
+        video_embeddings = vision.pooler_output.to(embeddings.dtype).unsqueeze(0)
+        embeddings = embeddings.index_copy(1, batch.video_positions, video_embeddings)  # no view, see compile_layers
         output = qwen.language_model(
-            inputs_embeds=embeddings.unsqueeze(0),
+            inputs_embeds=embeddings,
             position_ids=batch.position_ids.unsqueeze(1),
             visual_pos_masks=batch.video_positions,
             deepstack_visual_embeds=vision.deepstack_features,

@@ -1,15 +1,19 @@
 """The packed forward against stock transformers, and what is trained."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import AttentionInterface, AutoProcessor, Qwen3VLForConditionalGeneration
+from torch._dynamo.utils import counters
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
+import attention
 from arguments import ModelArguments
-from attention import PACKED_ATTENTION, packed_attention
 from checkpoint import build_reward_model
 from losses import PairLabels, compute_pair_loss
 from model_qwen3 import add_reward_token, part_of, prepare_for_training, require_qwen3_vl
+from plain_kernels import PlainKernels
 from scored_sequence import pack_sequences
 from stage1_support import write_small_base
 
@@ -98,26 +102,42 @@ def test_gradient_checkpointing_changes_no_gradient(small_base, builder, sequenc
     assert_same_gradients(*results, bound=1e-5)
 
 
-@pytest.fixture
-def compiled_attention():
-    """Attention as compiled layers call it is registered for the whole process: put back afterwards."""
-    yield
-    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-    torch.compiler.reset()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.usefixtures("compiled_attention")
-def test_compiled_layers_change_no_gradient(small_base, builder, sequences, checkpointing):
+def gradients_with_and_without_compiling(small_base, builder, run, **settings) -> list[dict[str, torch.Tensor]]:
+    """`run`: from a model to its gradients."""
     results = []
     for is_compiled in (False, True):
         torch.manual_seed(1)
         model = build_reward_model(str(small_base), builder.processor, reward_token="special", dtype=torch.float32)
-        prepare_for_training(model, ModelArguments(gradient_checkpointing=checkpointing)).train()
+        prepare_for_training(model, ModelArguments(**settings)).train()
         if is_compiled:
             model.compile_layers()
-        results.append(trained_gradients(model, sequences, [[0, 1]]))
+        results.append(run(model))
+    torch.compiler.reset()
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_change_no_gradient(small_base, builder, sequences, checkpointing):
+    results = gradients_with_and_without_compiling(
+        small_base, builder, partial(trained_gradients, sequences=sequences, groups=[[0, 1]]),
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    assert_same_gradients(*results, bound=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_layers_compile_once_around_flash_attention(monkeypatch, small_base, builder, sequences, checkpointing):
+    """As on a GPU, but for the kernels; in two passes of other lengths."""
+    monkeypatch.setattr(attention, "is_for_flash", lambda _: True)
+    monkeypatch.setattr(attention, "choose_kernels", lambda _: PlainKernels)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    counters.clear()
+    results = gradients_with_and_without_compiling(
+        small_base, builder, partial(trained_gradients, sequences=sequences, groups=[[1], [0]]),
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    assert counters["stats"]["unique_graphs"] == 2  # all text layers, all vision blocks
     assert_same_gradients(*results, bound=1e-5)
 
 
