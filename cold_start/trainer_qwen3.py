@@ -241,8 +241,9 @@ class RewardTrainer:
             raise ValueError(f"{folder} holds no optimizer state (--save_only_model?); it cannot be resumed from")
         state = json.loads((folder / STATE_FILE).read_text())
         for name, value in self._identity().items():
-            if state.get(name, value) != value:
-                raise ValueError(f"cannot resume from {folder}: {name} was {state[name]}, now it is {value}")
+            if state.get(name) != value:  # older versions did not record the ZeRO stage
+                was = state.get(name, "not recorded")
+                raise ValueError(f"cannot resume from {folder}: {name} was {was}, now it is {value}")
         state_folder = folder / DEEPSPEED_FOLDER
         loaded_from, _ = self.engine.load_checkpoint(str(state_folder), tag=DEEPSPEED_TAG, load_module_strict=False)
         if loaded_from is None:

@@ -52,10 +52,10 @@ class Machine:
 
 
 def find_gpus() -> tuple[str, ...]:
-    """The GPUs of CUDA_VISIBLE_DEVICES where it is set, else all of the machine."""
+    """The GPUs of CUDA_VISIBLE_DEVICES where it is set (none for -1), else all of the machine."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return tuple(name for name in visible.split(",") if name)
+        return tuple(name for name in visible.split(",") if name and not name.startswith("-"))
     try:
         result = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
     except FileNotFoundError:

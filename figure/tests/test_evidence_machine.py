@@ -27,8 +27,9 @@ def test_gpus_are_those_of_the_machine_or_those_that_the_user_names(two_gpus, mo
     assert parse_arguments([]).device == "gpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-b")
     assert find_gpus() == ("3", "GPU-b")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert find_gpus() == ()
+    for none in ("-1", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert find_gpus() == ()
     assert parse_arguments([]).device == "cpu"
     with pytest.raises(SystemExit):
         parse_arguments(["--device", "gpu"])
