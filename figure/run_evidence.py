@@ -19,6 +19,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "dual_rl")]
 from draw_evidence import draw_all  # noqa: E402
 from evidence.collecting import collect, write_results  # noqa: E402
 from evidence.machine import Machine, find_gpus  # noqa: E402
+from evidence.merging import merge  # noqa: E402
 from evidence.plan import Plan  # noqa: E402
 from evidence.running import REPOSITORY, Runner  # noqa: E402
 from evidence.sizes import SIZES  # noqa: E402
@@ -39,6 +40,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="file of results; default: figure/results/SIZE.json")
     parser.add_argument("--list", action="store_true", help="show the commands and stop")
     parser.add_argument("--collect", action="store_true", help="run nothing, write the results so far")
+    parser.add_argument(
+        "--merge", nargs="+", type=Path, default=[], metavar="FILE", help="add results of other machines to this one's"
+    )
     options = parser.parse_args(argv)
     if options.device == "gpu" and not find_gpus():
         parser.error("--device gpu finds none: see `nvidia-smi --list-gpus` and CUDA_VISIBLE_DEVICES")
@@ -61,6 +65,15 @@ def main(argv: Sequence[str]) -> int:
     if options.list:
         sys.stdout.write("".join(f"{job.name}\n    {job.text}\n" for job in jobs))
         return 0
+
+    def gather() -> dict:
+        return merge(collect(plan, REPOSITORY / work, name=options.size), options.merge, plan)
+
+    try:
+        gather()  # what cannot be merged is better known before hours of work
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     signal.signal(signal.SIGTERM, stop)
     failed = []
     try:
@@ -72,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         return 1
     finally:
         results = options.results or HERE / "results" / f"{options.size}.json"
-        write_results(results, collect(plan, REPOSITORY / work, name=options.size))
+        write_results(results, gather())
         sys.stdout.write(draw_all(results))
     if failed:
         sys.stderr.write(f"failed: {', '.join(failed)}; the same command tries them again\n")

@@ -159,7 +159,7 @@ class Runner:
 
 
 def order_jobs(jobs: Sequence[Job]) -> list[Job]:
-    """What no other job waits for first (scorings: a run that is stopped has results), then the longest chains.
+    """The longest chains first: what waits for the most seconds of work behind it must not wait itself.
 
     `jobs`: each behind what it needs.
     """
@@ -167,14 +167,13 @@ def order_jobs(jobs: Sequence[Job]) -> list[Job]:
     for job in reversed(jobs):
         behind = [chain[other.name] for other in jobs if job.name in other.needs]
         chain[job.name] = job.seconds + max(behind, default=0.0)
-    needed = {name for job in jobs for name in job.needs}
-    return sorted(jobs, key=lambda job: (job.name in needed, -chain[job.name]))
+    return sorted(jobs, key=lambda job: -chain[job.name])
 
 
 def describe_commit() -> str:
-    """The checked-out commit, with `-dirty` when tracked files differ from it.
+    """What the variable COMMIT says, else the checked-out commit, with `-dirty` when tracked files differ from it.
 
-    Of a copy without a repository the variable COMMIT can say it, else it is "unknown".
+    "unknown" without both, as in a copy without a repository.
     """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
@@ -182,4 +181,4 @@ def describe_commit() -> str:
     except FileNotFoundError:
         result = None
     described = result.stdout.strip() if result and result.returncode == 0 else ""
-    return described or os.environ.get("COMMIT", "unknown")
+    return os.environ.get("COMMIT") or described or "unknown"

@@ -48,5 +48,5 @@ class Size:
 SIZES = {
     "trial": Size(16, 4, 2, 4, 1, 2, 2, seeds=(1,), ablation_seeds=(1,), max_tokens=32),
     "small": Size(600, 200, 225, 525, 20, 35, 8, seeds=(1, 2, 3), ablation_seeds=(1,)),
-    "full": Size(600, 300, 225, 525, 20, 35, 8, seeds=(1, 2, 3, 4, 5), ablation_seeds=(1, 2)),
+    "full": Size(600, 300, 225, 525, 20, 35, 8, seeds=(1, 2, 3, 4, 5), ablation_seeds=(1,)),
 }

@@ -105,11 +105,11 @@ def test_a_job_that_would_not_end_in_time_does_not_start(runner):
     assert [runner.is_done(job) for job in jobs] == [True, False]
 
 
-def test_scorings_start_first_and_then_what_most_waits_for():
+def test_what_the_longest_work_waits_for_starts_first():
     lengths = {"short": 50.0, "long": 40.0, "middle": 30.0, "score_short": 1.0, "score_middle": 2.0}
     needs = {"middle": ("long",), "score_short": ("short",), "score_middle": ("middle",)}
     jobs = [Job(name, ("true",), name, needs=needs.get(name, ()), seconds=lengths[name]) for name in lengths]
-    assert [job.name for job in order_jobs(jobs)] == ["score_middle", "score_short", "long", "short", "middle"]
+    assert [job.name for job in order_jobs(jobs)] == ["long", "short", "middle", "score_middle", "score_short"]
 
 
 def test_what_was_done_with_another_command_is_not_taken_for_this_one(runner):
@@ -118,9 +118,12 @@ def test_what_was_done_with_another_command_is_not_taken_for_this_one(runner):
         runner.run([shell("one", "touch one; true")])
 
 
-def test_commit_is_named():
+def test_commit_is_named(monkeypatch):
+    monkeypatch.delenv("COMMIT", raising=False)
     commit = describe_commit()
     assert commit == "unknown" or len(commit.removesuffix("-dirty")) >= 7
+    monkeypatch.setenv("COMMIT", "0123456789ab")
+    assert describe_commit() == "0123456789ab"
 
 
 def test_a_driver_that_is_told_to_end_ends_its_jobs_and_writes_results(tmp_path):

@@ -1,0 +1,59 @@
+"""Results of several machines in one file, each of which ran some of the jobs of a size."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from evidence.plan import MASKED, OWN, Plan, Scoring
+from evidence.results import Results
+
+FREE_SETTINGS = ("seeds", "ablation_seeds")
+"""Sizes may differ in these: each machine has seeds of its own."""
+
+
+def merge(results: dict, others: Sequence[Path], plan: Plan) -> dict:
+    """`results` with what the files `others` have beside it, of the plan's jobs; what it has itself stays, then the
+    earlier file's.
+
+    Raises ValueError when a file holds other work: of another size or kind of device, or on other pairs.
+    """
+    for path in others:
+        other = Results.load(path).content
+        _require_same_work(path, results, other)
+        results = {
+            **results,
+            "jobs": _join(results["jobs"], other["jobs"], ("name",)),
+            "scores": _join(results["scores"], other["scores"], ("arm", "seed", "set", "read")),
+            "curves": _join(results["curves"], other["curves"], ("run", "seed", "metric")),
+        }
+    place = {name: number for number, name in enumerate(plan.jobs)}
+    jobs_of = {"jobs": lambda job: job["name"], "scores": _name_scoring, "curves": _name_training}
+    for key, name in jobs_of.items():
+        kept = [record for record in results[key] if name(record) in place]
+        results = {**results, key: sorted(kept, key=lambda record, name=name: place[name(record)])}
+    return results
+
+
+def _require_same_work(path: Path, results: dict, other: dict) -> None:
+    def settings(content: dict) -> dict:
+        return {key: value for key, value in content["settings"].items() if key not in FREE_SETTINGS}
+
+    for what, is_same in (
+        ("size", (results["size"], settings(results)) == (other["size"], settings(other))),
+        ("kind of device", results["device"]["num_gpus"] == other["device"]["num_gpus"]),
+        ("pairs", len({(score["set"], score["pairs"]) for score in results["scores"] + other["scores"]}) <= 3),
+    ):
+        if not is_same:
+            raise ValueError(f"{path} holds results of another {what}: they are not comparable, merge them not")
+
+
+def _join(records: list[dict], further: list[dict], key: tuple[str, ...]) -> list[dict]:
+    known = {tuple(record[name] for name in key) for record in records}
+    return records + [record for record in further if tuple(record[name] for name in key) not in known]
+
+
+def _name_scoring(score: dict) -> str:
+    return Scoring(score["arm"], score["seed"], MASKED if score["read"] == MASKED else OWN).name
+
+
+def _name_training(curve: dict) -> str:
+    return f"{curve['run']}_{curve['seed']}"
