@@ -4,20 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evidence.plan import MASKED, OWN, Plan, Scoring
-from evidence.results import Results
+from evidence.results import SETS, Results
 
 FREE_SETTINGS = ("seeds", "ablation_seeds")
 """Sizes may differ in these: each machine has seeds of its own."""
 
 
 def merge(results: dict, others: Sequence[Path], plan: Plan) -> dict:
-    """`results` with what the files `others` have beside it, of the plan's jobs; what it has itself stays, then the
-    earlier file's.
+    """`results`, which may be empty, with what the files `others` have of the plan's jobs.
 
-    Raises ValueError when a file holds other work: of another size or kind of device, or on other pairs.
+    Of a job that several have done, the first one's record stays. Raises ValueError when a file holds other work: of
+    another size or kind of device, or on other pairs.
     """
     for path in others:
         other = Results.load(path).content
+        if not results["jobs"]:
+            results = {**results, "device": other["device"]}
         _require_same_work(path, results, other)
         results = {
             **results,
@@ -40,10 +42,10 @@ def _require_same_work(path: Path, results: dict, other: dict) -> None:
     for what, is_same in (
         ("size", (results["size"], settings(results)) == (other["size"], settings(other))),
         ("kind of device", results["device"]["num_gpus"] == other["device"]["num_gpus"]),
-        ("pairs", len({(score["set"], score["pairs"]) for score in results["scores"] + other["scores"]}) <= 3),
+        ("pairs", len({(score["set"], score["pairs"]) for score in results["scores"] + other["scores"]}) <= len(SETS)),
     ):
         if not is_same:
-            raise ValueError(f"{path} holds results of another {what}: they are not comparable, merge them not")
+            raise ValueError(f"{path} holds results of another {what}: the two cannot be compared, leave it out")
 
 
 def _join(records: list[dict], further: list[dict], key: tuple[str, ...]) -> list[dict]:

@@ -9,6 +9,7 @@ import pytest
 from draw_evidence import draw_all
 from evidence.claims import CLAIMS, describe
 from evidence.collecting import collect, match_sub_scores, read_curves, summarise_scored, write_results
+from evidence.merging import merge
 from evidence.plan import MASKED, OWN, Device, Plan, Scoring
 from evidence.results import SETS, Results
 from evidence.sizes import SIZES
@@ -157,3 +158,52 @@ def test_training_time_is_that_of_the_steps():
     results = Results(make_content())
     assert results.training_seconds("stage1") == [4.0, 4.0]
     assert np.isnan(results.curve("stage1", "accuracy", 1)[1])
+
+
+def write_part(path, seed: int, **changes: object) -> dict:
+    """The results of a machine that ran one seed of `small`."""
+    content = make_content((seed,))
+    content["jobs"] += [{**content["jobs"][0], "name": f"score_{arm}_{seed}_own"} for arm in ("stage1", "descore")]
+    content |= {"device": {"num_gpus": 1}, **changes}
+    write_results(path, content)
+    return content
+
+
+def test_results_of_several_machines_become_one(tmp_path):
+    plan = Plan(SIZES["small"], "work", device=Device())
+    first, second = (write_part(tmp_path / f"{seed}.json", seed) for seed in (1, 2))
+    write_part(tmp_path / "again.json", 2, curves=[])
+    nothing = {**first, "jobs": [], "scores": [], "curves": [], "device": {"num_gpus": 0}}
+    merged = merge(nothing, [tmp_path / f"{name}.json" for name in ("2", "1", "again")], plan)
+    assert merged["device"] == {"num_gpus": 1}
+    names = ["world", *(f"score_{arm}_{seed}_own" for seed in (1, 2) for arm in ("stage1", "descore"))]
+    assert [job["name"] for job in merged["jobs"]] == names
+    for key in ("scores", "curves"):
+        assert sorted(map(json.dumps, merged[key])) == sorted(map(json.dumps, first[key] + second[key]))
+    assert merge(first, [tmp_path / "2.json"], plan) == merged
+
+
+def test_the_first_record_of_a_job_stays_and_others_of_the_plan_only_come_in(tmp_path):
+    plan = Plan(SIZES["small"], "work", device=Device())
+    other = make_score("descore", 1, SETS[0], read=OWN, correct="0000")
+    unknown = make_score("descore", 9, SETS[0], read=OWN, correct="0000")
+    ours = write_part(tmp_path / "1.json", 1)
+    write_part(tmp_path / "other.json", 1, scores=[other, unknown])
+    assert merge(ours, [tmp_path / "other.json"], plan)["scores"] == merge(ours, [], plan)["scores"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"size": "full"}, "size"),
+        ({"settings": {"short_steps": 3, "long_steps": 2}}, "size"),
+        ({"device": {"num_gpus": 0}}, "kind of device"),
+        ({"scores": [{**make_score("descore", 2, SETS[0], read=OWN, correct="1"), "pairs": "others"}]}, "pairs"),
+    ],
+)
+def test_results_of_other_work_do_not_merge(tmp_path, changes, what):
+    plan = Plan(SIZES["small"], "work", device=Device())
+    ours = write_part(tmp_path / "1.json", 1)
+    write_part(tmp_path / "2.json", 2, **changes)
+    with pytest.raises(ValueError, match=f"2.json holds results of another {what}"):
+        merge(ours, [tmp_path / "2.json"], plan)
