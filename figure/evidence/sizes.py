@@ -6,9 +6,8 @@ two CPU cores with one process each, a step of stage 1 (8 pairs) took 0.8 s and 
 each video) 12.3 s: 225 + 20, 525, and 35 steps are 7 minutes each (masked steps are shorter: the discriminative model
 sees as many pairs as stage 1 only, in less time). The seconds that each run took are in the results.
 
-`full` is `small` with more seeds and held-out pairs, for GPUs. It has not been run to its end,
-but 29 of its 148 jobs were, eight at a time on one H100 and 12 cores. If they take as long with 16 at a time on two
-GPUs and 32 cores, all take 17 minutes.
+`full` is `small` with more seeds and held-out pairs, for GPUs: with ten jobs at a time on an H100 and 16 cores, 525
+steps of stage 1 took 3 minutes, 35 of stage 2 the same, 1,800 thoughts and scores 80 seconds.
 """
 
 from dataclasses import dataclass
