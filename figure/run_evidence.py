@@ -41,7 +41,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="show the commands and stop")
     parser.add_argument("--collect", action="store_true", help="run nothing, write the results so far")
     parser.add_argument(
-        "--merge", nargs="+", type=Path, default=[], metavar="FILE", help="add results of other machines to this one's"
+        "--merge", nargs="+", type=Path, default=[], metavar="FILE", help="run nothing, add results of other machines"
     )
     options = parser.parse_args(argv)
     if options.device == "gpu" and not find_gpus():
@@ -65,28 +65,27 @@ def main(argv: Sequence[str]) -> int:
     if options.list:
         sys.stdout.write("".join(f"{job.name}\n    {job.text}\n" for job in jobs))
         return 0
+    results = options.results or HERE / "results" / f"{options.size}.json"
 
-    def gather() -> dict:
-        return merge(collect(plan, REPOSITORY / work, name=options.size), options.merge, plan)
+    def publish(others: Sequence[Path] = ()) -> None:
+        write_results(results, merge(collect(plan, REPOSITORY / work, name=options.size), others, plan))
+        sys.stdout.write(draw_all(results))
 
-    try:
-        gather()  # what cannot be merged is better known before hours of work
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    signal.signal(signal.SIGTERM, stop)
     failed = []
     try:
-        if not options.collect:
-            attempts, minutes = options.attempts, options.minutes
-            failed = Runner(REPOSITORY / work, machine=machine, attempts=attempts, minutes=minutes).run(jobs)
-    except (ValueError, TimeoutError) as error:
+        if options.merge:
+            publish(options.merge)
+            return 0
+        signal.signal(signal.SIGTERM, stop)
+        try:
+            if not options.collect:
+                attempts, minutes = options.attempts, options.minutes
+                failed = Runner(REPOSITORY / work, machine=machine, attempts=attempts, minutes=minutes).run(jobs)
+        finally:
+            publish()
+    except (OSError, ValueError, TimeoutError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    finally:
-        results = options.results or HERE / "results" / f"{options.size}.json"
-        write_results(results, gather())
-        sys.stdout.write(draw_all(results))
     if failed:
         sys.stderr.write(f"failed: {', '.join(failed)}; the same command tries them again\n")
         return 1

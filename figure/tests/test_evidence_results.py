@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from evidence.plan import MASKED, OWN, Device, Plan, Scoring
 from evidence.results import SETS, Results
 from evidence.sizes import SIZES
 from evidence_support import make_content, make_score
+from run_evidence import main
 
 
 def answer(label: str, a: int = 2, b: int = 0) -> str:
@@ -207,3 +209,17 @@ def test_results_of_other_work_do_not_merge(tmp_path, changes, what):
     write_part(tmp_path / "2.json", 2, **changes)
     with pytest.raises(ValueError, match=f"2.json holds results of another {what}"):
         merge(ours, [tmp_path / "2.json"], plan)
+
+
+def test_the_driver_merges_files_and_says_which_it_cannot(tmp_path, capsys):
+    for seed in (1, 2):
+        write_part(tmp_path / f"{seed}.json", seed, settings=asdict(SIZES["small"]))
+    write_part(tmp_path / "cpu.json", 3, settings=asdict(SIZES["small"]), device={"num_gpus": 0})
+    command = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "all.json"), "--merge"]
+    assert main([*command, str(tmp_path / "1.json"), str(tmp_path / "2.json")]) == 0
+    assert Results.load(tmp_path / "all.json").seeds("descore", OWN) == [1, 2]
+    assert "DeScore beats the discriminative model" in capsys.readouterr().out
+    assert main([*command, str(tmp_path / "1.json"), str(tmp_path / "cpu.json")]) == 1
+    assert "cpu.json holds results of another kind of device" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "nowhere.json")]) == 1
+    assert "nowhere.json" in capsys.readouterr().err
