@@ -1,11 +1,13 @@
 """Training as users launch it: `train.sh`, DeepSpeed, real processes. Runs are shared between tests."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train_reward
 from checkpoint import load_reward_model
 from infer_utils import RewardScorer
 from stage1_support import REAL_VIDEOS, SMALL_BUDGET, STAGE_DIR, write_pairs_csv
@@ -46,11 +49,7 @@ def start(
     """
     if zero is not None:
         settings["deepspeed"] = STAGE_DIR / f"ds_config/zero{zero}.json"
-    flags = SETTINGS | {
-        "gradient_accumulation_steps": accumulation,
-        "per_device_train_batch_size": batch,
-        **settings,
-    }
+    settings |= {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": batch}
     environment = os.environ | {
         "DATA": str(data),
         "MODEL_PATH": str(base),
@@ -60,10 +59,14 @@ def start(
         "OMP_NUM_THREADS": "1",
         **(node or {}),
     }
-    command = ["bash", str(STAGE_DIR / "train.sh"), *(text for k, v in flags.items() for text in (f"--{k}", str(v)))]
+    command = ["bash", str(STAGE_DIR / "train.sh"), *flags(settings)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
+
+
+def flags(settings: dict[str, object]) -> list[str]:
+    return [text for name, value in (SETTINGS | settings).items() for text in (f"--{name}", str(value))]
 
 
 def run(*arguments, **settings) -> tuple[int, str]:
@@ -71,6 +74,34 @@ def run(*arguments, **settings) -> tuple[int, str]:
     process = start(*arguments, **settings)
     output, _ = process.communicate(timeout=RUN_SECONDS)
     return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def refusal():
+    """What train_reward.py says of work that it refuses; each time in a process of its own that has its imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed", "peft", "pytest", "torchvision", "transformers", "pandas"])
+
+    def call(data: Path, base: Path, output: Path, *, zero=0, **settings) -> str:
+        config = STAGE_DIR / f"ds_config/zero{zero}.json"
+        paths = {"meta_data": data, "model_name_or_path": base, "output_dir": output, "deepspeed": config}
+        log = output.with_name("refusal.log")
+        process = context.Process(target=train_alone, args=(flags(paths | {"eval_dim": "GSB"} | settings), log))
+        process.start()
+        process.join(RUN_SECONDS)
+        assert process.exitcode == 2, log.read_text()
+        return log.read_text()
+
+    return call
+
+
+def train_alone(arguments: list[str], log: Path) -> None:
+    """train_reward.py as the only process of a run, its output in `log`."""
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    sys.argv = ["train_reward.py", *arguments]
+    sys.stdout = sys.stderr = log.open("w")
+    train_reward.main()
 
 
 def free_port() -> int:
@@ -208,54 +239,45 @@ def test_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, cli
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-8)
 
 
-def test_used_output_folder_and_other_settings_are_refused(finished, clips, small_base, tmp_path):
+def test_used_output_folder_and_other_settings_are_refused(finished, clips, small_base, tmp_path, refusal):
     output = tmp_path / "output"
     shutil.copytree(finished(), output)
     data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B"])
-    status, text = run(data, small_base, output)
-    assert status != 0
+    text = refusal(data, small_base, output)
     assert "already holds checkpoint-3: continue it with --resume_from_checkpoint latest" in text
-    status, text = run(data, small_base, output, resume_from_checkpoint="latest")
-    assert status != 0
+    text = refusal(data, small_base, output, gradient_accumulation_steps=4, resume_from_checkpoint="latest")
     assert "cannot resume from" in text
     assert "num_pairs was 10, now it is 2" in text
 
 
-@pytest.mark.slow
-def test_another_zero_stage_is_refused(finished, small_base, tmp_path):
+def test_another_zero_stage_is_refused(finished, small_base, tmp_path, refusal):
     output = tmp_path / "output"
     shutil.copytree(finished(), output)
-    status, text = run(finished().parent / "pairs.csv", small_base, output, resume_from_checkpoint="latest", zero=2)
-    assert status != 0
-    assert "zero_stage was 0, now it is 2" in text
+    settings = {"gradient_accumulation_steps": 4, "resume_from_checkpoint": "latest", "zero": 2}
+    assert "zero_stage was 0, now it is 2" in refusal(finished().parent / "pairs.csv", small_base, output, **settings)
 
 
-def test_unknown_flags_are_errors(clips, small_base, tmp_path):
+def test_unknown_flags_are_errors(clips, small_base, tmp_path, refusal):
     data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A"])
-    status, text = run(data, small_base, tmp_path / "output", learning_rat=1)
-    assert status != 0
-    assert "--learning_rat" in text
-    assert "Traceback" not in text
+    assert "--learning_rat" in refusal(data, small_base, tmp_path / "output", learning_rat=1)
 
 
-@pytest.mark.parametrize("zero", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_loss_that_is_not_finite_stops_before_the_step_and_names_it(clips, small_base, tmp_path, zero):
+@pytest.mark.parametrize("zero", [0, 2])
+def test_loss_that_is_not_finite_stops_before_the_step_and_names_it(clips, small_base, tmp_path, refusal, zero):
     scores = ["4", "1e38"]  # the squared error of 1e38 overflows
     data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "A"], MOS_A_GSB=scores)
-    status, text = run(data, small_base, tmp_path / "output", zero=zero, accumulation=2, loss_type="reg")
-    assert status != 0
+    settings = {"gradient_accumulation_steps": 2, "loss_type": "reg", "zero": zero}
+    text = refusal(data, small_base, tmp_path / "output", **settings)
     assert "error: loss is not finite at step 1" in text
     assert not list((tmp_path / "output").glob("checkpoint-*"))
 
 
-def test_bad_rows_stop_training_before_the_model_is_loaded(clips, small_base, tmp_path):
+def test_bad_rows_stop_training_before_the_model_is_loaded(clips, small_base, tmp_path, refusal):
     data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "left"])
     hollow = tmp_path / "hollow"  # a base without weights: loading it would fail with another message
     shutil.copytree(small_base, hollow, ignore=shutil.ignore_patterns("*.safetensors"))
-    status, text = run(data, hollow, tmp_path / "output")
-    assert status != 0
+    text = refusal(data, hollow, tmp_path / "output")
     assert "row 2: GSB is 'left'; write one of A, B, same, invalid" in text
-    assert "Traceback" not in text
 
 
 def test_pair_whose_video_vanishes_is_dropped_and_reported(clips, small_base, tmp_path):

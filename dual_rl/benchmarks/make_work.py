@@ -67,8 +67,8 @@ def write_clip(path: Path, *, seconds: float, side: int, seed: int) -> None:
         container.mux(stream.encode())
 
 
-def write_csv(folder: Path, *, pairs: int, seconds: float, side: int) -> None:
-    """`train.csv` with `pairs` rows over clips of their own, which all cores write."""
+def write_clips(folder: Path, *, count: int, seconds: float, side: int) -> None:
+    """The clips of `count` pairs, on all cores."""
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
         jobs = [
@@ -79,14 +79,18 @@ def write_csv(folder: Path, *, pairs: int, seconds: float, side: int) -> None:
                 side=side,
                 seed=number,
             )
-            for number in range(2 * pairs)
+            for number in range(2 * count)
         ]
         for job in jobs:
             job.result()
+
+
+def write_csv(folder: Path, *, count: int) -> None:
+    """`train.csv`, a row for each pair of clips."""
     with (folder / "train.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["videos", "problem", "answer"])
-        for pair in range(pairs):
+        for pair in range(count):
             videos = [f"clips/{pair}_{name}.mp4" for name in "ab"]
             scores = {"subject": 2, "dynamics": 1, "camera": 0, "environment": 2, "style": 1}
             answer = {"video_1_scores": scores, "video_2_scores": scores, "gsb_result": "AB"[pair % 2]}
@@ -96,8 +100,9 @@ def write_csv(folder: Path, *, pairs: int, seconds: float, side: int) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    write_csv(arguments.output, pairs=arguments.pairs, seconds=arguments.seconds, side=arguments.side)
+    write_clips(arguments.output, count=arguments.pairs, seconds=arguments.seconds, side=arguments.side)
     write_model(arguments.output / "model", tokenizer=arguments.tokenizer, layers=arguments.layers)
+    write_csv(arguments.output, count=arguments.pairs)  # last: where it is, all is
 
 
 if __name__ == "__main__":

@@ -34,8 +34,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--settings", nargs="*", default=[], help="what the run was given beside its defaults")
     arguments = parser.parse_args()
-    lines = [json.loads(line) for line in (arguments.run / "train_log.jsonl").read_text().splitlines()]
+    log = arguments.run / "train_log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     steps = [without_saving(line) for line in lines if "timing/seconds/step" in line]
+    if not steps:
+        sys.exit(f"{log}: no step was completed, nothing to sum up")
     later = steps[1:] or steps
     phases = sorted(name for name in later[0] if name.startswith("timing/seconds/"))
     shown = [name for name in (*phases, *SHOWN) if name in later[0]]

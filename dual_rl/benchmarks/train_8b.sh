@@ -16,11 +16,14 @@ TOKENIZER="${TOKENIZER:-../cold_start/model/tiny_base}"
 
 [[ -f "$WORK/train.csv" ]] || PYTHONPATH=".:${PYTHONPATH:-}" python benchmarks/make_work.py --output "$WORK" --tokenizer "$TOKENIZER" --pairs $((PAIRS * 2)) --layers "$LAYERS"
 rm -rf "$WORK/run"
+status=0
+trap 'echo "stopped: the steps so far are summed up" >&2' TERM INT
 python -m verl.trainer.main config=examples/config.yaml data.train_files="$WORK/train.csv" \
   data.max_prompt_length=4096 data.max_response_length=1000 \
   data.rollout_batch_size="$PAIRS" worker.actor.global_batch_size="$PAIRS" \
   worker.actor.model.model_path="$WORK/model" \
   worker.reward.reward_function=examples/reward_function/r1ta_subdim_head.py:compute_score \
   trainer.n_gpus_per_node="$GPUS" trainer.max_steps="$STEPS" trainer.save_freq=-1 trainer.val_before_train=false \
-  trainer.logger='[console,file]' trainer.save_checkpoint_path="$WORK/run" "$@"
+  trainer.logger='[console,file]' trainer.save_checkpoint_path="$WORK/run" "$@" || status=$?
 PYTHONPATH=".:${PYTHONPATH:-}" python benchmarks/summarize.py "$WORK/run" --output "$RESULT" --settings "$@"
+exit "$status"

@@ -23,6 +23,7 @@ RUN = Path(__file__).resolve().parents[1] / "run_evidence.py"
 def runner(tmp_path, monkeypatch) -> Runner:
     monkeypatch.setattr(running, "REPOSITORY", tmp_path)
     monkeypatch.setattr(running, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(running, "SECONDS_TO_END", 1.0)
     return Runner(tmp_path / "work", machine=Machine(num_jobs=2, num_cores=2))
 
 
