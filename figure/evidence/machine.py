@@ -52,13 +52,13 @@ class Machine:
 
 
 def find_gpus() -> tuple[str, ...]:
-    """The GPUs of CUDA_VISIBLE_DEVICES where it is set (none for -1), else all of the machine."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return tuple(name for name in visible.split(",") if name and not name.startswith("-"))
+    """The GPUs of the machine, of which CUDA_VISIBLE_DEVICES may name some (-1: none)."""
     try:
         result = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return ()
     lines = [line for line in result.stdout.splitlines() if line.startswith("GPU ")]
-    return tuple(str(number) for number in range(len(lines)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not lines or visible is None:
+        return tuple(str(number) for number in range(len(lines)))
+    return tuple(name for name in visible.split(",") if name and not name.startswith("-"))

@@ -35,6 +35,12 @@ def test_gpus_are_those_of_the_machine_or_those_that_the_user_names(two_gpus, mo
         parse_arguments(["--device", "gpu"])
 
 
+def test_a_machine_without_gpus_has_none_whatever_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert find_gpus() == ()
+
+
 def test_slots_take_the_gpus_in_turn_and_share_the_cores(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -61,7 +67,7 @@ def test_on_cpus_no_gpu_is_chosen_and_the_users_threads_win(monkeypatch):
 )
 def test_number_of_jobs_follows_cores_and_gpus(monkeypatch, num_gpus, num_cores, asked, num_jobs):
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(num_cores))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus))))
+    monkeypatch.setattr(machine, "find_gpus", lambda: tuple(map(str, range(num_gpus))))
     assert Machine.find("gpu" if num_gpus else "cpu", asked).num_jobs == num_jobs
 
 
