@@ -24,10 +24,9 @@ evidence: setup ## train, score and draw the comparison of models (ARGS="--size 
 figures: setup ## draw every figure again from the committed results
 	@$(WITH_VENV) bash -c 'for script in figure/draw_*.py; do python "$$script" || exit; done'
 
-# One pytest process: on two cores `-n 2` was slower than none, as every worker imports torch and transformers anew and
-# the training tests start processes of their own. With more cores, ARGS="-n 4 --dist loadfile" may pay.
+# Whole files go to two processes: many tests wait for processes that they start.
 test: setup ## run the tests (ARGS="-k losses" selects some, ARGS="-m slow" runs the long ones)
-	@$(WITH_VENV) python -m pytest $(ARGS)
+	@$(WITH_VENV) python -m pytest -n 2 --dist loadfile $(ARGS)
 
 quality: setup ## check style and formatting without changing a file
 	@$(WITH_VENV) ruff check .

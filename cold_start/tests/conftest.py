@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoProcessor
 
 from checkpoint import build_reward_model
@@ -65,3 +66,12 @@ def model(small_base, builder) -> RewardModel:
 @pytest.fixture
 def pairs_csv(tmp_path, clips) -> Path:
     return write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B", "same", "A", "invalid", "B"])
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """torch.compile compiles, even if an engine of vLLM turned that off in this process, and the test must use it."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    counters.clear()
+    yield
+    assert counters["stats"]["unique_graphs"] > 0

@@ -71,7 +71,7 @@ def run_operator(query, key, value, lengths, *, causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_flash_operator_equals_attention_one_by_one(monkeypatch, causal, is_compiled):
+def test_flash_operator_equals_attention_one_by_one(request, monkeypatch, causal, is_compiled):
     """Compiled: within one graph, with what stands around it."""
     monkeypatch.setattr(attention, "choose_kernels", lambda _: PlainKernels)
 
@@ -82,6 +82,7 @@ def test_flash_operator_equals_attention_one_by_one(monkeypatch, causal, is_comp
         return 1.5 * run_one_by_one([2 * tensor for tensor in tensors], lengths, causal=causal)
 
     if is_compiled:
+        request.getfixturevalue("compiling")
         run = torch.compile(run, dynamic=True, fullgraph=True, backend="aot_eager")
     for lengths in LENGTHS.values():
         errors = compare("cpu", torch.float32, lengths, causal=causal, runs=(run, expect))

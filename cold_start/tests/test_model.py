@@ -117,6 +117,7 @@ def gradients_with_and_without_compiling(small_base, builder, run, **settings) -
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers_change_no_gradient(small_base, builder, sequences, checkpointing):
     results = gradients_with_and_without_compiling(
@@ -126,13 +127,13 @@ def test_compiled_layers_change_no_gradient(small_base, builder, sequences, chec
     assert_same_gradients(*results, bound=1e-5)
 
 
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_layers_compile_once_around_flash_attention(monkeypatch, small_base, builder, sequences, checkpointing):
     """As on a GPU, but for the kernels; in two passes of other lengths."""
     monkeypatch.setattr(attention, "is_for_flash", lambda _: True)
     monkeypatch.setattr(attention, "choose_kernels", lambda _: PlainKernels)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    counters.clear()
     results = gradients_with_and_without_compiling(
         small_base, builder, partial(trained_gradients, sequences=sequences, groups=[[1], [0]]),
         gradient_checkpointing=checkpointing,

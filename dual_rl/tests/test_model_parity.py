@@ -206,7 +206,7 @@ def test_a_forward_without_video_is_an_error(checkpoint, builder, groups):
 
 
 @pytest.fixture
-def compiled_attention():
+def compiled_attention(compiling):
     """Attention as compiled layers call it is registered for the whole process: put back afterwards."""
     yield
     AttentionInterface.register(SHARED_PROMPT_ATTENTION, shared_prompt_attention)

@@ -361,7 +361,8 @@ def test_four_ranks_equal_one(bench, folder, model):
 
 
 @pytest.mark.slow
-def test_two_ranks_with_compiled_layers_equal_one_without(bench, model, tmp_path_factory):
+def test_two_ranks_with_compiled_layers_equal_one_without(bench, model, tmp_path_factory, monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # an engine of vLLM in this process sets it
     cases = {"full": Case({**KL, MICRO: 1}), "lora": Case({**KL, **LORA, CHECKPOINTING: True})}
     compiled = {name: ("run", (dataclasses.replace(case, is_compiled=True),)) for name, case in cases.items()}
     ranks = Ranks(tmp_path_factory.mktemp("compiled") / "two", model, compiled)
