@@ -17,7 +17,7 @@ IN_A_STEP = {
     "nan": r"reward function .*, item 0: 'overall' is nan; return finite numbers only",
     "remove": r"videos could not be loaded; replace the files or remove the rows\nrow \d, video [AB]: video not found",
 }
-QUICK = ("kill_worker",)
+QUICK = ("kill_worker", "raise")
 AT_THE_START = [
     ({"worker.rollout.nn": 2}, r"unknown key worker.rollout.nn; did you mean worker.rollout.n"),
     ({"data.max_response_length": 8000}, r"exceed together the 8192 positions that the model was made for"),
