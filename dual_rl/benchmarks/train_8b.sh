@@ -25,5 +25,6 @@ python -m verl.trainer.main config=examples/config.yaml data.train_files="$WORK/
   worker.reward.reward_function=examples/reward_function/r1ta_subdim_head.py:compute_score \
   trainer.n_gpus_per_node="$GPUS" trainer.max_steps="$STEPS" trainer.save_freq=-1 trainer.val_before_train=false \
   trainer.logger='[console,file]' trainer.save_checkpoint_path="$WORK/run" "$@" || status=$?
-PYTHONPATH=".:${PYTHONPATH:-}" python benchmarks/summarize.py "$WORK/run" --output "$RESULT" --settings "$@"
+PYTHONPATH=".:${PYTHONPATH:-}" python benchmarks/summarize.py "$WORK/run" --output "$RESULT" \
+  --settings "LAYERS=$LAYERS" "PAIRS=$PAIRS" "GPUS=$GPUS" "$@"
 exit "$status"
