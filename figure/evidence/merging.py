@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evidence.plan import MASKED, OWN, Plan, Scoring
-from evidence.results import SETS, Results
+from evidence.results import Results
 
 FREE_SETTINGS = ("seeds", "ablation_seeds")
 """Sizes may differ in these: each machine has seeds of its own."""
@@ -39,13 +39,14 @@ def _require_same_work(path: Path, results: dict, other: dict) -> None:
     def settings(content: dict) -> dict:
         return {key: value for key, value in content["settings"].items() if key not in FREE_SETTINGS}
 
+    digests = {(score["set"], score["pairs"]) for score in results["scores"] + other["scores"]}
     for what, is_same in (
-        ("size", (results["size"], settings(results)) == (other["size"], settings(other))),
-        ("kind of device", results["device"]["num_gpus"] == other["device"]["num_gpus"]),
-        ("pairs", len({(score["set"], score["pairs"]) for score in results["scores"] + other["scores"]}) <= len(SETS)),
+        ("another size", (results["size"], settings(results)) == (other["size"], settings(other))),
+        ("another kind of device", results["device"]["num_gpus"] == other["device"]["num_gpus"]),
+        ("other pairs", len(digests) == len({name for name, _ in digests})),
     ):
         if not is_same:
-            raise ValueError(f"{path} holds results of another {what}: the two cannot be compared, leave it out")
+            raise ValueError(f"{path} holds results of {what}: the two cannot be compared, leave it out")
 
 
 def _join(records: list[dict], further: list[dict], key: tuple[str, ...]) -> list[dict]:
