@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from transformers import AutoProcessor
 
 from checkpoint import build_reward_model
+from compiling import compiling  # noqa: F401
 from model_qwen3 import RewardModel, add_reward_token
 from scored_sequence import ScoredSequence, SequenceBuilder, judge_problem
 from stage1_support import COT, SMALL_BUDGET, write_pairs_csv, write_small_base
@@ -66,12 +66,3 @@ def model(small_base, builder) -> RewardModel:
 @pytest.fixture
 def pairs_csv(tmp_path, clips) -> Path:
     return write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B", "same", "A", "invalid", "B"])
-
-
-@pytest.fixture
-def compiling(monkeypatch):
-    """torch.compile compiles, even if an engine of vLLM turned that off in this process, and the test must use it."""
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    counters.clear()
-    yield
-    assert counters["stats"]["unique_graphs"] > 0

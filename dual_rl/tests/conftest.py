@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from torch._dynamo.utils import counters
 
+from compiling import compiling  # noqa: F401
 from model_support import write_small_model
 from training_support import Run, Running, Workplace
 
@@ -34,12 +34,3 @@ def uninterrupted(background_run) -> tuple[Workplace, Run]:
     run = background_run[1].wait()
     assert run.code == 0, run.output
     return background_run[0], run
-
-
-@pytest.fixture
-def compiling(monkeypatch):
-    """torch.compile compiles, even if an engine of vLLM turned that off in this process, and the test must use it."""
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    counters.clear()
-    yield
-    assert counters["stats"]["unique_graphs"] > 0
