@@ -3,12 +3,14 @@
     python figure/draw_speed.py
 
 Writes speed.png (against the original's algorithm) and growth.png (time and memory as the work grows, measured and by
-dual_rl/benchmarks/predict_8b.py) beside this file. A result that is missing is left out. The style is that of
-draw_evidence.py: things are told apart by markers, lines and hatches, not by color alone, at the width of a phone.
+dual_rl/benchmarks/predict_8b.py, and what a second GPU gives) beside this file. A result that is missing is left out.
+The style is that of draw_evidence.py: things are told apart by markers, lines and hatches, not by color alone, at the
+width of a phone.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -39,6 +41,14 @@ AXES = {  # label, what a unit of it is
     "frames": ("frames a video", 1),
     "pairs": ("pairs a step", 1),
 }
+SCALED = {  # phases, by what two GPUs do to them
+    "step": "whole step",
+    "generate": "responses",
+    "prepare": "reference",
+    "update": "update",
+    "hand_over": "hand-over",
+}
+SCALING = {gpus: f"dual_rl/benchmarks/results/scaling_{gpus}xh100.json" for gpus in (1, 2)}
 SMALL = FONT_SIZE - 2
 
 
@@ -58,6 +68,17 @@ def read_speedups(root: Path) -> dict[str, float]:
                 value = value[key]
             speedups[label] = value
     return speedups
+
+
+def read_scaling(root: Path) -> dict[int, dict[str, float]]:
+    """Seconds by phase, for one and two GPUs; nothing where one is missing."""
+    results = {gpus: read_result(root, name) for gpus, name in SCALING.items()}
+    if not all(results.values()):
+        return {}
+    return {
+        gpus: {phase: result["median"][f"timing/seconds/{phase}"] for phase in SCALED}
+        for gpus, result in results.items()
+    }
 
 
 def draw_speed(root: Path) -> Figure | None:
@@ -120,15 +141,18 @@ def _describe_part(label: str, totals: dict[tuple[str, str], float]) -> str:
 
 
 def draw_growth(root: Path) -> Figure | None:
-    """A row for each way in which work grows: seconds on the left, least memory on the right."""
-    costs = read_result(root, COST_MODEL)
+    """A row for each way in which work grows: seconds on the left, least memory on the right; below, more GPUs."""
+    costs, steps = read_result(root, COST_MODEL), read_scaling(root)
     rows = {axis: [row for row in costs["rows"] if row["axis"] == axis] for axis in AXES} if costs else {}
     rows = {axis: points for axis, points in rows.items() if points}
     if not rows:
         return None
-    figure = Figure(figsize=(WIDTH, 0.9 + 1.75 * len(rows)), dpi=DPI, layout="constrained")
-    panels = figure.subplots(len(rows), 2, squeeze=False)
-    for (seconds, memory), (axis, points) in zip(panels, rows.items(), strict=True):
+    heights = [1.75] * len(rows) + ([2.1] if steps else [])
+    figure = Figure(figsize=(WIDTH, 0.9 + sum(heights)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(heights), 2, squeeze=False, height_ratios=heights)
+    if steps:
+        _draw_gpus(panels[-1], steps, costs["on_paper"])
+    for (seconds, memory), (axis, points) in zip(panels, rows.items(), strict=False):
         for ax, measured, model in ((seconds, "seconds", "on_paper"), (memory, "least_gib", "gib_fitted")):
             label, unit = AXES[axis]
             values = [row["value"] / unit for row in points]
@@ -144,6 +168,32 @@ def draw_growth(root: Path) -> Figure | None:
     panels[0, 0].legend(frameon=False, fontsize=SMALL, loc="upper left")
     figure.suptitle("Stage 2 after the rollouts: 8B model, one H100", fontsize=FONT_SIZE)
     return figure
+
+
+def _draw_gpus(panels: Sequence[Axes], seconds: dict[int, dict[str, float]], on_paper: Sequence[dict]) -> None:
+    """Times as fast as one GPU: the whole step, and by phase with two. `seconds`: by number of GPUs, then phase."""
+    paper = {row["value"]: row["step"] for row in on_paper if row["axis"] == "gpus"}
+    step, phases = panels
+    step.plot(list(paper), [paper[1] / value for value in paper.values()], "-", color=BRIGHT, linewidth=1.6)
+    measured = [seconds[1]["step"] / seconds[gpus]["step"] for gpus in seconds]
+    step.plot(list(seconds), measured, "o", color=MIDDLE, markersize=6)
+    step.set_xticks(list(paper), [f"{gpus:g}" for gpus in paper], fontsize=SMALL)
+    step.tick_params(axis="y", labelsize=SMALL)
+    step.set_ylim(0, None)
+    step.set_xlabel("GPUs", fontsize=SMALL)
+    step.grid(alpha=0.3)
+    step.set_title("step, times as fast", loc="left", fontsize=FONT_SIZE)
+    for place, name in enumerate(SCALED):
+        ratio = seconds[1][name] / seconds[2][name]
+        phases.barh(place, ratio, 0.7, color=LIGHT, edgecolor=DARK)
+        phases.text(0.04, place, f"{ratio:.2f}", va="center", fontsize=SMALL, fontweight="bold")
+    phases.axvline(2, color=DARK, linestyle=":", linewidth=1)
+    phases.set_yticks(range(len(SCALED)), list(SCALED.values()), fontsize=SMALL)
+    phases.invert_yaxis()
+    phases.set_xlim(0, 2.1)
+    phases.set_xlabel("times as fast as on one", fontsize=SMALL)
+    phases.set_title("two GPUs, a step", loc="left", fontsize=FONT_SIZE)
+    _strip(phases)
 
 
 def _strip(ax: Axes) -> None:

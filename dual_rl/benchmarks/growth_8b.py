@@ -15,6 +15,7 @@ import sys
 import torch
 
 from pairs import WorkShape, make_work
+from result_file import write_result
 from shapes import DEVICE, TERA, measure_ceilings
 from update_8b import Ours, make_parser, peak_gib, reset_peak
 
@@ -70,9 +71,7 @@ def main() -> None:
         for change in GROWTH[axis]:
             rows.append({**change, **measure(ours, WorkShape(**{**vars(BASE), **change}))})
             sys.stderr.write(f"{axis} {json.dumps(rows[-1])}\n")
-        if options.output:  # after every axis, so that a run that is stopped leaves something
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(result, options.output)
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
     sys.stdout.flush()
     os._exit(0)  # compilation's worker processes would hold the exit up

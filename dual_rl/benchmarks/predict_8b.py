@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from cost_model import PHASES, CostModel, MeasuredRow, Paper, StepShape, fit_model, read_rows
+from result_file import write_result
 from shapes import build_config
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -160,9 +161,7 @@ def main() -> None:
     options = parser.parse_args()
     result = compute_all(options.results, options.tokenizer, bus_gb_per_second=options.bus_gb_per_second)
     result = json.loads(json.dumps(result), parse_float=lambda text: round(float(text), 4))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, options.output)
     sys.stdout.write(describe_all(result))
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from result_file import write_result
 from reward_client import RewardClient, ServerPath
 from verl.data.pair_csv import read_pairs
 from verl.trainer.config import DataConfig
@@ -130,11 +131,8 @@ def main() -> None:
         "server_by_offline": rates["server"] / rates["offline"],
         "largest_distance_of_rewards": max(distances),
     }
-    text = json.dumps(result, indent=2) + "\n"
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text)
-    sys.stdout.write(text)
+    write_result(result, options.output)
+    sys.stdout.write(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

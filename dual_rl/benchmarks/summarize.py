@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from result_file import write_result
+
 SHOWN = (
     "perf/packed_tokens",
     "perf/tokens_per_second_per_device",
@@ -52,8 +54,7 @@ def main() -> None:
         "median": {name: statistics.median(line[name] for line in later) for name in shown},
         "save_seconds": steps[-1].get("timing/seconds/save"),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(result, arguments.output)
     for name, value in result["median"].items():
         sys.stdout.write(f"{name:40s} {value:12.4g}\n")
 

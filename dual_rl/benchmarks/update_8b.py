@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from original import LossSettings, OriginalUpdate
 from pairs import Work, WorkShape, make_work
+from result_file import write_result
 from shapes import DEVICE, TERA, build_checkpoint, build_config, count_row_flops, count_vision_flops, measure_ceilings
 from verl.data.scored_sequence import SequenceBuilder
 from verl.model.building import build_policy
@@ -355,13 +356,10 @@ def main() -> None:
     for part in options.parts:
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one_part", part], check=True)
         result[part] = json.loads((options.folder / f"{part}.json").read_text())
-    if {"ours", "original"} <= set(options.parts):
-        result["speedup"] = result["ours"]["pairs_per_second"] / result["original"]["pairs_per_second"]
-    text = json.dumps(result, indent=2) + "\n"
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text)
-    sys.stdout.write(text)
+        if {"ours", "original"} <= result.keys():
+            result["speedup"] = result["ours"]["pairs_per_second"] / result["original"]["pairs_per_second"]
+        write_result(result, options.output)
+    sys.stdout.write(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

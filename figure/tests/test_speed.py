@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from draw_speed import AXES, COST_MODEL, PARTS, SPEEDUPS, draw_all, draw_growth, draw_speed, read_speedups
+from draw_speed import (
+    AXES,
+    COST_MODEL,
+    PARTS,
+    SCALED,
+    SCALING,
+    SPEEDUPS,
+    draw_all,
+    draw_growth,
+    draw_speed,
+    read_scaling,
+    read_speedups,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FILES = sorted({name for name, *_ in SPEEDUPS.values()})
@@ -17,7 +29,7 @@ SCORES = next(name for name in FILES if "score" in name)
 @pytest.fixture
 def copied(tmp_path) -> Path:
     """A repository of committed results only."""
-    for name in FILES:
+    for name in (*FILES, *SCALING.values()):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, tmp_path / name)
     return tmp_path
@@ -77,8 +89,7 @@ def test_without_results_nothing_is_drawn(tmp_path):
 
 def test_growth_shows_what_was_measured_and_the_model(copied):
     costs = json.loads((copied / COST_MODEL).read_text())
-    panels = draw_growth(copied).axes
-    assert len(panels) == 2 * len(AXES)
+    panels = draw_growth(copied).axes[: 2 * len(AXES)]
     points = [row for row in costs["rows"] if row["axis"] == "pairs"]
     for panel, measured, model in ((panels[-2], "seconds", "on_paper"), (panels[-1], "least_gib", "gib_fitted")):
         line, markers = panel.lines
@@ -87,4 +98,20 @@ def test_growth_shows_what_was_measured_and_the_model(copied):
         assert list(markers.get_xdata()) == [1, 2, 4]
     costs["rows"] = points
     (copied / COST_MODEL).write_text(json.dumps(costs))
+    (copied / SCALING[2]).unlink()
     assert len(draw_growth(copied).axes) == 2
+
+
+def test_a_second_gpu_is_shown_against_the_first_of_the_same_work(copied):
+    one, two = (json.loads((copied / SCALING[gpus]).read_text()) for gpus in (1, 2))
+    assert set(one["settings"]) ^ set(two["settings"]) == {"GPUS=1", "GPUS=2"}
+    panels = draw_growth(copied).axes
+    assert len(panels) == 2 * len(AXES) + 2
+    step, phases = panels[-2:]
+    ratio = one["median"]["timing/seconds/step"] / two["median"]["timing/seconds/step"]
+    paper, markers = step.lines
+    assert dict(zip(*markers.get_data(), strict=True)) == {1: 1.0, 2: ratio}
+    assert list(paper.get_xdata()) == [1, 2, 4, 8]
+    assert texts(phases)[0] == f"{ratio:.2f}"
+    assert len(texts(phases)) == len(SCALED)
+    assert read_scaling(copied / "nowhere") == {}
