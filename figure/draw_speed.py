@@ -41,7 +41,7 @@ AXES = {  # label, what a unit of it is
     "frames": ("frames a video", 1),
     "pairs": ("pairs a step", 1),
 }
-SCALED = {  # phases, by what two GPUs do to them
+SCALED = {  # phases of a step whose speed on two GPUs is shown, and their labels
     "step": "whole step",
     "generate": "responses",
     "prepare": "reference",

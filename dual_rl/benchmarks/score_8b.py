@@ -244,7 +244,7 @@ def compute_truth(options: argparse.Namespace) -> dict:
 
 
 def compare_schemes(ours: Mapping, original: Mapping) -> dict[str, float]:
-    """Videos a second over the original's, at our best batch size and at its; weights on the device over its."""
+    """Videos a second over the original's, at our best batch size and at theirs; weights on the device over theirs."""
     speeds = {size: run["videos_per_second"] for size, run in ours["runs"].items()}
     same = speeds.get(str(original["batch_size"]))
     return {
