@@ -77,7 +77,7 @@ class RewardClient:
     `url`: `http(s)://host:port`, perhaps with a path before `/v1/score`. `timeout`: seconds of silence on a
     connection; scoring counts, so it must exceed the longest wait in the server's queue. `num_retries`: of each
     request, after connection errors, 429, 502, 503 and 504, with pauses that double from `first_pause` to
-    `longest_pause` seconds, or longer where the server's Retry-After says so. The defaults try for about five minutes.
+    `longest_pause` seconds, or longer where the server's Retry-After says so. The defaults try for 3 to 5 minutes.
     `batch_size`: videos in a request. `num_connections`: requests at a time.
     """
 

@@ -1,5 +1,7 @@
 """The journal of scored videos: what a killed run leaves, and what is refused."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -131,6 +133,18 @@ def test_two_runs_cannot_write_at_the_same_time(path):
         journal.add(SCORED[1])
     with Journal(path, IDENTITY) as journal:
         assert list(journal.rewards) == ["first", "second"]
+
+
+def test_a_file_system_without_locks_is_warned_of(path, monkeypatch, caplog):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with Journal(path, IDENTITY) as journal:
+        journal.add(SCORED[0])
+    assert f"{path} cannot be locked" in caplog.text
+    with Journal(path, IDENTITY) as journal:
+        assert list(journal.rewards) == ["first"]
 
 
 def test_failures_are_told_and_not_kept(path):

@@ -64,6 +64,17 @@ def test_prompts_are_those_of_each_pair_in_order(loader, builder, pairs, is_ahea
             assert_same_prompt(prompt, expected)
 
 
+def test_rows_of_the_same_number_in_two_files_are_not_mixed_up(loader, builder, pairs):
+    """Training fetches ahead, then validation asks for rows that have the same numbers."""
+    train, val = pairs[0], replace(pairs[1], pair_id=pairs[0].pair_id)
+    loader.prefetch([train])
+    for pair in (val, train):
+        (prompts,) = loader.get([pair])
+        for side, path, prompt in zip("AB", pair.videos, prompts, strict=True):
+            expected = builder.encode_prompt(VideoKey(pair.pair_id, side), pair.problem, load_video(path, BUDGET))
+            assert_same_prompt(prompt, expected)
+
+
 def test_what_was_fetched_is_decoded_once_and_not_kept(loader, builder, pairs, monkeypatch):
     seen = []
     encode = builder.encode_prompt
@@ -101,7 +112,7 @@ def test_every_video_that_fails_is_named_with_its_row_and_the_loader_goes_on(loa
     message = str(raised.value)
     assert f"row 2, video A: video not found: {tmp_path / 'gone.mp4'}" in message
     assert f"row 8, video B: video does not decode (truncated or damaged?): {tmp_path / 'cut_7.mp4'}" in message
-    assert "replace the files or remove the rows" in message
+    assert "replace the files, the same command then continues" in message
     assert len(message.splitlines()) == 3
     assert len(loader.get([pairs[0], pairs[1]])) == 2
 
@@ -147,7 +158,7 @@ def test_overlong_prompts_are_errors_unless_filtered(builder, loader, mixed_pair
     with pytest.raises(CsvError, match=f"some.csv: 2 fault.*\n.*row 2, video A: prompt of {length} tokens") as raised:
         check(mixed_pairs, builder, max_prompt_length=length - 1, should_filter=False)
     assert "lower data.video_fps or data.max_pixels" in str(raised.value)
-    assert "set data.filter_overlong_prompts" in str(raised.value)
+    assert "of training: data.filter_overlong_prompts" in str(raised.value)
 
 
 def test_nothing_left_is_an_error(builder, pairs):

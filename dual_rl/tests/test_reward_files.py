@@ -170,6 +170,9 @@ def test_heads_are_read_in_every_layout(tmp_path, key, nested):
     torch.save({"other": weight}, tmp_path / "rm_head.pth")
     with pytest.raises(ValueError, match=r"no rm_head\.weight"):
         load_head(tmp_path / "rm_head.pth", hidden_size=4)
+    torch.save(weight, tmp_path / "rm_head.pth")
+    with pytest.raises(ValueError, match=r"rm_head\.pth: no rm_head\.weight .* in it, only a Tensor"):
+        load_head(tmp_path / "rm_head.pth", hidden_size=4)
 
 
 def test_a_base_that_is_gone_is_named(tmp_path):

@@ -68,6 +68,10 @@ def test_a_killed_run_continues_to_what_an_uninterrupted_one_reaches(background_
     assert [workplace.calls[index] for index in (0, 1, -1)] == reference_place.calls
     assert workplace.calls[1] == workplace.calls[2] == workplace.calls[3]
 
+    refused = workplace.run(settings={"data.video_fps": 1.0, "trainer.max_steps": 4})
+    assert refused.code == 1
+    assert "global_step_3 was trained from another model (other frames) than this run starts from" in refused.output
+
 
 def test_two_ranks_train_as_one(uninterrupted, workplace):
     run = workplace.run(settings=TWO_RANKS)

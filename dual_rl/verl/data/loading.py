@@ -67,20 +67,20 @@ class PairLoader(VideoLoader):
     """Prepares pairs ahead of the step that needs them.
 
     `prefetch` starts the work and returns at once; `get` waits for it. What was fetched is handed over once and not
-    kept.
+    kept. Training and validation may share a loader: pairs are told apart by all that they are, not by their number
+    alone, which counts the rows of either CSV.
     """
 
     def __init__(self, builder: SequenceBuilder, budget: VideoBudget, *, num_threads: int = 4) -> None:
         super().__init__(builder, budget, num_threads=num_threads)
-        self._pending: dict[VideoKey, Future[VideoPrompt]] = {}
+        self._pending: dict[tuple[PreferencePair, Side], Future[VideoPrompt]] = {}
 
     def prefetch(self, pairs: Sequence[PreferencePair]) -> None:
         """Start decoding what is not under way yet."""
         for pair in pairs:
             for side, path in zip(SIDES, pair.videos, strict=True):
-                key = VideoKey(pair.pair_id, side)
-                if key not in self._pending:
-                    self._pending[key] = self.submit(key, pair.problem, path)
+                if (pair, side) not in self._pending:
+                    self._pending[pair, side] = self.submit(VideoKey(pair.pair_id, side), pair.problem, path)
 
     def get(self, pairs: Sequence[PreferencePair]) -> list[tuple[VideoPrompt, VideoPrompt]]:
         """The two prompts of every pair, in order; decodes now what was not prefetched.
@@ -88,7 +88,7 @@ class PairLoader(VideoLoader):
         Raises VideoError that lists all videos of these pairs that could not be loaded, with their rows.
         """
         self.prefetch(pairs)
-        futures = [tuple(self._pending.pop(VideoKey(pair.pair_id, side)) for side in SIDES) for pair in pairs]
+        futures = [tuple(self._pending.pop((pair, side)) for side in SIDES) for pair in pairs]
         problems = []
         for pair, of_pair in zip(pairs, futures, strict=True):
             for side, future in zip(SIDES, of_pair, strict=True):
@@ -98,9 +98,8 @@ class PairLoader(VideoLoader):
                 elif error is not None:
                     raise error
         if problems:
-            raise VideoError(
-                "\n".join(["videos could not be loaded; replace the files or remove the rows", *problems])
-            )
+            remedy = "videos could not be loaded; replace the files, the same command then continues"
+            raise VideoError("\n".join([remedy, *problems]))
         return [(future_a.result(), future_b.result()) for future_a, future_b in futures]
 
     def close(self) -> None:
@@ -142,7 +141,7 @@ def check_pairs(
             longest = max(longest, num_tokens)
             if num_tokens > max_prompt_length and not should_filter:
                 excess = f"prompt of {num_tokens} tokens, over data.max_prompt_length {max_prompt_length}"
-                remedy = f"{LENGTH_REMEDY}, or set data.filter_overlong_prompts"
+                remedy = f"{LENGTH_REMEDY}, or leave rows out (of training: data.filter_overlong_prompts)"
                 found.append(f"{_name_video(pair, side)}: {excess}; {remedy}")
         problems += found
         if not found and longest <= max_prompt_length:

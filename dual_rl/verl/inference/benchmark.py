@@ -85,20 +85,36 @@ def run_benchmark(run: BenchmarkRun) -> dict[str, object]:
     source = run.source
     checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt, fresh_head_seed=source.fresh_head_seed)
     identity = describe_run(run, checkpoint)
+    if run.calibrate and not os.access(folder := find_folder(find_model(source.model_ckpt)), os.W_OK):
+        raise ValueError(f"--calibrate keeps the scale in {folder}, which cannot be written: score a copy of it")
     scale = load_model_scale(source.model_ckpt, checkpoint, source.settings) if run.normalize else None
     with Journal(
         output.with_suffix(JOURNAL_SUFFIX), identity, overwrite=run.overwrite, save_every=run.save_every
     ) as journal:
         journal.failures.update(bench.missing)
         _score_missing(run, bench, journal)
-        if run.calibrate:
+        result = _write_results(run, bench, identity, journal, scale=scale)
+        if run.calibrate:  # only now: should it fail, the results are there
             scale = _calibrate(run, identity, journal)
-        summary = summarise(bench, journal, seed=run.seed, scale=scale)
-        result = {"model_ckpt": run.source.model_ckpt, "data_path": run.data_path, "run": identity, **summary}
-        write_csv(output, bench, journal, scale=scale)
-        write_json(output.with_suffix(".json"), result)
+            result = _write_results(run, bench, identity, journal, scale=scale)
         if run.report:
             write_report(run.report, bench, journal, result)
+    return result
+
+
+def _write_results(
+    run: BenchmarkRun,
+    bench: Bench,
+    identity: Mapping[str, object],
+    journal: Journal,
+    *,
+    scale: RewardScale | None,
+) -> dict[str, object]:
+    """Write the scored CSV and the JSON beside it; returns what the JSON holds."""
+    summary = summarise(bench, journal, seed=run.seed, scale=scale)
+    result = {"model_ckpt": run.source.model_ckpt, "data_path": run.data_path, "run": identity, **summary}
+    write_csv(Path(run.output), bench, journal, scale=scale)
+    write_json(Path(run.output).with_suffix(".json"), result)
     return result
 
 

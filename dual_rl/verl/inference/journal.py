@@ -7,12 +7,15 @@ listed, not kept: a video that was repaired meanwhile is tried again.
 
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from verl.inference.scoring import FailedVideo, Outcome, ScoredVideo
+
+logger = logging.getLogger(__name__)
 
 FIRST_BYTES = b'{"identity": '
 """How a journal begins."""
@@ -44,6 +47,8 @@ class Journal:
             raise ValueError(
                 f"{path} is being written by another run: wait for it, or choose another output"
             ) from error
+        except OSError as error:  # some network file systems know no locks
+            logger.warning("%s cannot be locked (%s): start no second run with it", path, error)
         try:
             self._begin(json.loads(json.dumps(identity)), overwrite)
         except ValueError:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -240,6 +240,8 @@ def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
         raise ValueError(f"{path}: no head that torch can load: {str(error).splitlines()[0][:200]}") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path}: no {' or '.join(HEAD_KEYS)} in it, only a {type(state).__name__}")
     for candidate in (state, state.get("model", {})):
         for key in HEAD_KEYS:
             if key in candidate:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import ray
 
 from verl.data.batches import BatchStream
-from verl.trainer.checkpoints import CheckpointFolder, find_resume, step_of
+from verl.trainer.checkpoints import CheckpointFolder, find_resume, load_state, step_of
 from verl.trainer.cluster import WorkerError, WorkerGroup, connect
 from verl.trainer.config import Config
 from verl.trainer.generation import Generator
-from verl.trainer.preflight import Inputs, check_inputs
+from verl.trainer.preflight import Inputs, check_inputs, check_same_model
 from verl.trainer.settings import check_resume, load_config, output_folder, read_config
 from verl.trainer.tracking import Tracker
 from verl.trainer.trainer import DualTrainer, Parts, count_steps
@@ -36,6 +36,8 @@ def run(config: Config) -> None:
     if checkpoint is not None:
         check_resume(read_config(checkpoint), config)
     inputs = check_inputs(config)
+    if checkpoint is not None:
+        check_same_model(load_state(checkpoint).get("model"), inputs.model_identity, checkpoint=checkpoint)
     connect(config.trainer)
     trainer, tracker = build_trainer(config, inputs, checkpoints, start_step=step_of(checkpoint) if checkpoint else 0)
     try:
@@ -59,7 +61,7 @@ def build_trainer(
     generator = Generator(config, workers, inputs)
     validator = Validator(config, inputs.val_pairs, generator, workers) if inputs.val_pairs else None
     tracker = Tracker(config, start_step, num_steps=count_steps(config, stream))
-    parts = Parts(workers, stream, generator, validator, checkpoints, tracker)
+    parts = Parts(workers, stream, generator, validator, checkpoints, tracker, inputs.model_identity)
     return DualTrainer(config, parts, start_step=start_step), tracker
 
 

@@ -39,7 +39,7 @@ RankShard = list[list[PairRollout]]  # one rank's pairs, by mini-batch
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of; `validator` is None without held-out pairs."""
+    """What a run is made of; `validator` is None without held-out pairs. `model_identity`: what it started from."""
 
     workers: WorkerGroup
     stream: BatchStream
@@ -47,6 +47,7 @@ class Parts:
     validator: Validator | None
     checkpoints: CheckpointFolder
     tracker: Tracker
+    model_identity: dict[str, object]
 
 
 class DualTrainer:
@@ -56,6 +57,7 @@ class DualTrainer:
         self.config = config
         self.workers, self.stream, self.generator = parts.workers, parts.stream, parts.generator
         self.validator, self.checkpoints, self.tracker = parts.validator, parts.checkpoints, parts.tracker
+        self.model_identity = parts.model_identity
         self.start_step = start_step
         self.total_steps = count_steps(config, parts.stream)
 
@@ -115,6 +117,12 @@ class DualTrainer:
     def _filter(self, batch: ScoredBatch) -> ScoredBatch:
         """The pairs of which at least one video's group has a mean between the limits."""
         algorithm = self.config.algorithm
+        returned = set.intersection(*(set(scores) for scores in batch.rewards.values()))
+        if algorithm.filter_key not in returned:
+            raise ValueError(
+                f"algorithm.filter_key={algorithm.filter_key}: the reward function does not return it for every "
+                f"response; choose one of {', '.join(sorted(returned))}"
+            )
         means = compute_group_means({key: scores[algorithm.filter_key] for key, scores in batch.rewards.items()})
         passing = {
             video.pair_id for video, mean in means.items() if algorithm.filter_low < mean < algorithm.filter_high
@@ -178,8 +186,9 @@ class DualTrainer:
     def save(self, step: int, *, val: float | None) -> None:
         """Write a checkpoint that is complete or absent."""
         settings = self.config.trainer
-        state = None if settings.save_model_only else {"stream": self.stream.state_dict()}
-        with self.checkpoints.writing(step, state=state, val=val, save_limit=settings.save_limit) as folder:
+        state = {"stream": self.stream.state_dict(), "model": self.model_identity}
+        resumable = None if settings.save_model_only else state
+        with self.checkpoints.writing(step, state=resumable, val=val, save_limit=settings.save_limit) as folder:
             self.workers.call("save", str(folder))
             save_config(self.config, folder)
 
