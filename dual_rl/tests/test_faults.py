@@ -15,7 +15,7 @@ IN_A_STEP = {
     "raise": r"reward function .*spying_reward.py:compute_score raised KeyError: 'no such dimension'",
     "short": r"reward function .* returned 15 items for 16 responses; return one dict per response",
     "nan": r"reward function .*, item 0: 'overall' is nan; return finite numbers only",
-    "remove": r"videos could not be loaded; replace the files, the same command then continues\nrow \d, video [AB]: video not found",
+    "remove": r"videos could not be loaded; replace the files, .*\nrow \d, video [AB]: video not found",
 }
 QUICK = ("kill_worker", "raise")
 AT_THE_START = [

@@ -86,6 +86,7 @@ def _score_on_actors(
         under_way[actor] -= len(outcomes)
         hand_over(actor)
         yield from outcomes
+    ray.get([actor.close.remote() for actor in actors])
 
 
 def _result(call: ray.ObjectRef) -> list[Outcome]:
@@ -117,3 +118,8 @@ class ScoringActor:
         while self.model.num_pending and (not outcomes or time.monotonic() < end):
             outcomes += self.model.advance()
         return outcomes
+
+    def close(self) -> None:
+        """Free the engine and remove its files."""
+        if self.model is not None:
+            self.model.close()

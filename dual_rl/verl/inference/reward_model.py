@@ -84,6 +84,7 @@ class RewardModel:
         self.engine = engine
         self.settings = settings
         self.scale = scale
+        self.files: tempfile.TemporaryDirectory | None = None  # the engine's, which are read lazily
         self.builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
         self.loader = VideoLoader(self.builder, budget, num_threads=settings.num_threads)
         self._decoding: deque[tuple[str, Future[VideoPrompt]]] = deque()
@@ -125,7 +126,7 @@ class RewardModel:
                 "the model was trained with %s, videos are now read with %s", checkpoint.video_budget, budget
             )
         model = cls(checkpoint, engine, settings, budget=budget, scale=scale)
-        model.files = files  # vLLM reads its folder lazily: it lives as long as the engine
+        model.files = files
         return model
 
     def score(
@@ -204,9 +205,11 @@ class RewardModel:
         return outcomes
 
     def close(self) -> None:
-        """End engine and threads."""
+        """End engine and threads, and remove the engine's files."""
         self.loader.close()
         self.engine.close()
+        if self.files is not None:
+            self.files.cleanup()
 
     def __enter__(self) -> "RewardModel":
         return self
