@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from losses import SCORE_LOSSES, LossType
+from losses import AGREEMENT_LOSSES, SCORE_LOSSES, LossType
 
 RewardTokenMode = Literal["special", "last", "mean"]
 
@@ -69,7 +69,8 @@ class DataArguments:
         default="GSB", metadata={"help": "label column; opinion scores are read from MOS_A_<dim> and MOS_B_<dim>"}
     )
     format_prompt: str | None = field(
-        default=None, metadata={"help": "Jinja file with the variable `content` around each problem"}
+        default=None,
+        metadata={"help": "Jinja file with the variable `content` around each problem; default: the checkpoint's"},
     )
     fps: float | None = field(
         default=None, metadata={"help": "sampled frames per second; default: the checkpoint's budget, or 2"}
@@ -177,6 +178,10 @@ class TrainingArguments:
     @property
     def needs_scores(self) -> bool:
         return self.loss_type in SCORE_LOSSES
+
+    @property
+    def needs_agreeing_scores(self) -> bool:
+        return self.loss_type in AGREEMENT_LOSSES
 
 
 def validate_all(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:

@@ -14,7 +14,10 @@ A merged model holds Hugging Face weights instead of the first two files and is 
 import copy
 import dataclasses
 import json
+import logging
 import os
+import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +38,8 @@ from model_qwen3 import (
 )
 from scored_sequence import DEFAULT_FORMAT_PROMPT, SequenceBuilder, reward_token_id
 from vision_process import VideoBudget
+
+logger = logging.getLogger(__name__)
 
 HEAD_FILE = "rm_head.pth"
 CONFIG_FILE = "reward_config.json"
@@ -70,6 +75,17 @@ def stored_video_budget(path: str) -> VideoBudget | None:
     """The budget that a base model or checkpoint folder was made for; None where it names none."""
     file = Path(path) / CONFIG_FILE
     return VideoBudget(**json.loads(file.read_text())["video"]) if file.is_file() else None
+
+
+def choose_format_prompt(path: str, given: str | None = None) -> str:
+    """The format prompt for a model: `given`, else the one it was made for, else the default. Warns of an override."""
+    file = Path(path) / CONFIG_FILE
+    stored = json.loads(file.read_text()).get("format_prompt") if file.is_file() else None
+    if given is None:
+        return DEFAULT_FORMAT_PROMPT if stored is None else stored
+    if stored not in (None, given):
+        logger.warning("flags override the format prompt of %s: %r becomes %r", path, stored, given)
+    return given
 
 
 def write_json(path: Path, value: object) -> None:
@@ -114,7 +130,16 @@ def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
     """Read a head, fp32 [1, hidden_size], in any of the three layouts in the wild. Raises ValueError otherwise."""
     if not os.path.isfile(path):
         raise ValueError(f"no reward head at {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{path}: no head that torch can load: {reason}; copy the checkpoint again") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"{path}: no {' or '.join(HEAD_KEYS)} in it, only a {type(state).__name__}; "
+            f'save it as {{"{HEAD_KEY}": weight}}'
+        )
     for candidate in (state, state.get("model", {})):
         for key in HEAD_KEYS:
             if key in candidate:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 LossType = Literal["bt", "btt", "margin", "constant_margin", "scaled", "reg"]
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
 SCORE_LOSSES = frozenset({"margin", "scaled", "reg"})  # these need MOS scores
+AGREEMENT_LOSSES = frozenset({"scaled"})  # unbounded below for a pair whose scores contradict its label
 TIE_LOSSES = frozenset({"btt", "reg"})  # these learn from ties
 
 TIE_K = 5.0  # theta of the Rao-Kupper model: larger means more ties

@@ -49,10 +49,14 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class CsvNeeds:
-    """What a use of the CSV requires beyond videos and problem: which label column, scores, CoTs."""
+    """What a use of the CSV requires beyond videos and problem: which label column, scores, CoTs.
+
+    `agreeing_scores`: no row may have a preference and a lower score for the video that it prefers.
+    """
 
     eval_dim: str = "GSB"
     scores: bool = False
+    agreeing_scores: bool = False
     cots: bool = True
 
 
@@ -109,26 +113,45 @@ def _parse_row(row: int, cells: dict[str, str], folder: Path, needs: CsvNeeds) -
     label = cells[needs.eval_dim].strip()
     if label not in LABELS:
         raise ValueError(f"{needs.eval_dim} is {label!r}; write one of {', '.join(LABELS)}")
-    problem = cells.get("problem", "").strip() or judge_problem(cells.get("prompt", ""))
     cots = [cells.get(f"CoT_{side}", "") for side in "AB"]
     if needs.cots and not all(cot.strip() for cot in cots):
         raise ValueError("an empty CoT; fill CoT_A and CoT_B or mask every CoT with --drop_prob 1")
     scores = [_parse_score(cells.get(f"MOS_{side}_{needs.eval_dim}", ""), side, needs) for side in "AB"]
-    durations = None
-    if cells.get("durations", "").strip():
-        durations = tuple(float(seconds) for seconds in _parse_two(cells["durations"], "durations", "two numbers"))
+    if needs.agreeing_scores and PREFERENCES.get(label, 0) * (scores[0] - scores[1]) < 0:
+        raise ValueError(
+            f"{needs.eval_dim} is {label!r} and its scores {scores[0]:g} and {scores[1]:g} say the opposite, which "
+            "--loss_type scaled cannot learn from; correct them, remove the row or take another loss"
+        )
     return PreferencePair(
         row=row,
         video_a=str(folder / str(video_a)),
         video_b=str(folder / str(video_b)),
-        problem=problem,
+        problem=_parse_problem(cells),
         cot_a=cots[0],
         cot_b=cots[1],
         label=label,
         score_a=scores[0],
         score_b=scores[1],
-        durations=durations,
+        durations=_parse_durations(cells.get("durations", "")),
     )
+
+
+def _parse_problem(cells: dict[str, str]) -> str:
+    """The judge's instruction; without one, the built-in judge prompt around the text prompt."""
+    problem, prompt = (cells.get(column, "").strip() for column in ("problem", "prompt"))
+    if not problem and not prompt:
+        raise ValueError("problem is empty; write the instruction of the judge, or a prompt for the built-in one")
+    return problem or judge_problem(prompt)
+
+
+def _parse_durations(text: str) -> tuple[float, float] | None:
+    if not text.strip():
+        return None
+    first, second = _parse_two(text, "durations", "two numbers")
+    try:
+        return float(first), float(second)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"durations is {text!r}; write two numbers, such as [2.0, 2.0], or leave it empty") from error
 
 
 def _parse_two(text: str, column: str, what: str) -> tuple:
@@ -148,9 +171,12 @@ def _parse_score(text: str, side: str, needs: CsvNeeds) -> float:
             raise ValueError(f"{name} is empty; this loss needs a score from 1 to 5")
         return math.nan
     try:
-        return float(text)
+        score = float(text)
     except ValueError as error:
         raise ValueError(f"{name} is {text!r}; write a number") from error
+    if not math.isfinite(score):
+        raise ValueError(f"{name} is {text!r}; write a number from 1 to 5, or leave it empty")
+    return score
 
 
 def probe_videos(
@@ -193,6 +219,13 @@ def scan_videos(
     return headers, problems
 
 
+def check_special_tokens(text: str, what: str, builder: SequenceBuilder) -> None:
+    """Raise ValueError when `text` contains a special token of the model's, which would be read as one."""
+    for token in builder.tokenizer.all_special_tokens:
+        if token in text:
+            raise ValueError(f"{what} contains the reserved token {token!r}; remove it")
+
+
 def scan_sequences(
     pairs: Sequence[PreferencePair],
     headers: dict[str, VideoHeader],
@@ -210,6 +243,8 @@ def scan_sequences(
             try:
                 length = builder.count_prompt_tokens(pair.problem, headers[path], budget)
                 length += len(builder.encode_cot(cot)) + NUM_CLOSING_TOKENS
+                check_special_tokens(pair.problem, "problem", builder)
+                check_special_tokens(cot, "CoT", builder)
             except ValueError as error:
                 problems.append(f"row {pair.row}, video {side}: {error}")
                 continue

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from arguments import DataArguments, ModelArguments, TrainingArguments
-from checkpoint import RewardConfig, stored_video_budget
+from checkpoint import RewardConfig, choose_format_prompt, stored_video_budget
 from preference_csv import CsvNeeds, PreferencePair, read_pairs, require_clean, scan_sequences, scan_videos
-from scored_sequence import DEFAULT_FORMAT_PROMPT, SequenceBuilder
+from scored_sequence import SequenceBuilder
 from trainer_qwen3 import TEMPORARY_PREFIX, list_checkpoints
 from utils import is_main_process
 from vision_process import VideoBudget
@@ -22,7 +22,11 @@ LATEST = "latest"
 
 
 def prepare_output(arguments: TrainingArguments) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh start. Never mixes a fresh run into an older one's folder."""
+    """The checkpoint to resume from, or None for a fresh start.
+
+    Raises ValueError rather than mix two runs in one folder: for a fresh start where there are checkpoints, and for
+    one from another checkpoint than the folder's last.
+    """
     output_dir = Path(arguments.output_dir)
     existing = list_checkpoints(output_dir)
     if is_main_process():
@@ -42,11 +46,29 @@ def prepare_output(arguments: TrainingArguments) -> Path | None:
         return existing[-1] if existing else None
     if not Path(wanted).is_dir():
         raise ValueError(f"--resume_from_checkpoint {wanted}: no such folder")
+    _require_last(Path(wanted), existing, output_dir)
     return Path(wanted)
 
 
+def _require_last(wanted: Path, existing: list[Path], output_dir: Path) -> None:
+    """Raise ValueError when the folder holds checkpoints that come after `wanted`, or are of another run."""
+    places = [path.resolve() for path in existing]
+    others = existing
+    if wanted.resolve() in places:
+        others = existing[places.index(wanted.resolve()) + 1 :]
+    if others:
+        names = ", ".join(path.name for path in others)
+        raise ValueError(
+            f"{output_dir} already holds {names}, which --resume_from_checkpoint {wanted} would mix with another run: "
+            f"remove {names}, or choose another --output_dir (OUTPUT_DIR)"
+        )
+
+
 def build_config(model: ModelArguments, data: DataArguments) -> RewardConfig:
-    """What travels with the checkpoint. The base's own video budget holds; flags override it, with a warning."""
+    """What travels with the checkpoint.
+
+    The base's own video budget and format prompt hold; flags override them, with a warning.
+    """
     base = model.model_name_or_path
     stored = stored_video_budget(base)
     budget = (stored or VideoBudget()).replace(
@@ -57,19 +79,25 @@ def build_config(model: ModelArguments, data: DataArguments) -> RewardConfig:
     )
     if stored is not None and budget != stored:
         logger.warning("flags override the video budget of %s: %s becomes %s", base, stored, budget)
+    format_prompt = Path(data.format_prompt).read_text() if data.format_prompt else None
     return RewardConfig(
         base_model=os.path.abspath(base) if os.path.isdir(base) else base,
         reward_token=model.reward_token,
         video=budget,
-        format_prompt=Path(data.format_prompt).read_text() if data.format_prompt else DEFAULT_FORMAT_PROMPT,
+        format_prompt=choose_format_prompt(base, format_prompt),
     )
 
 
 def load_checked_pairs(
-    path: str, builder: SequenceBuilder, budget: VideoBudget, *, data: DataArguments, needs_scores: bool
+    path: str, builder: SequenceBuilder, budget: VideoBudget, *, data: DataArguments, training: TrainingArguments
 ) -> list[PreferencePair]:
     """Read a CSV and check rows, videos and lengths; the costly checks run on the main process only."""
-    needs = CsvNeeds(eval_dim=data.eval_dim, scores=needs_scores, cots=data.mask_probability < 1.0)
+    needs = CsvNeeds(
+        eval_dim=data.eval_dim,
+        scores=training.needs_scores,
+        agreeing_scores=training.needs_agreeing_scores,
+        cots=data.mask_probability < 1.0,
+    )
     pairs = read_pairs(path, needs)
 
     def check() -> None:

@@ -15,7 +15,7 @@ from preflight import build_config, load_checked_pairs, prepare_output
 from scored_sequence import SequenceBuilder
 from trainer_qwen3 import RewardTrainer
 from training_log import Schedule
-from utils import is_main_process, setup_logging
+from utils import report_error, setup_logging
 
 
 def train(model_arguments: ModelArguments, data_arguments: DataArguments, arguments: TrainingArguments) -> None:
@@ -31,8 +31,7 @@ def train(model_arguments: ModelArguments, data_arguments: DataArguments, argume
     datasets = {}
     for name, path in (("train", data_arguments.meta_data), ("eval", data_arguments.meta_data_test)):
         if path:
-            needs_scores = arguments.needs_scores
-            pairs = load_checked_pairs(path, builder, config.video, data=data_arguments, needs_scores=needs_scores)
+            pairs = load_checked_pairs(path, builder, config.video, data=data_arguments, training=arguments)
             datasets[name] = PairDataset(pairs, builder, config.video)
 
     compute_dtype = torch.bfloat16 if arguments.bf16 else torch.float32
@@ -66,8 +65,7 @@ def main() -> None:
         setup_logging()
         train(model_arguments, data_arguments, arguments)
     except (ValueError, NonFiniteError) as error:
-        if is_main_process():
-            sys.stderr.write(f"error: {error}\n")
+        report_error(error)
         sys.exit(2)
     finally:
         if dist.is_initialized():

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from arguments import DataArguments, TrainingArguments
-from checkpoint import STATE_FILE, LoadedReward, load_reward_model, save_merged, save_reward_files, write_json
+from checkpoint import (
+    STATE_FILE,
+    LoadedReward,
+    RewardConfig,
+    load_reward_model,
+    save_merged,
+    save_reward_files,
+    write_json,
+)
 from data import MicroBatchSampler, PairBatch, PairDataset, PairDraw, PairFailure
 from engine import NonFiniteError, gather_trained_weights, step_engine
+from fingerprint import fingerprint_weights
 from losses import PairMetrics, compute_pair_loss, compute_pair_sums
 from recompute import ActivationPlan
 from training_log import LogWindow, Schedule
@@ -36,7 +46,10 @@ from utils import (
 
 logger = logging.getLogger(__name__)
 
+MODEL_FIELDS = ("reward_token", "video", "format_prompt")
+"""Of a reward_config.json: what a run may not change when it continues. Paths may."""
 CHECKPOINT_PREFIX = "checkpoint-"
+CHECKPOINT_NAME = re.compile(rf"{CHECKPOINT_PREFIX}(\d+)")
 TEMPORARY_PREFIX = "tmp-checkpoint-"
 DEEPSPEED_FOLDER = "deepspeed"
 DEEPSPEED_TAG = "state"
@@ -65,6 +78,8 @@ class RewardTrainer:
         self.engine = engine
         self.activations = activations
         self.reward = reward
+        base = Path(reward.config.base_model)
+        self.base_weights = fingerprint_weights(base) if base.is_dir() else str(base)
         self.train_data = train_data
         self.eval_data = eval_data
         self.arguments = arguments
@@ -240,6 +255,7 @@ class RewardTrainer:
         if not (folder / DEEPSPEED_FOLDER).is_dir():
             raise ValueError(f"{folder} holds no optimizer state (--save_only_model?); it cannot be resumed from")
         state = json.loads((folder / STATE_FILE).read_text())
+        self._require_same_model(folder, state)
         for name, value in self._identity().items():
             if state.get(name) != value:  # older versions did not record the ZeRO stage
                 was = state.get(name, "not recorded")
@@ -247,7 +263,9 @@ class RewardTrainer:
         state_folder = folder / DEEPSPEED_FOLDER
         loaded_from, _ = self.engine.load_checkpoint(str(state_folder), tag=DEEPSPEED_TAG, load_module_strict=False)
         if loaded_from is None:
-            raise ValueError(f"{state_folder} holds no complete DeepSpeed state; resume from an earlier checkpoint")
+            raise ValueError(
+                f"{state_folder} holds no complete DeepSpeed state; remove {folder} and resume from the one before it"
+            )
         random_state = state_folder / f"random_state_{self.engine.global_rank}.pt"
         set_random_state(torch.load(random_state, weights_only=True))
         self.global_step, self.log_history = state["global_step"], state["log_history"]
@@ -266,9 +284,27 @@ class RewardTrainer:
             "loss_type": self.arguments.loss_type,
         }
 
+    def _require_same_model(self, folder: Path, state: dict) -> None:
+        """Raise ValueError where the run goes on from another model: checkpoints do not hold what is frozen."""
+        before, now = RewardConfig.load(folder), self.reward.config
+        changed = [name for name in MODEL_FIELDS if getattr(before, name) != getattr(now, name)]
+        if state.get("base_weights", self.base_weights) != self.base_weights:  # older versions did not record them
+            changed.append("weights of the base model")
+        if changed:
+            raise ValueError(
+                f"cannot resume from {folder}: it was trained with another model ({', '.join(changed)}); set "
+                f"--model_name_or_path back to {before.base_model}, and flags to what they were, or start anew in "
+                "another --output_dir"
+            )
+
     def _state(self) -> dict:
-        epoch = self.global_step / self.schedule.steps_per_epoch
-        return {"global_step": self.global_step, "epoch": epoch, **self._identity(), "log_history": self.log_history}
+        return {
+            "global_step": self.global_step,
+            "epoch": self.global_step / self.schedule.steps_per_epoch,
+            **self._identity(),
+            "base_weights": self.base_weights,
+            "log_history": self.log_history,
+        }
 
     def _remove_old_checkpoints(self) -> None:
         limit = self.arguments.save_total_limit
@@ -306,6 +342,10 @@ class RewardTrainer:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints in a folder, oldest first."""
-    found = [path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*") if (path / STATE_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
+    """Complete checkpoints in a folder, oldest first; folders with other names than `checkpoint-N` are passed over."""
+    found = {}
+    for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*"):
+        match = CHECKPOINT_NAME.fullmatch(path.name)
+        if match and (path / STATE_FILE).is_file():
+            found[int(match[1])] = path
+    return [found[step] for step in sorted(found)]

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import decord
@@ -12,6 +13,8 @@ import torch.distributed as dist
 import transformers
 
 LOG_FILE = "train_log.jsonl"
+SECONDS_FOR_ERRORS = 10.0
+"""How long an error waits for the other ranks, which may have raised the same one."""
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -37,6 +40,33 @@ def setup_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     for name in ("trainer_qwen3", "preflight"):
         logging.getLogger(name).setLevel(level)
+
+
+def report_error(error: Exception, *, seconds: float = SECONDS_FOR_ERRORS) -> None:
+    """Write an error to stderr, with its rank where that is not 0: once where several ranks raise the same.
+
+    No rank may wait for all others in a collective here: those that have no error are in another one.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    message, wait = str(error), timedelta(seconds=seconds)
+    if rank == 0:
+        sys.stderr.write(f"error: {message}\n")
+    if world_size == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    shown = None
+    try:
+        if rank == 0:  # whose end closes the store
+            store.set("error", message)
+            store.wait([f"error read by {other}" for other in range(1, world_size)], wait)
+            return
+        store.wait(["error"], wait)
+        shown = store.get("error").decode()
+        store.set(f"error read by {rank}", "")
+    except dist.DistError:  # the others have no error, or are gone
+        pass
+    if rank != 0 and shown != message:
+        sys.stderr.write(f"error on rank {rank}: {message}\n")
 
 
 class Tracker:

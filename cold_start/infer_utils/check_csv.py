@@ -9,7 +9,7 @@ import sys
 
 from transformers import AutoProcessor
 
-from checkpoint import stored_video_budget
+from checkpoint import choose_format_prompt, stored_video_budget
 from model_qwen3 import add_reward_token
 from preference_csv import CsvError, CsvNeeds, require_clean, scan_rows, scan_sequences, scan_videos
 from scored_sequence import SequenceBuilder
@@ -19,7 +19,12 @@ from vision_process import VideoBudget
 
 def check(options: argparse.Namespace) -> str:
     """A one-line summary of a sound CSV. Raises CsvError that lists the faults of any other."""
-    needs = CsvNeeds(eval_dim=options.eval_dim, scores=options.needs_scores, cots=not options.no_cots)
+    needs = CsvNeeds(
+        eval_dim=options.eval_dim,
+        scores=options.needs_scores,
+        agreeing_scores=options.needs_agreeing_scores,
+        cots=not options.no_cots,
+    )
     pairs, problems = scan_rows(options.csv, needs)
     budget = (stored_video_budget(options.model) if options.model else None) or VideoBudget()
     headers, video_problems = scan_videos(pairs, budget, should_decode=options.decode)
@@ -27,7 +32,7 @@ def check(options: argparse.Namespace) -> str:
     if options.model:
         processor = AutoProcessor.from_pretrained(options.model)
         add_reward_token(processor)
-        builder = SequenceBuilder(processor)
+        builder = SequenceBuilder(processor, format_prompt=choose_format_prompt(options.model))
         problems += scan_sequences(pairs, headers, builder, budget, max_length=options.max_length)
     require_clean(options.csv, problems)
     labels = [pair.label for pair in pairs]
@@ -40,6 +45,9 @@ def main() -> int:
     parser.add_argument("csv")
     parser.add_argument("--eval_dim", default="GSB", help="label column")
     parser.add_argument("--needs_scores", action="store_true", help="require MOS columns (margin, scaled, reg)")
+    parser.add_argument(
+        "--needs_agreeing_scores", action="store_true", help="no score may contradict a label (scaled)"
+    )
     parser.add_argument("--no_cots", action="store_true", help="do not require CoTs (training with --drop_prob 1)")
     parser.add_argument("--decode", action="store_true", help="decode all frames that training uses")
     parser.add_argument("--model", help="base model: also check lengths and reserved tokens")

@@ -5,11 +5,10 @@ from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
+from fingerprint import fingerprint_weights
 from infer_utils.cot_plan import CollectInput, Sampling
 from scored_sequence import SequenceBuilder
 from vision_process import VideoBudget
-
-PROBES_PER_FILE, PROBE_BYTES = 256, 4096
 
 
 def describe_samples(
@@ -36,17 +35,4 @@ def fingerprint_data(data: CollectInput, builder: SequenceBuilder) -> str:
     for pair in data.pairs:
         videos = data.table.cells(pair.row)["videos"]
         digest.update(repr((videos, builder.render(pair.problem))).encode())
-    return digest.hexdigest()
-
-
-def fingerprint_weights(folder: Path) -> str:
-    """16 hex digits over evenly spaced pieces of a local model's weight files, wherever they lie."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for place in range(0, size, max(PROBE_BYTES, size // PROBES_PER_FILE)):
-                file.seek(place)
-                digest.update(file.read(PROBE_BYTES))
     return digest.hexdigest()

@@ -7,11 +7,14 @@ video that was repaired meanwhile is tried again.
 
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
+
+logger = logging.getLogger(__name__)
 
 FIRST_BYTES = b'{"identity": '
 """How a journal begins."""
@@ -98,6 +101,8 @@ class CotJournal:
             raise ValueError(
                 f"{self.path} is being written by another run: wait for it, or choose another --output"
             ) from error
+        except OSError as error:  # some network file systems know no locks
+            logger.warning("%s cannot be locked (%s): start no second run with this --output", self.path, error)
 
     def _begin(self, identity: dict, overwrite: bool) -> None:
         if overwrite:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoProcessor
 
-from checkpoint import stored_video_budget
+from checkpoint import choose_format_prompt, stored_video_budget
 from infer_utils.chat_client import ChatClient
 from infer_utils.cot_endpoint import VIDEO_FORMS, EndpointSource
 from infer_utils.cot_plan import CollectInput, CotSource, Sampling
@@ -15,7 +15,7 @@ from infer_utils.cot_results import SelectionRules
 from infer_utils.cot_vllm import VllmSettings, VllmSource
 from infer_utils.scorer import MAX_COT_TOKENS
 from model_qwen3 import add_reward_token
-from scored_sequence import DEFAULT_FORMAT_PROMPT, SequenceBuilder
+from scored_sequence import SequenceBuilder
 from vision_process import VideoBudget
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,10 @@ def add_selection_flags(group) -> None:
 def add_prompt_flags(group) -> None:
     add = group.add_argument
     add("--processor", help="folder or hub name of the tokenizer and video settings; default: --model")
-    add("--format_prompt", help="Jinja file with the variable `content` around each problem")
+    add(
+        "--format_prompt",
+        help="Jinja file with the variable `content` around each problem; default: the processor's, if any",
+    )
     add("--fps", type=float, help="sampled frames per second; default: as stored with the processor, or 2")
     add("--min_frames", type=int, help="fewest frames of a clip; default likewise, or 4")
     add("--min_pixels", "--min_frame_pixels", type=int, help="fewest pixels of a frame; default likewise, or 4096")
@@ -155,10 +158,10 @@ def build_prompts(options: argparse.Namespace) -> tuple[SequenceBuilder, VideoBu
     )
     if stored is not None and budget != stored:
         logger.warning("flags override the video budget of %s: %s becomes %s", source, stored, budget)
-    format_prompt = DEFAULT_FORMAT_PROMPT
+    format_prompt = None
     if options.format_prompt is not None:
         format_prompt = read_file(options.format_prompt, "--format_prompt")
-    return SequenceBuilder(processor, format_prompt=format_prompt), budget
+    return SequenceBuilder(processor, format_prompt=choose_format_prompt(source, format_prompt)), budget
 
 
 def build_source(

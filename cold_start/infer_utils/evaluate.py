@@ -96,6 +96,12 @@ def format_table(results: dict[str, dict]) -> str:
 def evaluate(options: argparse.Namespace) -> dict:
     """Score the CSV and return what is written to the JSON file."""
     pairs = read_pairs(options.data, CsvNeeds(eval_dim=options.eval_dim, cots="csv" in options.modes))
+    if not any(PREFERENCES.get(pair.label, 0) for pair in pairs):
+        raise ValueError(
+            f"{options.data}: no pair with a preference to evaluate on; write A or B into {options.eval_dim} of one"
+        )
+    if options.output:
+        check_output(Path(options.output))
     if is_reward_checkpoint(options.checkpoint):
         scorer = RewardScorer.from_pretrained(options.checkpoint, base_model=options.base_model)
     else:
@@ -103,6 +109,18 @@ def evaluate(options: argparse.Namespace) -> dict:
     records = score_pairs(scorer, pairs, options.modes, max_new_tokens=options.max_new_tokens)
     accuracy = {mode: asdict(value) for mode, value in summarise(records, options.modes).items()}
     return {"checkpoint": options.checkpoint, "data": options.data, "accuracy": accuracy, "pairs": records}
+
+
+def check_output(path: Path) -> None:
+    """Make the folder of `path`. Raises ValueError when no file can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(f"--output {path} cannot be written: {error.strerror}; give another place") from error
 
 
 def main() -> None:

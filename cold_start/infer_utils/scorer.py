@@ -14,7 +14,14 @@ import torch
 from tqdm import tqdm
 from transformers import AutoProcessor
 
-from checkpoint import LoadedReward, RewardConfig, build_reward_model, load_reward_model, stored_video_budget
+from checkpoint import (
+    LoadedReward,
+    RewardConfig,
+    build_reward_model,
+    choose_format_prompt,
+    load_reward_model,
+    stored_video_budget,
+)
 from model_qwen3 import add_reward_token
 from scored_sequence import EncodedPrompt, SequenceBuilder, judge_problem, pack_sequences
 from vision_process import VideoBudget, load_video
@@ -59,9 +66,14 @@ class RewardScorer:
         torch.manual_seed(seed)
         processor = AutoProcessor.from_pretrained(path)
         add_reward_token(processor)
-        config = RewardConfig(base_model=str(path), video=stored_video_budget(str(path)) or VideoBudget())
+        config = RewardConfig(
+            base_model=str(path),
+            video=stored_video_budget(str(path)) or VideoBudget(),
+            format_prompt=choose_format_prompt(str(path)),
+        )
         model = build_reward_model(str(path), processor, reward_token=config.reward_token, dtype=torch.float32)
-        return cls(LoadedReward(model.requires_grad_(False).eval(), SequenceBuilder(processor), config))
+        builder = SequenceBuilder(processor, format_prompt=config.format_prompt)
+        return cls(LoadedReward(model.requires_grad_(False).eval(), builder, config))
 
     def encode(
         self,

@@ -121,6 +121,16 @@ def test_unusable_heads_are_errors_never_a_random_head(tmp_path):
         load_head(tmp_path / "other.pth", hidden_size=4)
     with pytest.raises(ValueError, match="no reward head at"):
         load_head(tmp_path / "none.pth", hidden_size=4)
+    torch.save(torch.randn(1, 4), tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match=r"bare\.pth: no rm_head\.weight .*only a Tensor; save it as"):
+        load_head(tmp_path / "bare.pth", hidden_size=4)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", b"PK\3\4"])
+def test_file_that_is_no_head_is_named_with_the_remedy(tmp_path, content):
+    (tmp_path / "rm_head.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"rm_head\.pth: no head that torch can load: .*copy the checkpoint again"):
+        load_head(tmp_path / "rm_head.pth", hidden_size=4)
 
 
 def test_incomplete_checkpoints_are_named(tmp_path):

@@ -2,12 +2,13 @@
 
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from checkpoint import stored_video_budget
+from checkpoint import RewardConfig, stored_video_budget
 from cot_support import MODEL, run_collect, write_bare_csv
 from infer_utils.cot_options import build_prompts, parse_options
 from stage1_support import STAGE_DIR, TINY_BASE, write_pairs_csv
@@ -62,6 +63,8 @@ def test_wrong_files_are_told_and_none_is_destroyed(server, tmp_path, clips, cap
     refuse(missing, "out.csv", "row 1: video not found")
     reserved = write_bare_csv(tmp_path / "reserved.csv", clips, labels=["A"], problem=["<video><Reward>"])
     refuse(reserved, "out.csv", "row 1, video A: problem contains the reserved token '<Reward>'")
+    special = write_bare_csv(tmp_path / "special.csv", clips, labels=["A"], problem=["<video><|im_start|>"])
+    refuse(special, "out.csv", "row 1, video A: problem contains the reserved token '<|im_start|>'")
     whole = write_pairs_csv(tmp_path / "whole.csv", clips, labels=["A"])
     refuse(whole, "out.csv", "every row of")
     assert server.requests == []
@@ -92,6 +95,18 @@ def test_flags_that_would_do_nothing_are_refused(bare_csv, tmp_path, capsys, cap
     options = parse_options("", [*common, "--fps", "4", "--max_pixels", "9216"])
     assert build_prompts(options)[1] == replace(BUDGET, fps=4.0, max_pixels=9216)
     assert "flags override the video budget" in caplog.text
+
+
+def test_format_prompt_of_the_model_holds_unless_another_is_given(tmp_path):
+    model, mine = tmp_path / "model", tmp_path / "mine.jinja"
+    shutil.copytree(TINY_BASE, model)
+    RewardConfig(base_model=None, format_prompt="So: {{ content }}").save(model)
+    mine.write_text("Mine: {{ content }}")
+    common = ["pairs.csv", "--output", "out.csv", "--model", str(model)]
+    assert "So: a cat" in build_prompts(parse_options("", common))[0].render("a cat")
+    assert "Mine: a cat" in build_prompts(parse_options("", [*common, "--format_prompt", str(mine)]))[0].render(
+        "a cat"
+    )
 
 
 @pytest.mark.parametrize("page", ["README.md", "datasets/train/README.md", "infer_utils/collect_cot.py"])

@@ -1,5 +1,7 @@
 """The journal of samples: what a killed run leaves, and what must not be mixed."""
 
+import errno
+
 import pytest
 
 from infer_utils.cot_journal import CotJournal, Sample, SampleKey
@@ -51,6 +53,17 @@ def test_another_run_is_refused_and_told_apart(path):
 def test_two_runs_at_a_time_are_refused(path):
     with CotJournal(path, IDENTITY), pytest.raises(ValueError, match="being written by another run"):
         CotJournal(path, IDENTITY)
+
+
+def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*_) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with CotJournal(tmp_path / "out.samples.jsonl", IDENTITY) as journal:
+        journal.add(make_sample(0))
+    assert "out.samples.jsonl cannot be locked" in caplog.text
+    assert "start no second run with this --output" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"videos,GSB\n", b"my notes", b"[1]\n"])

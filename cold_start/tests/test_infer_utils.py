@@ -2,12 +2,13 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
-from checkpoint import LoadedReward, save_merged
+from checkpoint import LoadedReward, RewardConfig, save_merged
 from infer_utils import RewardScorer, evaluate, merge, score
 from infer_utils.evaluate import Accuracy, summarise, wilson_interval
 from infer_utils.scorer import Cot
@@ -117,6 +118,50 @@ def test_evaluation_command_writes_results_that_can_be_compared(tmp_path, clips,
     monkeypatch.setattr("sys.argv", ["evaluate", "--compare", str(output)])
     evaluate.main()
     assert "CoTs it writes itself" in capsys.readouterr().out
+
+
+def test_base_is_scored_with_the_format_prompt_that_it_was_made_for(small_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(small_base, base)
+    RewardConfig(base_model=None, video=SMALL_BUDGET, format_prompt="So: {{ content }}").save(base)
+    assert "So: a cat" in RewardScorer.from_base(base).builder.render("a cat")
+
+
+@pytest.fixture
+def refused_evaluation(tmp_path, clips, small_base, monkeypatch, capsys):
+    """What evaluation says of work that it refuses, before anything is loaded."""
+    monkeypatch.delattr(RewardScorer, "from_base")
+
+    def call(*arguments: str, labels: list[str]) -> str:
+        data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=labels)
+        monkeypatch.setattr("sys.argv", ["evaluate", str(small_base), str(data), *arguments])
+        with pytest.raises(SystemExit):
+            evaluate.main()
+        return capsys.readouterr().err
+
+    return call
+
+
+def test_evaluation_without_a_preference_is_refused_before_scoring(refused_evaluation):
+    message = refused_evaluation(labels=["same", "invalid"])
+    assert "pairs.csv: no pair with a preference to evaluate on; write A or B into GSB of one" in message
+
+
+def test_evaluation_into_a_place_that_cannot_be_written_is_refused_before_scoring(refused_evaluation, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    output = tmp_path / "notes" / "after.json"
+    assert f"--output {output} cannot be written: " in refused_evaluation("--output", str(output), labels=["A"])
+    assert f"--output {tmp_path} cannot be written: " in refused_evaluation("--output", str(tmp_path), labels=["A"])
+
+
+def test_checked_output_has_its_folder_and_is_left_as_it_was(tmp_path):
+    output = tmp_path / "new" / "folder" / "after.json"
+    evaluate.check_output(output)
+    assert output.parent.is_dir()
+    assert not output.exists()
+    output.write_text("before")
+    evaluate.check_output(output)
+    assert output.read_text() == "before"
 
 
 def test_merge_and_score_commands(tmp_path, scorer, clips, monkeypatch, capsys):

@@ -1,8 +1,11 @@
 """Bad CSVs: each fault is reported with file, row and remedy; sound ones are read as written."""
 
+import shutil
+
 import pandas as pd
 import pytest
 
+from checkpoint import RewardConfig
 from infer_utils import check_csv
 from preference_csv import CsvError, CsvNeeds, read_pairs, scan_sequences, scan_videos
 from scored_sequence import judge_problem
@@ -34,6 +37,15 @@ def test_prompt_alone_gets_the_judge_prompt(pairs_csv):
     assert read_pairs(pairs_csv, NEEDS)[0].problem == judge_problem("a red circle number 0")
 
 
+def test_row_without_problem_and_prompt_is_a_fault(pairs_csv):
+    table = pd.read_csv(pairs_csv, dtype=str)
+    table.loc[1, "problem"] = ""
+    table.loc[2, ["problem", "prompt"]] = " "
+    table.to_csv(pairs_csv, index=False)
+    with pytest.raises(CsvError, match=r"1 fault.*\n  row 3: problem is empty; write the instruction of the judge"):
+        read_pairs(pairs_csv, NEEDS)
+
+
 @pytest.mark.parametrize("column", ["videos", "CoT_A", "GSB"])
 def test_missing_column_is_named_with_those_present(pairs_csv, column):
     pd.read_csv(pairs_csv).drop(columns=column).to_csv(pairs_csv, index=False)
@@ -50,10 +62,14 @@ def test_missing_column_is_named_with_those_present(pairs_csv, column):
         ("videos", "a.mp4", "row 2: videos is 'a.mp4'; write a list of two paths"),
         ("CoT_A", " ", "row 2: an empty CoT; fill CoT_A and CoT_B or mask every CoT"),
         ("MOS_A_GSB", "good", "row 2: MOS_A_GSB is 'good'; write a number"),
+        ("MOS_B_GSB", "nan", "row 2: MOS_B_GSB is 'nan'; write a number from 1 to 5, or leave it empty"),
+        ("MOS_B_GSB", "inf", "row 2: MOS_B_GSB is 'inf'; write a number from 1 to 5, or leave it empty"),
+        ("durations", "[None, 2.0]", r"row 2: durations is .*; write two numbers, such as \[2.0, 2.0\]"),
+        ("durations", "['long', 2.0]", r"row 2: durations is .*; write two numbers, such as \[2.0, 2.0\]"),
     ],
 )
 def test_bad_cell_is_named_with_row_and_remedy(pairs_csv, column, value, message):
-    table = pd.read_csv(pairs_csv, dtype=str)
+    table = pd.read_csv(pairs_csv, dtype=str).assign(durations="")
     table.loc[1, column] = value
     table.to_csv(pairs_csv, index=False)
     with pytest.raises(CsvError, match=message):
@@ -67,6 +83,17 @@ def test_scores_are_required_only_by_losses_that_use_them(pairs_csv):
     assert len(read_pairs(pairs_csv, NEEDS)) == 6
     with pytest.raises(CsvError, match="row 1: MOS_A_GSB is empty; this loss needs a score"):
         read_pairs(pairs_csv, CsvNeeds(scores=True))
+
+
+def test_scores_that_contradict_the_label_are_faults_for_losses_that_need_them_to_agree(tmp_path, clips):
+    scores = {"MOS_A_GSB": [4, 2, 3, 2, 1], "MOS_B_GSB": [2, 2, 1, 4, 5]}
+    path = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B", "B", "same", "invalid"], **scores)
+    assert len(read_pairs(path, CsvNeeds(scores=True))) == 5
+    with pytest.raises(CsvError) as caught:
+        read_pairs(path, CsvNeeds(scores=True, agreeing_scores=True))
+    (problem,) = caught.value.problems
+    assert problem.startswith("row 3: GSB is 'B' and its scores 3 and 1 say the opposite")
+    assert "correct them, remove the row or take another loss" in problem
 
 
 @pytest.mark.parametrize(
@@ -127,6 +154,18 @@ def test_reserved_tokens_and_long_sequences_are_listed(pairs_csv, builder):
     assert "over --max_length 2000; raise --max_length" in problems[1]
 
 
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|vision_end|>", "<|endoftext|>", "<|im_end|>"])
+@pytest.mark.parametrize(("column", "place"), [("problem", "problem"), ("CoT_A", "CoT")])
+def test_special_tokens_in_texts_are_listed(pairs_csv, builder, token, column, place):
+    table = pd.read_csv(pairs_csv, dtype=str)
+    table.loc[2, column] += f" and {token}user"
+    table.to_csv(pairs_csv, index=False)
+    pairs = read_pairs(pairs_csv, NEEDS)
+    problems = scan_sequences(pairs, scan_videos(pairs, SMALL_BUDGET)[0], builder, SMALL_BUDGET, max_length=8192)
+    assert problems[0] == f"row 3, video A: {place} contains the reserved token {token!r}; remove it"
+    assert {problem.split(",")[0] for problem in problems} == {"row 3"}
+
+
 def run_check(monkeypatch, *arguments) -> int:
     monkeypatch.setattr("sys.argv", ["check_csv", *map(str, arguments)])
     return check_csv.main()
@@ -140,6 +179,16 @@ def test_command_lists_all_kinds_of_faults_at_once(broken_csv, small_base, monke
     message = capsys.readouterr().err
     for part in ("5 fault(s)", "row 5: GSB is 'left'", "row 3: video does not decode"):
         assert part in message
+
+
+def test_command_counts_the_format_prompt_that_the_model_was_made_for(
+    pairs_csv, small_base, tmp_path, monkeypatch, capsys
+):
+    model = tmp_path / "model"
+    shutil.copytree(small_base, model)
+    RewardConfig(base_model=None, video=SMALL_BUDGET, format_prompt="{{ content }} <Reward>").save(model)
+    assert run_check(monkeypatch, pairs_csv, "--model", model) == 1
+    assert "problem contains the reserved token '<Reward>'" in capsys.readouterr().err
 
 
 def test_command_passes_a_sound_file(pairs_csv, small_base, monkeypatch, capsys):

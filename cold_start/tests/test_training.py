@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_reward
 from checkpoint import load_reward_model
@@ -251,6 +251,22 @@ def test_used_output_folder_and_other_settings_are_refused(finished, clips, smal
     text = refusal(data, small_base, output, gradient_accumulation_steps=4, resume_from_checkpoint="latest")
     assert "cannot resume from" in text
     assert "num_pairs was 10, now it is 2" in text
+
+
+def test_another_model_is_refused(finished, small_base, tmp_path, refusal):
+    """Frozen weights are in no checkpoint: a run that went on from another base would mix the two."""
+    output, other = tmp_path / "output", tmp_path / "other"
+    shutil.copytree(finished(), output)
+    shutil.copytree(small_base, other)
+    weights = load_file(other / "model.safetensors")
+    save_file(
+        {name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors", metadata={"format": "pt"}
+    )
+    settings = {"gradient_accumulation_steps": 4, "resume_from_checkpoint": "latest"}
+    text = refusal(finished().parent / "pairs.csv", other, output, **settings)
+    assert "it was trained with another model (weights of the base model); set" in text
+    text = refusal(finished().parent / "pairs.csv", small_base, output, fps=1.0, **settings)
+    assert "it was trained with another model (video); set" in text
 
 
 def test_another_zero_stage_is_refused(finished, small_base, tmp_path, refusal):
