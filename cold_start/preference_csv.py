@@ -219,13 +219,6 @@ def scan_videos(
     return headers, problems
 
 
-def check_special_tokens(text: str, what: str, builder: SequenceBuilder) -> None:
-    """Raise ValueError when `text` contains a special token of the model's, which would be read as one."""
-    for token in builder.tokenizer.all_special_tokens:
-        if token in text:
-            raise ValueError(f"{what} contains the reserved token {token!r}; remove it")
-
-
 def scan_sequences(
     pairs: Sequence[PreferencePair],
     headers: dict[str, VideoHeader],
@@ -243,8 +236,6 @@ def scan_sequences(
             try:
                 length = builder.count_prompt_tokens(pair.problem, headers[path], budget)
                 length += len(builder.encode_cot(cot)) + NUM_CLOSING_TOKENS
-                check_special_tokens(pair.problem, "problem", builder)
-                check_special_tokens(cot, "CoT", builder)
             except ValueError as error:
                 problems.append(f"row {pair.row}, video {side}: {error}")
                 continue

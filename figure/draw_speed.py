@@ -152,7 +152,7 @@ def draw_growth(root: Path) -> Figure | None:
     panels = figure.subplots(len(heights), 2, squeeze=False, height_ratios=heights)
     if steps:
         _draw_gpus(panels[-1], steps, costs["on_paper"])
-    for (seconds, memory), (axis, points) in zip(panels, rows.items(), strict=False):
+    for (seconds, memory), (axis, points) in zip(panels[: len(rows)], rows.items(), strict=True):
         for ax, measured, model in ((seconds, "seconds", "on_paper"), (memory, "least_gib", "gib_fitted")):
             label, unit = AXES[axis]
             values = [row["value"] / unit for row in points]

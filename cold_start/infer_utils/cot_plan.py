@@ -12,7 +12,7 @@ from infer_utils.cot_answers import read_opinions
 from infer_utils.cot_journal import Sample, SampleKey
 from infer_utils.cot_selection import read_rubric
 from infer_utils.cot_table import CsvTable, read_table
-from preference_csv import CsvNeeds, PreferencePair, check_special_tokens, probe_videos, read_pairs, require_clean
+from preference_csv import CsvNeeds, PreferencePair, probe_videos, read_pairs, require_clean
 from scored_sequence import NUM_CLOSING_TOKENS, SequenceBuilder
 from vision_process import VideoBudget, VideoError, VideoHeader
 
@@ -199,7 +199,6 @@ def _bad_opinions(data: CollectInput) -> list[str]:
 def _count_tokens(check: PromptCheck, problem: str, header: VideoHeader, max_tokens: int) -> int:
     """Tokens of a prompt. Raises ValueError for reserved tokens in it, and when a CoT has no room after it."""
     length = check.builder.count_prompt_tokens(problem, header, check.budget)
-    check_special_tokens(problem, "problem", check.builder)
     if length + NUM_CLOSING_TOKENS >= check.max_length:
         raise ValueError(f"a prompt of {length} tokens leaves no room for a CoT under --max_length {check.max_length}")
     if check.max_model_len is not None and length + max_tokens > check.max_model_len:

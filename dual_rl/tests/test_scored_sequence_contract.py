@@ -83,7 +83,18 @@ def test_rendered_text_is_that_of_stage_1_and_has_one_placeholder(builders, proc
     assert text.count(processor.video_token) == 1
 
 
-@pytest.mark.parametrize("text", ["two <video> and <video>", "a literal <Reward>", "a <|video_pad|>", "<|im_end|>"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "two <video> and <video>",
+        "a literal <Reward>",
+        "a <|video_pad|>",
+        "<|im_end|>",
+        "<|im_start|>",
+        "<|vision_end|>",
+        "<|endoftext|>",
+    ],
+)
 def test_reserved_texts_are_errors_in_both_stages(builders, text):
     messages = []
     for builder in builders:

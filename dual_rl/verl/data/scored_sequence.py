@@ -89,7 +89,7 @@ class SequenceBuilder:
     @cached_property
     def _reserved_texts(self) -> tuple[str, ...]:
         vision = (self.processor.video_token, self.processor.image_token, self.processor.vision_start_token)
-        return (REWARD_TOKEN, *vision, self.tokenizer.eos_token)
+        return tuple(dict.fromkeys((REWARD_TOKEN, *vision, *self.tokenizer.all_special_tokens)))
 
     @property
     def size_factor(self) -> int:
