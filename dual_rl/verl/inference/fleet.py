@@ -86,10 +86,12 @@ def _score_on_actors(
         under_way[actor] -= len(outcomes)
         hand_over(actor)
         yield from outcomes
-    ray.get([actor.close.remote() for actor in actors])
+    for closing in [actor.close.remote() for actor in actors]:
+        _result(closing)
 
 
-def _result(call: ray.ObjectRef) -> list[Outcome]:
+def _result(call: ray.ObjectRef):
+    """What a call of an engine returned. Raises WorkerError for people when the engine failed or died."""
     try:
         return ray.get(call)
     except RayActorError as error:
