@@ -1,34 +1,22 @@
 """Video frames for the reward model: one function and one budget, whoever asks.
 
-Decoding, frame sampling and the resize rule are those of qwen-vl-utils with decord. Its `fetch_video` is not called
-as a whole: it answers a decoding error with another reader, whereas here a video either decodes with decord or fails
-with its path and the reason.
+Frame sampling and the resize rule are those of qwen-vl-utils with decord. Its `fetch_video` is not called: it answers
+a decoding error with another reader, whereas here a video either decodes, in a process of its own, or fails with its
+path and the reason.
 """
 
 import dataclasses
 import os
+import zlib
 from dataclasses import dataclass
 
-import decord
+import numpy as np
 import torch
-from qwen_vl_utils.vision_process import VIDEO_READER_BACKENDS, smart_resize
+from qwen_vl_utils.vision_process import smart_resize
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv_functional
 
-UNDECODABLE = (
-    decord.DECORDError,
-    RuntimeError,  # decord, where it cannot open a file
-    AssertionError,  # decord, on a video without frames
-    StopIteration,  # decord, where a frame is missing that the file announces
-    IndexError,
-    ArithmeticError,  # a frame rate of zero
-    OSError,  # the file went away, or may not be read
-)
-"""What a damaged or vanishing file makes decord and its callers raise. Memory that runs out is not its fault."""
-
-
-class VideoError(ValueError):
-    """A video that cannot be used: missing, empty, undecodable or too short. The message names the file."""
+from descore.decoder import VideoError, VideoHeader, open_video
 
 
 @dataclass(frozen=True)
@@ -92,65 +80,59 @@ class VideoFrames:
         }
 
 
-@dataclass(frozen=True)
-class VideoHeader:
-    """What a clip's container and first frame tell: size in pixels, number of frames, frames per second."""
-
-    width: int
-    height: int
-    total_frames: int
-    fps: float
-
-    @property
-    def duration(self) -> float:
-        """Length in seconds."""
-        return self.total_frames / self.fps
-
-
 def probe_video(path: str | os.PathLike, *, min_frames: int = VideoBudget.min_frames) -> VideoHeader:
     """Open a clip and decode its first frame only. Raises VideoError as `load_video` does, far cheaper."""
-    path = _existing_file(path)
-    try:
-        reader = decord.VideoReader(path, num_threads=1)
-        height, width, _ = reader[0].shape
-        header = VideoHeader(width=width, height=height, total_frames=len(reader), fps=float(reader.get_avg_fps()))
-    except UNDECODABLE as error:
-        raise VideoError(_undecodable(path, error)) from error
-    _require_frames(path, header.total_frames, min_frames)
-    return header
+    with open_video(path) as video:
+        _require_frames(video.path, video.header.total_frames, min_frames)
+        return video.header
 
 
 def load_video(path: str | os.PathLike, budget: VideoBudget, *, size_factor: int = 32) -> VideoFrames:
     """Decode, sample and resize one clip.
 
     `size_factor`: both sides of the result are multiples of it (patch size x merge size).
-    Raises VideoError naming the file when it is missing, empty, undecodable or shorter than `budget.min_frames`
-    frames.
+    Raises VideoError naming the file when it is missing, empty, undecodable, too large, shorter than
+    `budget.min_frames` frames, or gives other frames than when this process loaded it before.
     """
-    path = _existing_file(path)
-    request = {
-        "video": path,
-        "fps": budget.fps,
-        "min_frames": budget.min_frames,
-        "max_frames": budget.max_frames,
-    }
-    try:
-        video, metadata, _ = VIDEO_READER_BACKENDS["decord"](request)
-    except ValueError as error:  # fewer than two frames
-        raise VideoError(f"video is too short: {path}: {error}") from error
-    except UNDECODABLE as error:
-        raise VideoError(_undecodable(path, error)) from error
-    _require_frames(path, int(metadata["total_num_frames"]), budget.min_frames)
-    try:
-        frames = resize_frames(video, budget, size_factor=size_factor)
-    except ValueError as error:  # far longer than high, or the other way round
-        raise VideoError(f"video has a size that the model cannot take: {path}: {error}") from error
-    return VideoFrames(
-        frames=frames,
-        source_fps=float(metadata["fps"]),
-        frame_indices=tuple(int(index) for index in metadata["frames_indices"]),
-        total_frames=int(metadata["total_num_frames"]),
+    with open_video(path) as video:
+        header = video.header
+        _require_frames(video.path, header.total_frames, budget.min_frames)
+        indices = _sampled_indices(header, budget)
+        try:
+            blocks = [
+                resize_frames(torch.from_numpy(block).permute(0, 3, 1, 2), budget, size_factor=size_factor)
+                for block in video.read(indices)
+            ]
+        except VideoError:
+            raise
+        except ValueError as error:  # far longer than high, or the other way round
+            raise VideoError(f"video has a size that the model cannot take: {video.path}: {error}") from error
+    loaded = VideoFrames(torch.cat(blocks), header.fps, indices, header.total_frames)
+    _require_same_as_before(video.path, loaded)
+    return loaded
+
+
+def sample_frames(
+    frames: np.ndarray | torch.Tensor, *, fps: float, budget: VideoBudget, size_factor: int = 32
+) -> VideoFrames:
+    """The same as `load_video`, of a clip that is in memory: all its frames, `fps` of them a second.
+
+    `frames`: uint8, an array [num_frames, height, width, 3] or a tensor [num_frames, 3, height, width]. Raises
+    VideoError for another dtype or shape, or too few frames.
+    """
+    clip = (
+        torch.from_numpy(frames).permute(0, 3, 1, 2) if isinstance(frames, np.ndarray) and frames.ndim == 4 else frames
     )
+    if not isinstance(clip, torch.Tensor) or clip.ndim != 4 or clip.shape[1] != 3 or clip.dtype != torch.uint8:
+        raise VideoError(
+            f"frames of shape {tuple(frames.shape)} and {frames.dtype}: give a uint8 array [frames, height, width, 3] "
+            "or a uint8 tensor [frames, 3, height, width]"
+        )
+    total, _, height, width = clip.shape
+    header = VideoHeader(width=width, height=height, total_frames=total, fps=fps)
+    _require_frames("the clip in memory", total, budget.min_frames)
+    indices = _sampled_indices(header, budget)
+    return VideoFrames(resize_frames(clip[list(indices)], budget, size_factor=size_factor), fps, indices, total)
 
 
 def resize_frames(frames: torch.Tensor, budget: VideoBudget, *, size_factor: int = 32) -> torch.Tensor:
@@ -170,24 +152,24 @@ def num_sampled_frames(header: VideoHeader, budget: VideoBudget) -> int:
     return int(min(wanted, budget.max_frames, header.total_frames)) // 2 * 2
 
 
-def _existing_file(path: str | os.PathLike) -> str:
-    path = os.fspath(path)
-    try:
-        size = os.path.getsize(path) if os.path.isfile(path) else None
-    except OSError:  # it went away between the two questions
-        size = None
-    if size is None:
-        raise VideoError(f"video not found: {path}")
-    if size == 0:
-        raise VideoError(f"video is empty (0 bytes): {path}")
-    return path
+_checksums: dict[int, int] = {}
+
+
+def _require_same_as_before(path: str, loaded: VideoFrames) -> None:
+    """Some damaged files decode to something else each time, from memory that nothing has written."""
+    stat = os.stat(path)
+    key = (path, stat.st_size, stat.st_mtime_ns, loaded.frame_indices, loaded.frames.shape)
+    checksum = zlib.crc32(np.ascontiguousarray(loaded.frames))
+    if _checksums.setdefault(hash(key), checksum) != checksum:
+        raise VideoError(f"video gives other frames each time it is decoded (damaged?); encode it again: {path}")
+
+
+def _sampled_indices(header: VideoHeader, budget: VideoBudget) -> tuple[int, ...]:
+    return tuple(
+        torch.linspace(0, header.total_frames - 1, num_sampled_frames(header, budget)).round().long().tolist()
+    )
 
 
 def _require_frames(path: str, total_frames: int, min_frames: int) -> None:
     if total_frames < min_frames:
         raise VideoError(f"video has {total_frames} frames, at least {min_frames} are needed: {path}")
-
-
-def _undecodable(path: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    return f"video does not decode (truncated or damaged?): {path}: {reason}"

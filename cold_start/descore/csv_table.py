@@ -1,0 +1,163 @@
+"""CSV files of people: read strictly, with every fault named by file and row."""
+
+import ast
+import csv
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+NUM_PROBLEMS_SHOWN = 20
+MAX_SHOWN_CHARACTERS = 80
+MAX_LIST_CHARACTERS = 10_000
+ARCHIVES = {b"\x1f\x8b": "a gzip file; unpack it", b"PK": "a zip file or spreadsheet; export it as CSV"}
+RAGGED = "it has {} cells where the header line has {}; quote cells that hold commas or line breaks"
+_NO_TEXT = re.compile(r"[\0\udc80-\udcff]")  # NUL, and what surrogateescape makes of bytes that are not UTF-8
+
+Parsed = TypeVar("Parsed")
+
+
+class CsvError(ValueError):
+    """Faults of a CSV, with file, rows and remedies. `problems` holds one line per fault."""
+
+    def __init__(self, path: str | os.PathLike, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        more = len(problems) - NUM_PROBLEMS_SHOWN
+        lines = [f"{path}: {len(problems)} fault(s)", *(f"  {line}" for line in problems[:NUM_PROBLEMS_SHOWN])]
+        super().__init__("\n".join(lines + ([f"  ... and {more} more"] if more > 0 else [])))
+
+
+@dataclass(frozen=True)
+class CsvRow:
+    """One row of data. `number` counts rows of data from 1, `line` is where it begins in the file."""
+
+    number: int
+    line: int
+    cells: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return f"row {self.number} (line {self.line})"
+
+
+class CsvTable:
+    """A UTF-8 CSV with a header line. Raises CsvError when the file cannot be used as one.
+
+    `columns`: the names of the header line. `problems`: faults of the rows read so far.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = path
+        self.problems: list[str] = []
+        _require_text_file(path)
+        self.columns = next((tuple(cells) for _, cells in self._read()), ())
+        if not self.columns:
+            raise CsvError(path, ["the file is empty; begin with a line that names the columns"])
+        twice = sorted({name for name in self.columns if self.columns.count(name) > 1})
+        if twice:
+            raise CsvError(
+                path, [f"column(s) {', '.join(twice)} stand twice in the header line; rename or remove one"]
+            )
+
+    def require(self, columns: Iterable[str]) -> None:
+        """Raise CsvError unless all of these are there."""
+        missing = [name for name in columns if name not in self.columns]
+        if missing:
+            has = shorten(", ".join(self.columns), 400)
+            raise CsvError(self.path, [f"column {name} is missing; the file has {has}" for name in missing])
+
+    def rows(self) -> Iterator[CsvRow]:
+        """Rows as wide as the header line; the others are noted in `problems`. Blank lines are passed over."""
+        number = 0
+        for line, cells in self._read(skip=1):
+            number += 1
+            if len(cells) == len(self.columns):
+                yield CsvRow(number, line, dict(zip(self.columns, cells, strict=True)))
+            else:
+                self.problems.append(f"row {number} (line {line}): {RAGGED.format(len(cells), len(self.columns))}")
+        if not number:
+            self.problems.append("there are no rows; add at least one")
+
+    def parse(self, parse_row: Callable[[CsvRow], Parsed]) -> Iterator[Parsed]:
+        """What `parse_row` makes of each row; the messages of its ValueErrors go to `problems`."""
+        for row in self.rows():
+            try:
+                parsed = parse_row(row)
+            except ValueError as error:
+                self.problems.append(f"{row.name}: {error}")
+            else:
+                yield parsed
+
+    def require_clean(self) -> None:
+        """Raise CsvError that lists `problems` if there are any."""
+        if self.problems:
+            raise CsvError(self.path, self.problems)
+
+    def _read(self, *, skip: int = 0) -> Iterator[tuple[int, list[str]]]:
+        """First line and cells of each record that is not blank, after the first `skip`."""
+        with open(self.path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            reader = csv.reader(self._text_lines(file), strict=True)
+            line = 1
+            try:
+                for cells in reader:
+                    if cells and not skip:
+                        yield line, cells
+                    skip -= bool(cells and skip)
+                    line = reader.line_num + 1
+            except csv.Error as error:
+                message = f"line {line}: the CSV cannot be read from here on: {error}; check its quotes"
+                raise CsvError(self.path, [message]) from error
+
+    def _text_lines(self, lines: Iterable[str]) -> Iterator[str]:
+        for number, line in enumerate(lines, start=1):
+            if bad := _NO_TEXT.search(line):
+                byte = ord(bad[0]) & 0xFF
+                raise CsvError(self.path, [f"line {number}: byte {byte:#04x} is not UTF-8 text; save it as UTF-8"])
+            yield line
+
+
+def _require_text_file(path: str | os.PathLike) -> None:
+    if not Path(path).is_file():
+        raise CsvError(path, ["file not found; give the path of a CSV"])
+    with open(path, "rb") as file:
+        head = file.read(2)
+    if head in ARCHIVES:
+        raise CsvError(path, [f"this is {ARCHIVES[head]}"])
+
+
+def shorten(text: str, length: int = MAX_SHOWN_CHARACTERS) -> str:
+    """A cell as it is shown in messages."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def parse_two_paths(text: str, column: str) -> tuple[str, str]:
+    """Two paths from a list literal such as ['a.mp4', 'b.mp4']. Raises ValueError."""
+    paths = _parse_two(text, f"{column} is {shorten(text)!r}; write a list of two paths, such as ['a.mp4', 'b.mp4']")
+    if not all(isinstance(path, str) and path.strip() and "\0" not in path for path in paths):
+        raise ValueError(f"{column} is {shorten(text)!r}; it must hold two paths, video A first")
+    return paths
+
+
+def parse_two_seconds(text: str, column: str) -> tuple[float, float]:
+    """Two durations from a list literal such as [2.0, 2.5]. Raises ValueError."""
+    message = f"{column} is {shorten(text)!r}; write two durations in seconds, such as [2.0, 2.5], or leave it empty"
+    try:
+        first, second = (float(value) for value in _parse_two(text, message))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(message) from error
+    if not (0 <= first < math.inf and 0 <= second < math.inf):
+        raise ValueError(message)
+    return first, second
+
+
+def _parse_two(text: str, message: str) -> tuple:
+    try:
+        value = ast.literal_eval(text.strip()) if len(text) <= MAX_LIST_CHARACTERS else None
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:  # all that it documents
+        raise ValueError(message) from error
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(message)
+    return tuple(value)
