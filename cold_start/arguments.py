@@ -89,12 +89,18 @@ class DataArguments:
     )
     enable_drop: bool = field(default=True, metadata={"help": "mask the CoT of a pair at random in training"})
     drop_prob: float = field(default=0.5, metadata={"help": "probability of masking"})
+    max_dropped_share: float = field(
+        default=0.01,
+        metadata={"help": "share of a CSV's pairs that may be dropped when their videos stop decoding"},
+    )
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that decode videos ahead of training"})
 
     def validate(self) -> None:
         """Raise ValueError on values outside their range."""
         if not 0.0 <= self.drop_prob <= 1.0:
             raise ValueError(f"--drop_prob is a probability, not {self.drop_prob}")
+        if not 0.0 <= self.max_dropped_share <= 1.0:
+            raise ValueError(f"--max_dropped_share is a share from 0 to 1, not {self.max_dropped_share}")
         if self.format_prompt is not None and not os.path.isfile(self.format_prompt):
             raise ValueError(f"--format_prompt {self.format_prompt}: no such file")
         if self.max_length < 1:
@@ -120,11 +126,17 @@ class TrainingArguments:
         default=4, metadata={"help": "pairs in one forward pass of the evaluation"}
     )
     learning_rate: float = field(
-        default=2e-6, metadata={"help": "learning rate of LoRA, language model and reward head"}
+        default=2e-6, metadata={"help": "learning rate of whatever has none of its own below"}
     )
-    merger_lr: float | None = field(default=2e-6, metadata={"help": "learning rate of the mergers"})
-    vision_lr: float | None = field(default=2e-6, metadata={"help": "learning rate of the vision tower"})
-    special_token_lr: float | None = field(default=2e-6, metadata={"help": "learning rate of the <Reward> row"})
+    merger_lr: float | None = field(
+        default=None, metadata={"help": "learning rate of the mergers; default: --learning_rate"}
+    )
+    vision_lr: float | None = field(
+        default=None, metadata={"help": "learning rate of the vision tower; default: --learning_rate"}
+    )
+    special_token_lr: float | None = field(
+        default=None, metadata={"help": "learning rate of the <Reward> row; default: --learning_rate"}
+    )
     rm_head_lr: float | None = field(
         default=None, metadata={"help": "learning rate of the reward head; default: --learning_rate"}
     )

@@ -1,19 +1,26 @@
 """What is checked and settled before a model is loaded: output folder, video budget, CSVs, videos, lengths."""
 
+import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-import torch.distributed as dist
-
 from arguments import DataArguments, ModelArguments, TrainingArguments
-from checkpoint import RewardConfig, choose_format_prompt, stored_video_budget
-from preference_csv import CsvNeeds, PreferencePair, read_pairs, require_clean, scan_sequences, scan_videos
+from checkpoint import STATE_FILE, RewardConfig, choose_format_prompt, stored_video_budget
+from descore.run_lock import lock_folder
+from preference_csv import (
+    CsvNeeds,
+    PreferencePair,
+    read_pairs,
+    require_clean,
+    row_of,
+    scan_sequences,
+    scan_videos,
+)
 from scored_sequence import SequenceBuilder
 from trainer_qwen3 import TEMPORARY_PREFIX, list_checkpoints
-from utils import is_main_process
+from utils import exchange, get_rank, get_world_size, run_on_main_process
 from vision_process import VideoBudget
 
 logger = logging.getLogger(__name__)
@@ -21,7 +28,18 @@ logger = logging.getLogger(__name__)
 LATEST = "latest"
 
 
-def prepare_output(arguments: TrainingArguments) -> Path | None:
+def take_over(output_dir: str) -> None:
+    """Lock the output folder for this run, and remove what a killed one left. Raises ValueError if it is in use."""
+
+    def lock_and_clean() -> None:
+        lock_folder(output_dir)
+        for unfinished in Path(output_dir).glob(f"{TEMPORARY_PREFIX}*"):
+            shutil.rmtree(unfinished)
+
+    run_on_main_process(lock_and_clean)
+
+
+def find_resume(arguments: TrainingArguments) -> Path | None:
     """The checkpoint to resume from, or None for a fresh start.
 
     Raises ValueError rather than mix two runs in one folder: for a fresh start where there are checkpoints, and for
@@ -29,9 +47,6 @@ def prepare_output(arguments: TrainingArguments) -> Path | None:
     """
     output_dir = Path(arguments.output_dir)
     existing = list_checkpoints(output_dir)
-    if is_main_process():
-        for unfinished in output_dir.glob(f"{TEMPORARY_PREFIX}*"):
-            shutil.rmtree(unfinished)
     wanted = arguments.resume_from_checkpoint
     if wanted is None:
         if existing:
@@ -44,8 +59,8 @@ def prepare_output(arguments: TrainingArguments) -> Path | None:
         if not existing:
             logger.info("no checkpoint in %s yet: starting from the beginning", output_dir)
         return existing[-1] if existing else None
-    if not Path(wanted).is_dir():
-        raise ValueError(f"--resume_from_checkpoint {wanted}: no such folder")
+    if not (Path(wanted) / STATE_FILE).is_file():
+        raise ValueError(f"--resume_from_checkpoint {wanted} is not a checkpoint-N folder with {STATE_FILE} in it")
     _require_last(Path(wanted), existing, output_dir)
     return Path(wanted)
 
@@ -91,7 +106,10 @@ def build_config(model: ModelArguments, data: DataArguments) -> RewardConfig:
 def load_checked_pairs(
     path: str, builder: SequenceBuilder, budget: VideoBudget, *, data: DataArguments, training: TrainingArguments
 ) -> list[PreferencePair]:
-    """Read a CSV and check rows, videos and lengths; the costly checks run on the main process only."""
+    """Read a CSV and check rows, videos and lengths; each rank opens the videos of its share of the rows.
+
+    Raises CsvError that lists the faults of all rows, on every rank.
+    """
     needs = CsvNeeds(
         eval_dim=data.eval_dim,
         scores=training.needs_scores,
@@ -99,25 +117,10 @@ def load_checked_pairs(
         cots=data.mask_probability < 1.0,
     )
     pairs = read_pairs(path, needs)
-
-    def check() -> None:
-        headers, problems = scan_videos(pairs, budget)
-        problems += scan_sequences(pairs, headers, builder, budget, max_length=data.max_length)
-        require_clean(path, problems)
-
-    _run_on_main_process(check)
+    rank, num_ranks = get_rank(), get_world_size()
+    mine, is_quiet = pairs[rank::num_ranks], rank != 0
+    headers, problems = scan_videos(mine, budget, is_quiet=is_quiet)
+    problems += scan_sequences(mine, headers, builder, budget, max_length=data.max_length, is_quiet=is_quiet)
+    everyones = [problem for answer in exchange(json.dumps(problems)) for problem in json.loads(answer)]
+    require_clean(path, sorted(everyones, key=row_of))
     return pairs
-
-
-def _run_on_main_process(check: Callable[[], None]) -> None:
-    """Run `check` on rank 0; its ValueError is raised on every rank."""
-    message = [""]
-    if is_main_process():
-        try:
-            check()
-        except ValueError as error:
-            message = [str(error)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(message, src=0)
-    if message[0]:
-        raise ValueError(message[0])

@@ -52,31 +52,7 @@ arguments=(
   --model_name_or_path "$MODEL_PATH"
   --meta_data "$DATA"
   --output_dir "$OUTPUT_DIR"
-  --eval_dim GSB
-  --loss_type bt
-  --reward_token special
-  --enable_drop True
-  --drop_prob 0.5
-  --lora_enable True
-  --lora_r 64
-  --lora_alpha 128
-  --freeze_vision_tower False
-  --tune_merger True
-  --learning_rate 2e-6
-  --merger_lr 2e-6
-  --vision_lr 2e-6
-  --special_token_lr 2e-6
-  --lr_scheduler_type constant_with_warmup
-  --warmup_ratio 0.05
-  --num_train_epochs 4
-  --per_device_train_batch_size 1
-  --gradient_accumulation_steps 4
-  --gradient_checkpointing True
   --bf16 "$BF16"
-  --logging_epochs 0.01
-  --eval_epochs 0.25
-  --save_epochs 0.5
-  --report_to tensorboard
 )
 [[ -z "$EVAL_DATA" ]] || arguments+=(--meta_data_test "$EVAL_DATA")
 
@@ -88,4 +64,5 @@ elif [[ "${NUM_GPUS:-0}" -gt 0 && -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
 else
   launch=(--num_gpus "$PROCESSES")
 fi
-exec deepspeed --log_level warning "${launch[@]}" --master_port "$MASTER_PORT" "$here/train_reward.py" "${arguments[@]}" "$@"
+exec python -m deepspeed.launcher.runner --log_level warning "${launch[@]}" --master_port "$MASTER_PORT" \
+  "$here/train_reward.py" "${arguments[@]}" "$@"

@@ -11,18 +11,19 @@ from checkpoint import LoadedReward, build_reward_model, require_trainable_base
 from data import PairDataset
 from engine import NonFiniteError, accelerate, build_engine, init_distributed, read_deepspeed_config
 from model_qwen3 import add_reward_token, prepare_for_training
-from preflight import build_config, load_checked_pairs, prepare_output
+from preflight import build_config, find_resume, load_checked_pairs, take_over
 from scored_sequence import SequenceBuilder
 from trainer_qwen3 import RewardTrainer
 from training_log import Schedule
-from utils import report_error, setup_logging
+from utils import end_with_launcher, report_error, setup_logging
 
 
 def train(model_arguments: ModelArguments, data_arguments: DataArguments, arguments: TrainingArguments) -> None:
     """Check everything that costs nothing, then load, wrap and train."""
     set_seed(arguments.seed)
     read_deepspeed_config(arguments.deepspeed, arguments)
-    resume_from = prepare_output(arguments)
+    take_over(arguments.output_dir)
+    resume_from = find_resume(arguments)
     require_trainable_base(model_arguments.model_name_or_path)
     processor = AutoProcessor.from_pretrained(model_arguments.model_name_or_path)
     add_reward_token(processor)
@@ -61,6 +62,7 @@ def main() -> None:
     try:
         model_arguments, data_arguments, arguments = parser.parse_args_into_dataclasses()
         validate_all(model_arguments, data_arguments, arguments)
+        end_with_launcher()
         init_distributed()
         setup_logging()
         train(model_arguments, data_arguments, arguments)

@@ -11,12 +11,11 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from arguments import DataArguments, TrainingArguments
 from checkpoint import (
@@ -29,6 +28,8 @@ from checkpoint import (
     write_json,
 )
 from data import MicroBatchSampler, PairBatch, PairDataset, PairDraw, PairFailure
+from descore.csv_table import NUM_PROBLEMS_SHOWN
+from descore.progress import progress
 from engine import NonFiniteError, gather_trained_weights, step_engine
 from fingerprint import fingerprint_weights
 from losses import PairMetrics, compute_pair_loss, compute_pair_sums
@@ -41,6 +42,7 @@ from utils import (
     gather_objects,
     get_random_state,
     is_main_process,
+    run_on_main_process,
     set_random_state,
 )
 
@@ -88,32 +90,32 @@ class RewardTrainer:
         self.output_dir = Path(arguments.output_dir)
         self.global_step = 0
         self.log_history: list[dict] = []
-        self.failures: set[PairFailure] = set()
+        self.dropped: dict[PairDataset, set[PairFailure]] = {data: set() for data in (train_data, eval_data) if data}
 
     def train(self) -> None:
         """Run to the last step, logging, evaluating and saving on the way; the last step always saves."""
         schedule, window = self.schedule, LogWindow(self.engine.device)
         self.tracker = self._build_tracker()
-        progress = tqdm(
-            total=schedule.num_steps, initial=self.global_step, desc="train", disable=not is_main_process()
+        bar = progress(
+            total=schedule.num_steps, initial=self.global_step, description="train", disable=not is_main_process()
         )
         for micro_batches in self._steps():
             num_pairs = self._count_contributing_pairs(micro_batches)
             sums = sum(self._forward_backward(batch, num_pairs, i) for i, batch in enumerate(micro_batches))
-            sums = self._reduce_and_check(sums)
+            sums = self._reduce_and_check(sums, micro_batches)
             grad_norm = step_engine(self.engine, step=self.global_step + 1)
             self.global_step += 1
             window.add(sums, num_pairs=num_pairs, grad_norm=grad_norm)
-            progress.update()
+            bar.update()
             if self._is_due(schedule.logging_steps):
-                progress.set_postfix(self._log(window.means() | self._learning_rates()))
+                bar.set_postfix(self._log(window.means() | self._learning_rates()))
             if self.eval_data is not None and self._is_due(schedule.eval_steps):
                 self._log(self.evaluate())
             if self._is_due(schedule.save_steps):
                 self.save_checkpoint()
             window.restart_clock()
-        progress.close()
-        self._report_failures()
+        bar.close()
+        self._report_dropped()
         self.tracker.close()
 
     def _build_tracker(self) -> Tracker:
@@ -141,10 +143,7 @@ class RewardTrainer:
         )
         batches = iter(self._loader(self.train_data, sampler))
         for _ in range(self.global_step, self.schedule.num_steps):
-            micro_batches = [next(batches) for _ in range(arguments.gradient_accumulation_steps)]
-            for batch in micro_batches:
-                self._note_failures(batch)
-            yield micro_batches
+            yield [next(batches) for _ in range(arguments.gradient_accumulation_steps)]
 
     def _loader(self, data: PairDataset, batches) -> DataLoader:
         return DataLoader(
@@ -183,11 +182,16 @@ class RewardTrainer:
         loss_sum = compute_pair_loss(rewards_a, rewards_b, labels, loss_type=self.arguments.loss_type)
         return loss_sum, compute_pair_sums(rewards_a.detach(), rewards_b.detach(), labels)
 
-    def _reduce_and_check(self, sums: torch.Tensor) -> torch.Tensor:
-        """Sums over ranks. Raises NonFiniteError on every rank, before the optimizer step."""
-        sums = all_reduce_sum(sums)
+    def _reduce_and_check(self, sums: torch.Tensor, micro_batches: list[PairBatch]) -> torch.Tensor:
+        """Sums over ranks. Raises on every rank, before the optimizer step: NonFiniteError, or ValueError when too
+        many pairs were dropped."""
+        num_dropped = self._note_dropped(self.train_data, micro_batches)
+        totals = all_reduce_sum(torch.cat([sums, sums.new_tensor([num_dropped])]))
+        sums, num_dropped = totals[:-1], totals[-1]
         if not bool(sums.isfinite().all()):
             raise NonFiniteError(f"loss is not finite at step {self.global_step + 1}; the last checkpoint is intact")
+        if num_dropped:
+            self._require_few_dropped(self.train_data, "training")
         return sums
 
     @torch.no_grad()
@@ -199,14 +203,15 @@ class RewardTrainer:
         for prefix, is_masked in (("eval", False), ("eval_masked", True)):
             sums, num_pairs = torch.zeros(5, dtype=torch.float64, device=self.engine.device), 0.0
             batches = self._loader(self.eval_data, self._eval_batches(is_masked))
-            for batch in tqdm(batches, desc=prefix, leave=False, disable=not is_main_process()):
-                self._note_failures(batch)
+            for batch in progress(batches, description=prefix, leave=False, disable=not is_main_process()):
+                self._note_dropped(self.eval_data, [batch])
                 loss_sum, pair_sums = self._compute_loss(batch)
                 sums += torch.cat([loss_sum.double().view(1), pair_sums])
                 num_pairs += int(batch.labels.contributes(self.arguments.loss_type).sum())
             totals = all_reduce_sum(torch.cat([sums, sums.new_tensor([num_pairs])])).tolist()
             metrics[f"{prefix}/loss"] = totals[0] / max(totals[5], 1.0)
             metrics |= {f"{prefix}/{name}": value for name, value in PairMetrics(*totals[1:5]).means().items()}
+        self._require_few_dropped(self.eval_data, "held-out")
         self.engine.train(was_training)
         return metrics
 
@@ -223,7 +228,8 @@ class RewardTrainer:
         folder = self.output_dir / f"{CHECKPOINT_PREFIX}{self.global_step}"
         temporary = self.output_dir / f"{TEMPORARY_PREFIX}{self.global_step}"
         weights = gather_trained_weights(self.engine)
-        if is_main_process():
+
+        def write() -> None:
             reward = self.reward
             save_reward_files(
                 temporary,
@@ -236,7 +242,8 @@ class RewardTrainer:
             if self.arguments.save_full_model:
                 dtype = torch.bfloat16 if self.arguments.bf16 else torch.float32
                 save_merged(temporary / FULL_MODEL_FOLDER, load_reward_model(temporary, dtype=dtype))
-        barrier()
+
+        run_on_main_process(write)
         if not self.arguments.save_only_model:
             folder_of_state = temporary / DEEPSPEED_FOLDER
             self.engine.save_checkpoint(
@@ -328,17 +335,37 @@ class RewardTrainer:
             logger.info("step %d: %s", self.global_step, json.dumps({k: round(v, 4) for k, v in values.items()}))
         return {name.rsplit("/", 1)[-1]: f"{values[name]:.3f}" for name in ("loss", "accuracy") if name in values}
 
-    def _note_failures(self, batch: PairBatch) -> None:
-        for failure in batch.failures:
-            if failure not in self.failures:
-                self.failures.add(failure)
-                logger.warning("pair of row %d dropped: %s", failure.row, failure.message)
+    def _note_dropped(self, data: PairDataset, batches: list[PairBatch]) -> int:
+        """Warn once of each pair that could not be loaded; how many are new on this rank."""
+        new = {failure for batch in batches for failure in batch.failures} - self.dropped[data]
+        self.dropped[data] |= new
+        for failure in sorted(new):
+            logger.warning("pair of row %d dropped: %s", failure.row, failure.message)
+        return len(new)
 
-    def _report_failures(self) -> None:
-        failures = set().union(*gather_objects(self.failures))
-        if failures and is_main_process():
-            listed = "\n".join(f"  row {failure.row}: {failure.message}" for failure in sorted(failures))
-            logger.warning("%d pair(s) were dropped because a video did not decode:\n%s", len(failures), listed)
+    def _require_few_dropped(self, data: PairDataset, name: str) -> None:
+        """Raise ValueError, on every rank, when more than a stated share of the pairs was dropped. A collective."""
+        self.dropped[data] = set().union(*gather_objects(self.dropped[data]))
+        share = len({failure.row for failure in self.dropped[data]}) / len(data)
+        if share > self.data_arguments.max_dropped_share:
+            raise ValueError(
+                f"{share:.1%} of the {name} pairs could not be loaded, more than --max_dropped_share "
+                f"{self.data_arguments.max_dropped_share:g}; replace these files or raise it, then resume:\n"
+                + describe_failures(self.dropped[data])
+            )
+
+    def _report_dropped(self) -> None:
+        for data in self.dropped:
+            failures = set().union(*gather_objects(self.dropped[data]))
+            if failures and is_main_process():
+                logger.warning("%d pair(s) were dropped:\n%s", len(failures), describe_failures(failures))
+
+
+def describe_failures(failures: Collection[PairFailure]) -> str:
+    """A line for each row, the first `NUM_PROBLEMS_SHOWN` of them."""
+    lines = [f"  row {failure.row}: {failure.message}" for failure in sorted(failures)]
+    more = len(lines) - NUM_PROBLEMS_SHOWN
+    return "\n".join(lines[:NUM_PROBLEMS_SHOWN] + ([f"  ... and {more} more"] if more > 0 else []))
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

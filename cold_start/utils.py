@@ -1,13 +1,18 @@
 """Logging, experiment tracking and small helpers of the training script."""
 
+import itertools
 import json
 import logging
 import math
+import os
+import select
 import sys
+import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-import decord
 import torch
 import torch.distributed as dist
 import transformers
@@ -15,6 +20,9 @@ import transformers
 LOG_FILE = "train_log.jsonl"
 SECONDS_FOR_ERRORS = 10.0
 """How long an error waits for the other ranks, which may have raised the same one."""
+SECONDS_BETWEEN_LOOKS = 0.2
+LAUNCHER_NAMES = ("deepspeed.launcher", "deepspeed/launcher", "bin/deepspeed")
+_exchanges = itertools.count()
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -22,13 +30,49 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def get_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def is_main_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return get_rank() == 0
+
+
+def exchange(value: str) -> list[str]:
+    """The value of every rank, in order of rank, on every rank.
+
+    Ranks may come here hours apart: they look at the process group's store now and then, and nobody waits in a
+    collective, whose time-out would end the run.
+    """
+    if not dist.is_initialized():
+        return [value]
+    store, number = dist.distributed_c10d._get_default_store(), next(_exchanges)
+    keys = [f"exchange {number} {rank}" for rank in range(get_world_size())]
+    store.set(keys[get_rank()], value)
+    while not store.check(keys):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return [store.get(key).decode() for key in keys]
+
+
+def run_on_main_process(work: Callable[[], None]) -> None:
+    """Run `work`, however long it takes, on rank 0 while the others wait. Its ValueError is raised on every rank."""
+    message = ""
+    if is_main_process():
+        try:
+            work()
+        except ValueError as error:
+            message = str(error)
+    message = exchange(message)[0]
+    if message:
+        raise ValueError(message)
 
 
 def quiet_libraries() -> None:
-    """Only errors from transformers, no progress bar while it loads weights, and no echo of what VideoError says."""
-    decord.logging.set_level(decord.logging.FATAL)
+    """Only errors from transformers, and no progress bar while it loads weights."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -38,8 +82,24 @@ def setup_logging() -> None:
     quiet_libraries()
     level = logging.INFO if is_main_process() else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    for name in ("trainer_qwen3", "preflight"):
+    for name in ("trainer_qwen3", "preflight", "checkpoint", "descore"):
         logging.getLogger(name).setLevel(level)
+
+
+def end_with_launcher() -> None:
+    """End this process when a DeepSpeed launcher above it dies, which can no longer tell its ranks to end."""
+    launchers = []
+    pid = os.getppid()
+    while any(name in Path(f"/proc/{pid}/cmdline").read_text() for name in LAUNCHER_NAMES):
+        launchers.append(os.pidfd_open(pid))
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+    def watch() -> None:
+        select.select(launchers, [], [])
+        os._exit(1)
+
+    if launchers:
+        threading.Thread(target=watch, name="end_with_launcher", daemon=True).start()
 
 
 def report_error(error: Exception, *, seconds: float = SECONDS_FOR_ERRORS) -> None:

@@ -8,6 +8,7 @@ path and the reason.
 import dataclasses
 import os
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,8 @@ from qwen_vl_utils.vision_process import smart_resize
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv_functional
 
-from descore.decoder import VideoError, VideoHeader, open_video
+from descore.checked import check_all, digest, num_check_threads
+from descore.decoder import VideoError, VideoHeader, existing_file, open_video
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,39 @@ def probe_video(path: str | os.PathLike, *, min_frames: int = VideoBudget.min_fr
     with open_video(path) as video:
         _require_frames(video.path, video.header.total_frames, min_frames)
         return video.header
+
+
+def probe_videos(
+    paths: Iterable[str], budget: VideoBudget, *, should_decode: bool = False, is_quiet: bool = False
+) -> dict[str, VideoHeader | VideoError]:
+    """Header, or what is wrong, of each distinct video; what was found before is remembered by file size and time.
+
+    `should_decode`: decode all sampled frames, twice, since some damaged videos give other frames each time.
+    """
+
+    def check(path: str) -> tuple:
+        header = probe_video(path, min_frames=2)
+        for _ in range(2 * should_decode):
+            load_video(path, budget)
+        return dataclasses.astuple(header)
+
+    def key(path: str) -> str:
+        stat = os.stat(existing_file(path))
+        return digest("video", path, stat.st_size, stat.st_mtime_ns, budget if should_decode else None)
+
+    found = check_all(paths, check, key=key, description="videos", num_threads=num_check_threads(), is_quiet=is_quiet)
+    return {path: _with_enough_frames(path, result, budget) for path, result in found.items()}
+
+
+def _with_enough_frames(path: str, result: object, budget: VideoBudget) -> VideoHeader | VideoError:
+    if isinstance(result, VideoError):
+        return result
+    header = VideoHeader(*result)
+    try:
+        _require_frames(path, header.total_frames, budget.min_frames)
+    except VideoError as error:
+        return error
+    return header
 
 
 def load_video(path: str | os.PathLike, budget: VideoBudget, *, size_factor: int = 32) -> VideoFrames:

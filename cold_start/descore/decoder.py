@@ -72,7 +72,7 @@ class OpenVideo:
 @contextlib.contextmanager
 def open_video(path: str | os.PathLike) -> Iterator[OpenVideo]:
     """Open a video in an idle decoder process, or a new one. Raises VideoError that names the file."""
-    path = _existing_file(path)
+    path = existing_file(path)
     try:
         decoder = _idle.pop()
     except IndexError:
@@ -123,7 +123,8 @@ def _describe_death(status: int, path: str) -> str:
     return f"video ends its decoder (status {status}; damaged, or over {MEMORY_BYTES >> 30} GiB of memory?): {path}"
 
 
-def _existing_file(path: str | os.PathLike) -> str:
+def existing_file(path: str | os.PathLike) -> str:
+    """The path as text. Raises VideoError unless it names a file that holds something."""
     path = os.fspath(path)
     try:
         size = os.path.getsize(path) if os.path.isfile(path) else None

@@ -20,6 +20,14 @@ NUM_CLIPS = 6
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other, badly so on a busy machine
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What the tests check is remembered for these tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def small_base(tmp_path_factory) -> Path:
     return write_small_base(tmp_path_factory.mktemp("base"))

@@ -1,15 +1,25 @@
 """What is settled before a model is loaded: where a run resumes, and what it takes over from its base."""
 
+import multiprocessing
+import socket
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from transformers import AutoProcessor
 
 from arguments import DataArguments, ModelArguments, TrainingArguments
 from checkpoint import STATE_FILE, RewardConfig
-from preflight import build_config, load_checked_pairs, prepare_output
-from scored_sequence import DEFAULT_FORMAT_PROMPT
-from stage1_support import SMALL_BUDGET, write_pairs_csv
+from model_qwen3 import add_reward_token
+from preflight import build_config, find_resume, load_checked_pairs
+from scored_sequence import DEFAULT_FORMAT_PROMPT, SequenceBuilder
+from stage1_support import SMALL_BUDGET, TINY_BASE, write_pairs_csv
 from trainer_qwen3 import list_checkpoints
+
+COLLECTIVE_SECONDS = 2
+NUM_SLOW_ROWS = 1500
 
 
 def make_checkpoints(folder: Path, *names: str) -> Path:
@@ -20,7 +30,7 @@ def make_checkpoints(folder: Path, *names: str) -> Path:
 
 
 def resume(output: Path, wanted: Path | str) -> Path | None:
-    return prepare_output(TrainingArguments(output_dir=str(output), resume_from_checkpoint=str(wanted)))
+    return find_resume(TrainingArguments(output_dir=str(output), resume_from_checkpoint=str(wanted)))
 
 
 def test_resuming_from_the_last_checkpoint_is_accepted(tmp_path):
@@ -46,6 +56,12 @@ def test_resuming_from_elsewhere_into_a_used_folder_is_refused(tmp_path):
         resume(output, other / "checkpoint-10")
 
 
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(ValueError, match=r"checkpoint-5 is not a checkpoint-N folder with trainer_state\.json in it"):
+        resume(tmp_path / "output", tmp_path / "checkpoint-5")
+
+
 def test_folders_with_other_names_are_no_checkpoints(tmp_path):
     output = make_checkpoints(
         tmp_path / "output", "checkpoint-9", "checkpoint-10", "checkpoint-10-backup", "checkpoint-"
@@ -66,6 +82,53 @@ def test_format_prompt_of_the_base_holds_unless_another_is_given(tmp_path, caplo
     assert f"flags override the format prompt of {tmp_path}" in caplog.text
 
 
+def check_on_two_ranks(rank: int, port: int, path: Path, log: Path) -> None:
+    """Check a CSV in a group whose collectives give up after `COLLECTIVE_SECONDS`."""
+    wait = timedelta(seconds=COLLECTIVE_SECONDS)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=wait)
+    processor = AutoProcessor.from_pretrained(TINY_BASE)
+    add_reward_token(processor)
+    start = time.monotonic()
+    try:
+        builder = SequenceBuilder(processor)
+        load_checked_pairs(str(path), builder, SMALL_BUDGET, data=DataArguments(), training=TrainingArguments())
+    except ValueError as error:
+        log.with_suffix(f".{rank}").write_text(f"{time.monotonic() - start}\n{error}")
+    dist.barrier()
+
+
+@pytest.fixture
+def slow_csv(tmp_path, clips) -> Path:
+    """Pairs of which the second rank's share takes far longer than a collective may; the last row is faulty."""
+    rows = []
+    for index in range(NUM_SLOW_ROWS):
+        link = tmp_path / f"{index}.mp4"
+        link.symlink_to(clips[0])
+        rows.append(repr([str(link), str(clips[1])] if index % 2 else [str(clips[0]), str(clips[1])]))
+    rows[-1] = repr([str(clips[0]), "gone.mp4"])
+    return write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A"] * NUM_SLOW_ROWS, videos=rows)
+
+
+def test_a_check_may_take_longer_than_a_collective(tmp_path, slow_csv):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path / "log"
+    ranks = [context.Process(target=check_on_two_ranks, args=(rank, port, slow_csv, log)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        rank.kill()  # only one that hangs is still there
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    for rank in range(2):
+        seconds, message = log.with_suffix(f".{rank}").read_text().split("\n", 1)
+        assert float(seconds) > COLLECTIVE_SECONDS
+        assert f"1 fault(s)\n  row {NUM_SLOW_ROWS}: video not found" in message
+
+
 @pytest.mark.parametrize("loss_type", ["scaled", "margin"])
 def test_scores_that_contradict_a_label_stop_only_the_loss_that_cannot_use_them(tmp_path, clips, builder, loss_type):
     path = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A"], MOS_A_GSB=[1.5])
@@ -75,7 +138,9 @@ def test_scores_that_contradict_a_label_stop_only_the_loss_that_cannot_use_them(
         return len(load_checked_pairs(path, builder, SMALL_BUDGET, data=DataArguments(), training=training))
 
     if loss_type == "scaled":
-        with pytest.raises(ValueError, match=r"row 1: GSB is 'A' and its scores 1\.5 and 2\.5 say the opposite"):
+        with pytest.raises(
+            ValueError, match=r"row 1 \(line 2\): GSB is 'A' and its scores 1\.5 and 2\.5 say the opposite"
+        ):
             load()
     else:
         assert load() == 1

@@ -13,7 +13,7 @@ PRINT_CALL = '#!/bin/sh\necho "visible=$CUDA_VISIBLE_DEVICES $*"\n'
 
 @pytest.fixture
 def programs(tmp_path) -> Path:
-    for name, script in {"nvidia-smi": TWO_GPUS, "deepspeed": PRINT_CALL}.items():
+    for name, script in {"nvidia-smi": TWO_GPUS, "python": PRINT_CALL}.items():
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
     return tmp_path
@@ -22,11 +22,11 @@ def programs(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("visible", "num_gpus", "expected", "zero"),
     [
-        (None, None, "visible= --log_level warning --num_gpus 2 ", "zero2"),
-        (None, "1", "visible= --log_level warning --num_gpus 1 ", "zero0"),
-        ("1", None, "visible=1 --log_level warning --master_port", "zero0"),
-        ("1,0", None, "visible=1,0 --log_level warning --master_port", "zero2"),
-        ("1,0", "1", "visible=1 --log_level warning --master_port", "zero0"),
+        (None, None, "visible= -m deepspeed.launcher.runner --log_level warning --num_gpus 2 ", "zero2"),
+        (None, "1", "visible= -m deepspeed.launcher.runner --log_level warning --num_gpus 1 ", "zero0"),
+        ("1", None, "visible=1 -m deepspeed.launcher.runner --log_level warning --master_port", "zero0"),
+        ("1,0", None, "visible=1,0 -m deepspeed.launcher.runner --log_level warning --master_port", "zero2"),
+        ("1,0", "1", "visible=1 -m deepspeed.launcher.runner --log_level warning --master_port", "zero0"),
     ],
     ids=["all", "fewer", "a chosen one", "both in an order", "the first chosen one"],
 )

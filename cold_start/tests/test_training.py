@@ -1,5 +1,6 @@
 """Training as users launch it: `train.sh`, DeepSpeed, real processes. Runs are shared between tests."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -222,11 +223,7 @@ def test_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, cli
     status, text = run(data, small_base, whole, **settings)
     assert status == 0, text
     process = start(data, small_base, killed, **settings)
-    deadline = time.monotonic() + RUN_SECONDS
-    while not (killed / "checkpoint-2").is_dir():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(killed / "checkpoint-2", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (killed / "checkpoint-6").exists()
@@ -286,11 +283,10 @@ def test_unknown_flags_are_errors(clips, small_base, tmp_path):
 
 @pytest.mark.parametrize("zero", [0, 2])
 def test_loss_that_is_not_finite_stops_before_the_step_and_names_it(clips, small_base, tmp_path, refusal, zero):
-    scores = ["4", "1e38"]  # the squared error of 1e38 overflows
-    data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "A"], MOS_A_GSB=scores)
-    settings = {"gradient_accumulation_steps": 2, "loss_type": "reg", "zero": zero}
+    data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "A"])
+    settings = {"gradient_accumulation_steps": 2, "rm_head_lr": 1e38, "zero": zero}  # the first step ruins the head
     text = refusal(data, small_base, tmp_path / "output", **settings)
-    assert "error: loss is not finite at step 1" in text
+    assert "error: loss is not finite at step 2" in text
     assert not list((tmp_path / "output").glob("checkpoint-*"))
 
 
@@ -299,24 +295,57 @@ def test_bad_rows_stop_training_before_the_model_is_loaded(clips, small_base, tm
     hollow = tmp_path / "hollow"  # a base without weights: loading it would fail with another message
     shutil.copytree(small_base, hollow, ignore=shutil.ignore_patterns("*.safetensors"))
     text = refusal(data, hollow, tmp_path / "output")
-    assert "row 2: GSB is 'left'; write one of A, B, same, invalid" in text
+    assert "row 2 (line " in text
+    assert "'left'" in text
 
 
-def test_pair_whose_video_vanishes_is_dropped_and_reported(clips, small_base, tmp_path):
-    content = clips[0].read_bytes()
+@pytest.mark.parametrize("share", [0.5, 0.01])
+def test_pair_whose_video_vanishes_is_dropped_and_reported(clips, small_base, tmp_path, share):
     damaged = tmp_path / "damaged.mp4"
-    damaged.write_bytes(content)
+    damaged.write_bytes(clips[0].read_bytes())
     videos = [repr([str(clips[0]), str(clips[1])]), repr([str(clips[2]), str(damaged)])]
     data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B"], videos=videos)
-    process = start(data, small_base, tmp_path / "output", accumulation=2, dataloader_num_workers=0)
-    while not (tmp_path / "output" / "train_log.jsonl").exists():  # past the checks, before the first batch
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.001)
+    process = start(data, small_base, tmp_path / "output", accumulation=2, max_dropped_share=share)
+    wait_for(tmp_path / "output" / "train_log.jsonl", process)  # past the checks, before the first batch
     damaged.write_bytes(b"")
     text, _ = process.communicate(timeout=RUN_SECONDS)
-    assert process.returncode == 0, text
-    report = f"1 pair(s) were dropped because a video did not decode:\n  row 2: video is empty (0 bytes): {damaged}"
-    assert report in text
+    fault = f"\n  row 2: video is empty (0 bytes): {damaged}"
+    if share == 0.5:
+        assert process.returncode == 0, text
+        assert f"1 pair(s) were dropped:{fault}" in text
+    else:
+        assert process.returncode != 0
+        assert "50.0% of the training pairs could not be loaded, more than --max_dropped_share 0.01" in text
+        assert fault in text
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + RUN_SECONDS
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def processes_that_name(text: str) -> list[Path]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if text in path.read_text():
+                found.append(path)
+    return found
+
+
+def test_a_folder_in_use_is_refused_and_ranks_end_with_their_launcher(clips, small_base, tmp_path, refusal):
+    data, output = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B"]), tmp_path / "in_use"
+    process = start(data, small_base, output, processes=2, max_steps=100_000, num_train_epochs=100_000)
+    wait_for(output / "train_log.jsonl", process)
+    assert f"{output} is in use by process " in refusal(data, small_base, output)
+    os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while processes_that_name(str(output)):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 @pytest.mark.slow

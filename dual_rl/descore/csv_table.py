@@ -62,12 +62,14 @@ class CsvTable:
                 path, [f"column(s) {', '.join(twice)} stand twice in the header line; rename or remove one"]
             )
 
-    def require(self, columns: Iterable[str]) -> None:
+    def require(self, columns: Iterable[str], *, remedy: str = "add it, or rename another") -> None:
         """Raise CsvError unless all of these are there."""
-        missing = [name for name in columns if name not in self.columns]
+        has = shorten(", ".join(self.columns), 400)
+        missing = [
+            f"column {name} is missing; {remedy}; the file has {has}" for name in columns if name not in self.columns
+        ]
         if missing:
-            has = shorten(", ".join(self.columns), 400)
-            raise CsvError(self.path, [f"column {name} is missing; the file has {has}" for name in missing])
+            raise CsvError(self.path, missing)
 
     def rows(self) -> Iterator[CsvRow]:
         """Rows as wide as the header line; the others are noted in `problems`. Blank lines are passed over."""

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from descore.csv_table import CsvError
 from verl.data.loading import PairLoader, check_pairs
-from verl.data.pair_csv import CsvError, read_pairs
+from verl.data.pair_csv import read_pairs
 from verl.data.scored_sequence import REWARD_TOKEN, SequenceBuilder
 from verl.data.vision_process import VideoBudget, VideoError, load_video
 from verl.trainer.config import DataConfig
@@ -155,7 +156,7 @@ def test_overlong_prompts_are_left_out_and_counted(builder, loader, pairs, mixed
 
 def test_overlong_prompts_are_errors_unless_filtered(builder, loader, mixed_pairs):
     length = length_of(mixed_pairs[1], builder, loader)
-    with pytest.raises(CsvError, match=f"some.csv: 2 fault.*\n.*row 2, video A: prompt of {length} tokens") as raised:
+    with pytest.raises(CsvError, match=f"some.csv: 1 fault.*\n  row 2: prompt of {length} tokens") as raised:
         check(mixed_pairs, builder, max_prompt_length=length - 1, should_filter=False)
     assert "lower data.video_fps or data.max_pixels" in str(raised.value)
     assert "of training: data.filter_overlong_prompts" in str(raised.value)

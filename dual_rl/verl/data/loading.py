@@ -5,22 +5,19 @@ A video that does not decode is an error that names its row; it is never replace
 
 import logging
 import threading
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
+from descore.checked import check_all, digest
+from descore.csv_table import CsvError
 from verl.data.decoded_size import check_decoded_size
-from verl.data.pair_csv import CsvError
 from verl.data.scored_sequence import SequenceBuilder
-from verl.data.vision_process import VideoBudget, VideoError, VideoFrames, VideoHeader, load_video, probe_video
+from verl.data.vision_process import VideoBudget, VideoError, VideoFrames, VideoHeader, load_video, probe_videos
 from verl.types import SIDES, PreferencePair, Side, VideoKey, VideoPrompt
 
 logger = logging.getLogger(__name__)
 
-PROBE_THREADS = 8
 LENGTH_REMEDY = "lower data.video_fps or data.max_pixels, raise data.max_prompt_length"
 
 
@@ -123,55 +120,54 @@ def check_pairs(
     warning when `should_filter`. Raises CsvError that lists every fault: videos that do not open, texts with reserved
     tokens, prompts that are too long unless these are filtered, and no pair left.
     """
-    headers = _probe_videos(pairs, budget)
+    headers = probe_videos((path for pair in pairs for path in pair.videos), budget)
+    lengths = check_all(
+        (
+            (pair.problem, headers[path])
+            for pair in pairs
+            for path in pair.videos
+            if isinstance(headers[path], VideoHeader)
+        ),
+        lambda text: builder.count_prompt_tokens(*text, budget),
+        key=lambda text: digest("prompt", builder.fingerprint, budget, text),
+        description="texts",
+    )
     problems: list[str] = []
     kept = []
     for pair in pairs:
-        found, longest = [], 0
-        for side, path in zip(SIDES, pair.videos, strict=True):
-            header = headers[path]
-            if isinstance(header, VideoError):
-                found.append(f"{_name_video(pair, side)}: {header}; replace the file or remove the row")
-                continue
-            try:
-                num_tokens = builder.count_prompt_tokens(pair.problem, header, budget)
-            except ValueError as error:
-                found.append(f"{_name_video(pair, side)}: {error}")
-                continue
-            longest = max(longest, num_tokens)
-            if num_tokens > max_prompt_length and not should_filter:
-                excess = f"prompt of {num_tokens} tokens, over data.max_prompt_length {max_prompt_length}"
-                remedy = f"{LENGTH_REMEDY}, or leave rows out (of training: data.filter_overlong_prompts)"
-                found.append(f"{_name_video(pair, side)}: {excess}; {remedy}")
-        problems += found
-        if not found and longest <= max_prompt_length:
+        found = [_find_fault(pair, side, headers, lengths) for side in SIDES]
+        longest = max(length for _, length in found)
+        faults = [fault for fault, _ in found if fault]
+        if longest > max_prompt_length and not should_filter:
+            remedy = f"{LENGTH_REMEDY}, or leave rows out (of training: data.filter_overlong_prompts)"
+            row = f"row {pair.pair_id + 1}"
+            faults.append(
+                f"{row}: prompt of {longest} tokens, over data.max_prompt_length {max_prompt_length}; {remedy}"
+            )
+        problems += faults
+        if not faults and longest <= max_prompt_length:
             kept.append(pair)
+    if not kept and not problems:
+        problems.append(f"every prompt is over {max_prompt_length} tokens; {LENGTH_REMEDY}")
     if problems:
         raise CsvError(source, problems)
-    if not kept:
-        raise CsvError(source, [f"every prompt is over {max_prompt_length} tokens; {LENGTH_REMEDY}"])
-    if len(kept) < len(pairs):
-        excess = len(pairs) - len(kept)
-        logger.warning(
-            "%s: %d of %d pairs left out, prompt over %d tokens", source, excess, len(pairs), max_prompt_length
-        )
+    if excess := len(pairs) - len(kept):
+        message = "%s: %d of %d pairs left out, prompt over %d tokens"
+        logger.warning(message, source, excess, len(pairs), max_prompt_length)
     return kept
 
 
-def _probe_videos(pairs: Sequence[PreferencePair], budget: VideoBudget) -> dict[str, VideoHeader | VideoError]:
-    """Header of every distinct video by path, or what is wrong with it."""
-    paths = list(Counter(path for pair in pairs for path in pair.videos))
-
-    def probe(path: str) -> VideoHeader | VideoError:
-        try:
-            return probe_video(path, min_frames=budget.min_frames)
-        except VideoError as error:
-            return error
-
-    with ThreadPoolExecutor(PROBE_THREADS) as pool:
-        return dict(
-            zip(paths, tqdm(pool.map(probe, paths), total=len(paths), desc="videos", disable=None), strict=True)
-        )
+def _find_fault(
+    pair: PreferencePair, side: Side, headers: Mapping[str, object], lengths: Mapping[tuple, object]
+) -> tuple[str, int]:
+    """What is wrong with one video of a pair, or an empty text, and the tokens of its prompt."""
+    header = headers[pair.videos[SIDES.index(side)]]
+    if isinstance(header, VideoError):
+        return f"{_name_video(pair, side)}: {header}; replace the file or remove the row", 0
+    length = lengths[pair.problem, header]
+    if isinstance(length, ValueError):
+        return f"{_name_video(pair, side)}: {length}", 0
+    return "", length
 
 
 def _name_video(pair: PreferencePair, side: Side) -> str:

@@ -16,6 +16,7 @@ import jinja2
 import torch
 from transformers.video_utils import VideoMetadata
 
+from descore.checked import digest
 from verl.data.vision_process import VideoBudget, VideoFrames, VideoHeader, budgeted_size, num_sampled_frames
 from verl.types import VideoKey, VideoPrompt
 
@@ -69,6 +70,7 @@ class SequenceBuilder:
     def __init__(self, processor, *, format_prompt: str = DEFAULT_FORMAT_PROMPT) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        self.format_prompt = format_prompt
         try:
             self.template = jinja2.Template(format_prompt, undefined=jinja2.StrictUndefined)
             self.template.render(content="")
@@ -85,6 +87,13 @@ class SequenceBuilder:
             eos_id=self.tokenizer.eos_token_id,
             merge_size=self.processor.video_processor.merge_size,
         )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with everything that the tokens of a text and a video's header depend on."""
+        frames = (self.size_factor, self.processor.video_processor.temporal_patch_size)
+        tokenizer = self.tokenizer.backend_tokenizer.to_str()
+        return digest(tokenizer, self.processor.chat_template, self.format_prompt, frames)
 
     @cached_property
     def _reserved_texts(self) -> tuple[str, ...]:

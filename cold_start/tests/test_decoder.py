@@ -1,0 +1,122 @@
+"""Damaged and hostile videos: each is an error of its own that names the file, and the process lives on."""
+
+import os
+import struct
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from qwen_vl_utils.vision_process import VIDEO_READER_BACKENDS
+
+from descore import decoder
+from stage1_support import REAL_VIDEOS
+from vision_process import VideoBudget, VideoError, load_video, probe_video, probe_videos, resize_frames
+
+IDENTITY = struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+QUARTER_TURN = struct.pack(">9i", 0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)
+BUDGET = VideoBudget(max_pixels=64 * 96)
+
+
+@pytest.fixture
+def hostile(tmp_path, clips):
+    """Writes a variant of a clip: `make(name, content)`."""
+
+    def make(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        return str(tmp_path / name)
+
+    return make
+
+
+def announce_samples(content: bytes, count: int) -> bytes:
+    """The clip with that many samples in its table of decoding times."""
+    place = content.index(b"stts") + 12
+    return content[:place] + struct.pack(">I", count) + content[place + 4 :]
+
+
+def test_a_video_that_ends_its_decoder_fails_alone(hostile, clips):
+    bomb = hostile("bomb.mp4", announce_samples(clips[0].read_bytes(), 0x7FFFFFFF))
+    for open_video in (probe_video, lambda path: load_video(path, BUDGET)):
+        with pytest.raises(VideoError, match=r"ends its decoder \(status -6; .*bomb\.mp4"):
+            open_video(bomb)
+        assert open_video(clips[1]) is not None
+
+
+def test_what_fails_to_load_fails_the_check(hostile, clips):
+    content = clips[0].read_bytes()
+    paths = [
+        hostile("cut.mp4", content[: len(content) // 2]),
+        hostile("empty.mp4", b""),
+        hostile("text.mp4", b"this is not a video"),
+        hostile("gone.mp4", b"x"),
+    ]
+    os.remove(paths[3])
+    found = probe_videos([*paths, str(clips[0])], BUDGET)
+    assert found[str(clips[0])] == probe_video(clips[0])
+    for path in paths:
+        with pytest.raises(VideoError, match=os.path.basename(path)):
+            load_video(path, BUDGET)
+        assert isinstance(found[path], VideoError)
+
+
+def test_a_turned_clip_passes_the_check_only_if_it_loads(hostile, clips):
+    """decord takes some turned frames for others of another size, by their width."""
+    for index, clip in enumerate(clips):
+        content = clip.read_bytes()
+        place = content.index(IDENTITY, content.index(b"tkhd"))
+        path = hostile(f"{index}.mp4", content[:place] + QUARTER_TURN + content[place + len(IDENTITY) :])
+        header = probe_videos([path], BUDGET)[path]
+        if isinstance(header, VideoError):
+            with pytest.raises(VideoError, match="does not decode"):
+                load_video(path, BUDGET)
+        else:
+            assert load_video(path, BUDGET).total_frames == header.total_frames
+
+
+def test_frames_over_the_limit_are_refused(clips, monkeypatch):
+    monkeypatch.setattr(decoder, "MAX_FRAME_PIXELS", 1000)
+    with pytest.raises(VideoError, match=rf"frames of \d+ x \d+ pixels are over 1000 pixels.*{clips[0].name}"):
+        probe_video(clips[0])
+
+
+def test_a_file_that_gives_other_frames_each_time_is_refused(hostile, clips):
+    content = clips[0].read_bytes()
+    path = hostile("changing.mp4", content)
+    load_video(path, BUDGET)
+    stat, start = os.stat(path), content.index(b"mdat") - 4
+    place = start + struct.unpack(">I", content[start : start + 4])[0] - 12  # in the last frame
+    hostile("changing.mp4", content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # to all appearances the file of before
+    with pytest.raises(VideoError, match=r"gives other frames each time it is decoded.*changing\.mp4"):
+        load_video(path, BUDGET)
+
+
+def test_threads_decode_at_the_same_time(clips):
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda clip: load_video(clip, BUDGET), list(clips) * 3))
+    for index, video in enumerate(loaded):
+        assert torch.equal(video.frames, loaded[index % len(clips)].frames)
+
+
+@pytest.mark.skipif(not REAL_VIDEOS.is_dir(), reason="real videos are not beside this checkout")
+def test_frames_are_those_of_qwen_vl_utils():
+    for path in sorted(REAL_VIDEOS.glob("*.mp4")):
+        budget = VideoBudget()
+        request = {"video": str(path), "fps": budget.fps, "min_frames": 4, "max_frames": budget.max_frames}
+        frames, metadata, _ = VIDEO_READER_BACKENDS["decord"](request)
+        loaded = load_video(path, budget)
+        assert list(loaded.frame_indices) == metadata["frames_indices"]
+        assert loaded.source_fps == metadata["fps"]
+        assert torch.equal(loaded.frames, resize_frames(frames, budget))
+
+
+def test_checks_are_remembered_until_the_file_changes(hostile, clips):
+    path = hostile("clip.mp4", clips[0].read_bytes())
+    header = probe_videos([path], BUDGET)[path]
+    stat = os.stat(path)
+    hostile("clip.mp4", bytes(stat.st_size))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert probe_videos([path], BUDGET)[path] == header  # nobody has looked into it
+    os.utime(path)
+    assert isinstance(probe_videos([path], BUDGET)[path], VideoError)
+    assert isinstance(probe_videos([path], BUDGET)[path], VideoError)  # faults are looked at again each time

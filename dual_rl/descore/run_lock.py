@@ -1,0 +1,43 @@
+"""One run in a folder at a time."""
+
+import fcntl
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+
+LOCK_FILE = ".lock"
+SECONDS_TO_WAIT = 10
+"""A run that was killed may take so long to let go."""
+
+logger = logging.getLogger(__name__)
+
+
+def lock_folder(folder: str | os.PathLike) -> int | None:
+    """Hold a folder, which is made if need be, until this process ends or closes the descriptor that is returned.
+
+    None where the file system knows no locks, with a warning. Raises ValueError that names the process that holds it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(Path(folder) / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    end = time.monotonic() + SECONDS_TO_WAIT
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() < end:
+                time.sleep(0.5)
+                continue
+            holder = os.pread(descriptor, 300, 0).decode() or "another process"
+            os.close(descriptor)
+            raise ValueError(
+                f"{folder} is in use by {holder}; wait for it to end, or choose another folder"
+            ) from error
+        except OSError as error:  # some network file systems know no locks
+            logger.warning("%s cannot be locked (%s): start no second run in it", folder, error)
+            os.close(descriptor)
+            return None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        return descriptor
