@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from checkpoint import is_reward_checkpoint, write_json
+from descore.progress import progress
 from infer_utils.scorer import MAX_COT_TOKENS, RewardScorer
 from preference_csv import PREFERENCES, CsvNeeds, PreferencePair, read_pairs
 from utils import quiet_libraries
@@ -56,7 +55,7 @@ def score_pairs(
 ) -> list[dict]:
     """One record a pair: row, label, and for each mode the rewards [A, B]. Videos are decoded once for all modes."""
     records = []
-    for start in tqdm(range(0, len(pairs), CHUNK_PAIRS), desc="evaluate", unit="chunk"):
+    for start in progress(range(0, len(pairs), CHUNK_PAIRS), description="evaluate", unit="chunk"):
         chunk = pairs[start : start + CHUNK_PAIRS]
         videos = [video for pair in chunk for video in (pair.video_a, pair.video_b)]
         problems = [pair.problem for pair in chunk for _ in range(2)]

@@ -1,5 +1,6 @@
 """Scoring from Python.
 
+from descore.progress import progress
 from infer_utils import RewardScorer
 scorer = RewardScorer.from_pretrained("output/checkpoint-100")
 rewards = scorer.score(["a.mp4", "b.mp4"], prompts=["a red circle moves left"] * 2, cots=[cot_a, cot_b])
@@ -11,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 from transformers import AutoProcessor
 
 from checkpoint import (
@@ -22,6 +22,7 @@ from checkpoint import (
     load_reward_model,
     stored_video_budget,
 )
+from descore.progress import progress
 from model_qwen3 import add_reward_token
 from scored_sequence import EncodedPrompt, SequenceBuilder, judge_problem, pack_sequences
 from vision_process import VideoBudget, load_video
@@ -135,7 +136,7 @@ class RewardScorer:
         suppressed = [self.builder.reward_token_id, processor.video_token_id, processor.image_token_id]
         cots: list[Cot] = []
         with _stock_text_attention(self.model):
-            for start in tqdm(range(0, len(encoded), batch_size), desc="writing CoTs", leave=False):
+            for start in progress(range(0, len(encoded), batch_size), description="writing CoTs", leave=False):
                 batch = encoded[start : start + batch_size]
                 inputs = left_padded_inputs(batch, self.builder, device=self.model.device)
                 output = self.model.generator.generate(

@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -284,9 +285,9 @@ def test_unknown_flags_are_errors(clips, small_base, tmp_path):
 @pytest.mark.parametrize("zero", [0, 2])
 def test_loss_that_is_not_finite_stops_before_the_step_and_names_it(clips, small_base, tmp_path, refusal, zero):
     data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "A"])
-    settings = {"gradient_accumulation_steps": 2, "rm_head_lr": 1e38, "zero": zero}  # the first step ruins the head
+    settings = {"gradient_accumulation_steps": 2, "rm_head_lr": 1e30, "zero": zero}  # the first step ruins the head
     text = refusal(data, small_base, tmp_path / "output", **settings)
-    assert "error: loss is not finite at step 2" in text
+    assert re.search(r"error: (loss|gradient norm) is not finite at step 2", text)
     assert not list((tmp_path / "output").glob("checkpoint-*"))
 
 
