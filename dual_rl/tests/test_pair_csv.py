@@ -93,7 +93,7 @@ def test_byte_order_mark_and_line_breaks_in_cells_are_read(tmp_path):
         ({"videos": "['v/a.mp4', 'v/gone.mp4']"}, r"video not found: .*gone.mp4; paths start from .*data.image_dir"),
         ({"videos": "['v/a.mp4', 'v']"}, "video not found: .*v; paths"),
         ({"problem": "  "}, "problem is empty; write the instruction"),
-        ({"answer": "first"}, "answer: no label in 'first'; write A, B, same or invalid"),
+        ({"answer": "first"}, "answer: 'first' is not a label. Write A, B, same or invalid"),
         ({"answer": '{"gsb_result": 3}'}, "answer: gsb_result is 3"),
     ],
 )
