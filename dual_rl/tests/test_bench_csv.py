@@ -157,11 +157,11 @@ def test_missing_videos_are_listed_unless_there_are_no_others(tmp_path):
     ("bench_type", "change", "message"),
     [
         ("tabench", {"video_A": " "}, "video_A is empty; write the path of a video"),
-        ("react", {"GSB_overall": "?"}, r"GSB_overall: no label in '\?'; write A, B, same or invalid"),
+        ("react", {"GSB_overall": "?"}, r"GSB_overall: '\?' is not a label. Write A, B, same or invalid"),
         ("tabench", {"prompt": " "}, "prompt is empty; write the text that the video was made from"),
         ("tabench", {"answer": '{"score": 1}'}, "answer: the answer has neither gsb_result nor scores"),
-        ("videoalign", {"Overall": "leftvote"}, "Overall: no label in 'leftvote'; write A, B, same or invalid"),
-        ("genai", {"vote_type": "?"}, r"vote_type: no label in '\?'; write A, B, same or invalid"),
+        ("videoalign", {"Overall": "leftvote"}, "Overall: 'leftvote' is not a label. Write A, B, same or invalid"),
+        ("genai", {"vote_type": "?"}, r"vote_type: '\?' is not a label. Write A, B, same or invalid"),
     ],
 )
 def test_faulty_cells_name_file_row_line_and_remedy(tmp_path, bench_type, change, message):

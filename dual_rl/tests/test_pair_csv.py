@@ -90,7 +90,7 @@ def test_byte_order_mark_and_line_breaks_in_cells_are_read(tmp_path):
         ({"videos": "v/a.mp4"}, r"videos is 'v/a.mp4'; write a list of two paths"),
         ({"videos": "[1, 2]"}, "it must hold two paths, video A first"),
         ({"problem": "  "}, "problem is empty; write the instruction"),
-        ({"answer": "first"}, "answer: no label in 'first'; write A, B, same or invalid"),
+        ({"answer": "first"}, "answer: 'first' is not a label. Write A, B, same or invalid"),
         ({"answer": '{"gsb_result": 3}'}, "answer: gsb_result is 3"),
     ],
 )

@@ -47,11 +47,17 @@ def test_overall_is_rounded_to_three_decimals():
 
 @pytest.mark.parametrize(
     ("subject", "expected"),
-    [(1, 1.0), (True, 0.0), (1.0, 0.0), ("1", 0.0), (None, 0.0), ([1], 0.0), (2, 0.0)],
+    [(1, 1.0), (1.0, 1.0), ("1", 1.0), (True, 0.0), (None, 0.0), ([1], 0.0), (2, 0.0), ("one", 0.0)],
 )
-def test_scores_must_agree_in_type_and_value(subject, expected):
-    truth = json.dumps({"video_1_scores": {"subject": 1}})
-    assert score(respond({"subject": subject}), ground_truth=truth)["sub"] == expected
+def test_scores_are_compared_as_numbers_however_either_side_writes_them(subject, expected):
+    for truth in (1, "1"):
+        annotation = json.dumps({"video_1_scores": {"subject": truth}})
+        assert score(respond({"subject": subject}), ground_truth=annotation)["sub"] == expected
+
+
+@pytest.mark.parametrize("before", ["I write <answer>. ", "<answer>not this</answer>", respond(TRUTH_B)])
+def test_the_last_answer_counts(before):
+    assert score(before + respond(TRUTH_A))["sub"] == 1.0
 
 
 @pytest.mark.parametrize(("camera", "expected"), [("N/A", 1.0), ("n/a", 0.0), (0, 0.0), (None, 0.0)])
@@ -72,7 +78,6 @@ def test_missing_dimensions_count_as_wrong_and_additional_ones_do_not_count():
         ("no answer", 0.0),
         ("<answer>not JSON</answer>", 0.0),
         ('<answer>{"overall_score": 2}</answer>', 0.0),
-        ("<answer>not this</answer>" + respond(TRUTH_A), 0.0),
         (respond([2, 1]), 1.0),
         (respond("good"), 1.0),
         (respond(None), 1.0),
@@ -85,8 +90,8 @@ def test_unusable_predictions_score_zero_and_never_raise(response, well_formed):
     assert found == {"overall": 0.1 * well_formed, "sub": 0.0, "format": well_formed, "length": 0.0}
 
 
-@pytest.mark.parametrize("fence", ["```json\n{}\n```", "```\n{}\n```", "\n{}\n"])
-def test_fence_is_optional(fence):
+@pytest.mark.parametrize("fence", ["```json\n{}\n```", "```\n{}\n```", "\n{}\n", "So:\n```json\n{}\n```\nas seen."])
+def test_fence_and_text_around_it_are_optional(fence):
     answer = fence.format(json.dumps({"dimensional_scores": TRUTH_A}))
     assert score(f"<answer>{answer}</answer>")["sub"] == 1.0
 
@@ -118,7 +123,7 @@ def test_characters_are_counted_in_decoded_text():
 
 
 def test_wrong_settings_and_annotations_are_errors():
-    with pytest.raises(ValueError, match="choose characters or tokens"):
+    with pytest.raises(ValueError, match="Choose characters or tokens"):
         score("x", length_by="words")
-    with pytest.raises(ValueError, match="no label"):
+    with pytest.raises(ValueError, match="not a label"):
         score("x", ground_truth="who knows")

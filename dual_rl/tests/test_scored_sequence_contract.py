@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+import answers as stage1_answers
 import flash_kernels as stage1_kernels
 import scored_sequence as stage1
 import vision_process as stage1_vision
 from model_support import TINY_BASE
 from verl.core.packing import pack_groups
+from verl.data import answers as stage2_answers
 from verl.data import scored_sequence as stage2
 from verl.data import vision_process as stage2_vision
 from verl.model import flash_kernels as stage2_kernels
@@ -71,9 +73,10 @@ def test_prompt_length_is_known_without_decoding(builders):
         assert builders[1].count_prompt_tokens("what <video> is it", header, budget) == prompt.input_ids.numel()
 
 
-def test_both_stages_choose_attention_kernels_alike():
-    """Each stage is whole without the other, so the file is there twice."""
-    assert Path(stage1_kernels.__file__).read_text() == Path(stage2_kernels.__file__).read_text()
+@pytest.mark.parametrize(("ours", "theirs"), [(stage2_kernels, stage1_kernels), (stage2_answers, stage1_answers)])
+def test_shared_files_are_identical(ours, theirs):
+    """Each stage is whole without the other, so these files are there twice."""
+    assert Path(ours.__file__).read_bytes() == Path(theirs.__file__).read_bytes()
 
 
 @pytest.mark.parametrize("problem", ["look: <video> done?", "no placeholder", "<video>"])

@@ -24,7 +24,7 @@ from pathlib import Path
 from baselines.text_score import compute_text_margin
 from evidence.plan import MASKED, OWN, Plan, Scoring
 from evidence.running import REPOSITORY
-from verl.data.answers import JUDGEMENT_KEY, NOT_ASKED, extract_judgement, parse_annotation
+from verl.data.answers import JUDGEMENT_KEY, NOT_ASKED, extract_judgement, parse_annotation, parse_score
 from verl.inference.accuracy import compute_pair_accuracy
 from verl.inference.bench_csv import iterate_cells
 
@@ -115,11 +115,7 @@ def match_sub_scores(cot: str, truth: dict[str, object]) -> list[bool]:
     """For each dimension that the prompt asks for, whether the thought states the true sub-score."""
     stated = (extract_judgement(cot) or {}).get(JUDGEMENT_KEY)
     stated = stated if isinstance(stated, dict) else {}
-    return [
-        type(stated.get(dimension)) is int and stated[dimension] == score
-        for dimension, score in truth.items()
-        if score != NOT_ASKED
-    ]
+    return [parse_score(stated.get(dimension)) == score for dimension, score in truth.items() if score != NOT_ASKED]
 
 
 def _summarise_margins(margins: Sequence[float | None], labels: Sequence[int]) -> dict[str, object]:

@@ -1,8 +1,8 @@
 """Rule reward of a judge's response: 0.7 sub-scores + 0.1 format + 0.2 length, rounded to 3 decimals.
 
-- `sub`: share of the annotated dimensions of the response's own video whose score the response gives exactly, in type
-  and value (2 is not "2", 2.0 or True). 0 when the judgement cannot be used or the pair has a bare label only.
-- `format`: 1 when the first `<answer>...</answer>` holds a JSON object with `dimensional_scores`, else 0.
+- `sub`: share of the annotated dimensions of the response's own video whose score the response gives. Numbers and
+  strings of numbers are equal by value; True is not 1. 0 without a judgement, or when the pair has a bare label only.
+- `format`: 1 when an `<answer>...</answer>` holds a JSON object with `dimensional_scores` (the last counts), else 0.
 - `length`: of the whole response; see `length_by`.
 
 Set it with worker.reward.reward_function=examples/reward_function/r1ta_subdim_head.py:compute_score. Your own plug-in
@@ -11,7 +11,7 @@ is a file with a function like `compute_score`.
 
 from typing import Literal
 
-from verl.data.answers import JUDGEMENT_KEY, extract_judgement, parse_annotation
+from verl.data.answers import JUDGEMENT_KEY, Score, extract_judgement, parse_annotation, parse_score
 
 SUB_WEIGHT, FORMAT_WEIGHT, LENGTH_WEIGHT = 0.7, 0.1, 0.2
 CHARACTER_STEPS = ((500, 0.0), (1000, 0.2), (1500, 0.4), (2000, 0.6))  # below so many characters: this reward
@@ -25,10 +25,10 @@ def compute_score(
 
     `length_by`: `characters` of the decoded text, in steps: below 500 0, 1000 0.2, 1500 0.4, 2000 0.6, else 1;
     `tokens`, the paper's form: 0 below 500, then linear to 1 at 2000. Raises ValueError for another word, and for a
-    `ground_truth` that is no annotation; whatever the response holds is scored.
+    `ground_truth` that is not an annotation; whatever the response holds is scored.
     """
     if length_by not in ("characters", "tokens"):
-        raise ValueError(f"length_by is {length_by!r}; choose characters or tokens")
+        raise ValueError(f"length_by is {length_by!r}. Choose characters or tokens.")
     return [_score(reward_input, length_by) for reward_input in reward_inputs]
 
 
@@ -45,16 +45,12 @@ def _score(reward_input: dict, length_by: str) -> dict[str, float]:
     return {"overall": overall, "sub": sub, "format": well_formed, "length": length}
 
 
-def compute_sub_reward(judgement: dict | None, truth: dict[str, int | str]) -> float:
-    """Share of the dimensions in `truth` on which `judgement["dimensional_scores"]` has the same type and value."""
+def compute_sub_reward(judgement: dict | None, truth: dict[str, Score]) -> float:
+    """Share of the dimensions in `truth` on which `judgement["dimensional_scores"]` has the same value."""
     predicted = judgement[JUDGEMENT_KEY] if judgement else None
     if not isinstance(predicted, dict) or not truth:
         return 0.0
-    matches = [
-        type(predicted.get(dimension)) is type(score) and predicted[dimension] == score
-        for dimension, score in truth.items()
-    ]
-    return sum(matches) / len(truth)
+    return sum(parse_score(predicted.get(dimension)) == score for dimension, score in truth.items()) / len(truth)
 
 
 def compute_character_reward(num_characters: int) -> float:
