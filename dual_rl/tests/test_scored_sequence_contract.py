@@ -5,11 +5,11 @@ They also attend with the same kernels.
 
 from pathlib import Path
 
+import answers as stage1_answers
 import pytest
 import torch
 from transformers import AutoProcessor
 
-import answers as stage1_answers
 import flash_kernels as stage1_kernels
 import scored_sequence as stage1
 import vision_process as stage1_vision

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from verl.data.answers import JUDGEMENT_KEY, extract_judgement
+from descore.answers import JUDGEMENT_KEY, extract_judgement
 from verl.data.scored_sequence import JUDGE_PROMPT
 from verl.inference.bench_csv import Bench, BenchRow
 from verl.inference.html_page import Item, Page, Row, Table, View, merge_scores, quote_path, relative_path

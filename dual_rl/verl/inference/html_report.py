@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from verl.data.answers import SCORE_KEYS, extract_judgement, parse_annotation
+from descore.answers import SCORE_KEYS, extract_judgement, parse_annotation
 from verl.data.pair_csv import CsvError, read_pairs
 from verl.inference.bench_csv import Bench
 from verl.inference.bench_page import build_bench_page, read_scores, unwrap_prompt
