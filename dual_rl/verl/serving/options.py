@@ -45,12 +45,6 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     add("--max_body_mb", type=float, default=default.max_body_mb, help="of one upload")
     add("--max_videos", type=int, default=default.max_videos, help="of one request")
     add("--max_prompt_chars", type=int, default=default.max_prompt_chars)
-    add(
-        "--max_gigapixels",
-        type=float,
-        default=default.max_gigapixels,
-        help="of one video, all its frames together; a minute of 1080p has 3. Larger ones are errors of their own",
-    )
     add("--max_queue", type=int, default=default.max_queue, help="videos that wait; more are refused with 503")
     add("--max_receiving", type=int, default=default.max_receiving, help="bodies on their way at a time")
     add("--body_timeout", type=float, default=default.body_timeout, help="seconds for the whole of a body")
