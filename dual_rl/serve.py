@@ -54,8 +54,8 @@ def serve(options: argparse.Namespace) -> tuple[int, bool]:
         logger.info("listening on %s port %d", options.host, port)
         service.scoring.start()
         status = run_server(service, options.host, port, grace_seconds=options.grace_seconds)
-        has_ended = service.scoring.join(SECONDS_TO_CLOSE if service.scoring.has_model else 0.0)
-    return status, has_ended
+        service.scoring.join(SECONDS_TO_CLOSE if service.scoring.has_model else 0.0)
+    return status, not service.scoring.is_alive()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -191,7 +191,8 @@ class Serving:
         self.thread.join(SECONDS)
         assert not self.thread.is_alive()
         self.loop.close()
-        assert self.scoring.join(SECONDS)
+        self.scoring.join(SECONDS)
+        assert not self.scoring.is_alive()
         assert not list(self.folder.iterdir()), "uploads were left behind"
 
     def wait_for_waiting(self, num_videos: int) -> None:

@@ -35,7 +35,7 @@ def test_a_taken_port_is_refused(serving):
         (["--roots", "nowhere"], "no such folder: nowhere"),
         (["--token_file", "nowhere"], "nowhere"),
         (["--host", "999.1.1.1"], "cannot listen on 999.1.1.1"),
-        (["--max_videos", "9", "--max_queue", "8"], "would never fit max_queue=8"),
+        (["--max_videos", "9", "--max_queue", "8"], "max_videos=9 is over max_queue=8"),
         (["--body_timeout", "0"], "body_timeout is 0.0"),
         (["--max_new_tokens", "9000000"], "lower max_new_tokens"),
     ],

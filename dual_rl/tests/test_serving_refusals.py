@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from serving_support import CLIPS, FORM_HEADERS, PROMPTS, Client, assert_scored, form_body
-from verl.serving.bodies import MAX_JSON_BYTES
+from verl.serving.bodies import MAX_JSON_MB
 from verl.serving.limits import ServerLimits
 
 pytest_plugins = ["serving_fixtures"]
@@ -29,7 +29,7 @@ def test_a_body_over_the_limit_is_refused_while_it_arrives(serving, route, has_l
 
 
 def test_a_json_body_has_a_limit_of_its_own(serving):
-    assert serving().client.request("POST", "/v1/score", b" " * (MAX_JSON_BYTES + 1)).status == 413
+    assert serving().client.request("POST", "/v1/score", b" " * ((MAX_JSON_MB << 20) + 1)).status == 413
 
 
 @pytest.mark.parametrize("header", [None, "Bearer", "Bearer secre", "Basic secret", "Bearer s\xe9cret"])

@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect
 from verl.data.scored_sequence import judge_problem
 from verl.inference.scale import RewardScale
 from verl.inference.scoring import FailedVideo, Outcome
-from verl.serving.bodies import MAX_JSON_BYTES, Video, limit_body, read_form, read_json
+from verl.serving.bodies import MAX_JSON_MB, Video, limit_body, read_form, read_json
 from verl.serving.limits import RETRY_SOON, RefusedError, ServerLimits
 from verl.serving.metrics import ServerMetrics
 from verl.serving.paths import AllowedRoots, PathError
@@ -71,7 +71,7 @@ class RewardService:
             self.scoring.require_room()
             if not self.roots:
                 raise RefusedError(403, "no_roots", "the server was started without --roots: upload videos instead")
-            request = limit_body(request, min(MAX_JSON_BYTES, self.limits.max_body_bytes))
+            request = limit_body(request, min(MAX_JSON_MB, self.limits.max_body_mb))
             async with self._receive():
                 asked = await read_json(request)
             self.limits.check_request(len(asked.videos), asked.prompts)
@@ -81,7 +81,7 @@ class RewardService:
         """`POST /v1/score/upload`."""
         with self.metrics.request_seconds.labels("upload").time():
             self.scoring.require_room()
-            request = limit_body(request, self.limits.max_body_bytes)
+            request = limit_body(request, self.limits.max_body_mb)
             with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as folder:
                 async with self._receive():
                     videos, prompts = await read_form(request, Path(folder), self.limits)

@@ -12,7 +12,7 @@ from starlette.types import Message
 
 from verl.serving.limits import MEGABYTE, RETRY_LATER, RefusedError, ServerLimits
 
-MAX_JSON_BYTES = 4 * MEGABYTE
+MAX_JSON_MB = 4
 """A JSON body is held in memory."""
 BYTES_PER_CHARACTER = 4
 """At most, in UTF-8."""
@@ -40,8 +40,9 @@ class Video(NamedTuple):
     name: str
 
 
-def limit_body(request: Request, max_bytes: int) -> Request:
-    """The same request; reading a body over `max_bytes` raises RefusedError, at once where its length is announced."""
+def limit_body(request: Request, max_mb: float) -> Request:
+    """The same request; reading more of its body raises RefusedError, at once where its length is announced."""
+    max_bytes = int(max_mb * MEGABYTE)
     refused = RefusedError(413, "body_too_large", f"the body is over {max_bytes} bytes; send fewer or smaller videos")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:

@@ -1,8 +1,9 @@
 """What the reward server accepts, and how it refuses the rest."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.exceptions import HTTPException
 
@@ -15,41 +16,33 @@ class RefusedError(HTTPException):
     """An answer other than 200: its status, the reason in the metrics, and the message for the client."""
 
     def __init__(self, status: int, reason: str, message: str, *, retry_after: int | None = None) -> None:
-        headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        super().__init__(status, message, headers)
+        super().__init__(status, message, {} if retry_after is None else {"Retry-After": str(retry_after)})
         self.reason = reason
 
-    def __str__(self) -> str:
-        return self.detail
+
+def _limit(default: float, text: str) -> float:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """`max_body_mb`: of an upload. `max_videos`, `max_prompt_chars`: of one request. `max_queue`: videos that wait.
+    """Each is a flag of serve.py."""
 
-    `max_receiving`: bodies on their way at a time. `body_timeout`: seconds for the whole of one.
-    """
-
-    max_body_mb: float = 256
-    max_videos: int = 64
-    max_prompt_chars: int = 8000
-    max_queue: int = 1024
-    max_receiving: int = 128
-    body_timeout: float = 120.0
+    max_body_mb: float = _limit(256.0, "of one upload")
+    max_videos: int = _limit(64, "of one request")
+    max_prompt_chars: int = _limit(8000, "of one prompt")
+    max_queue: int = _limit(1024, "videos that wait; more are refused with 503")
+    max_receiving: int = _limit(128, "bodies on their way at a time")
+    body_timeout: float = _limit(120.0, "seconds for the whole of a body")
 
     def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        for limit in dataclasses.fields(self):
+            if not 0 < getattr(self, limit.name) < math.inf:
+                raise ValueError(f"{limit.name} is {getattr(self, limit.name)}; it must be positive")
         if self.max_videos > self.max_queue:
             raise ValueError(
                 f"max_videos={self.max_videos} would never fit max_queue={self.max_queue}: raise max_queue"
             )
-
-    @property
-    def max_body_bytes(self) -> int:
-        """Of an upload."""
-        return int(self.max_body_mb * MEGABYTE)
 
     def check_request(self, num_videos: int, prompts: Sequence[str]) -> None:
         """Raise RefusedError unless there is a prompt for each video, and neither too many nor too long ones."""
