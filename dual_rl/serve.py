@@ -10,53 +10,52 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
 from verl.inference.options import build_source
-from verl.inference.reward_model import RewardModel
 from verl.inference.source import choose_prompt_length, load_model_scale, read_checkpoint
 from verl.serving.app import RewardService
 from verl.serving.metrics import ServerMetrics
 from verl.serving.options import build_limits, parse_arguments, read_token
 from verl.serving.paths import AllowedRoots
 from verl.serving.scoring_thread import ScoringThread
-from verl.serving.server import describe_address, open_socket, run_server, temporary_folder
+from verl.serving.server import choose_port, run_server
+from verl.temporary import temporary_folder
 
 SECONDS_TO_CLOSE = 20.0
 """For the engine to end after its last step; one that is in the middle of a long step ends with the process."""
 
+logger = logging.getLogger("verl.serve")
+
 
 def build_service(options: argparse.Namespace, folder: Path) -> RewardService:
-    """Everything but the socket, after a look at checkpoint and settings. Raises ValueError for mistakes."""
+    """Everything but the port, after a look at checkpoint and settings. Raises ValueError for mistakes."""
     source, limits, metrics = build_source(options), build_limits(options), ServerMetrics()
     roots, token = AllowedRoots(options.roots), read_token(options.token_file)
     checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt, fresh_head_seed=source.fresh_head_seed)
     choose_prompt_length(checkpoint, source.settings)
     scale = load_model_scale(source.model_ckpt, checkpoint, source.settings) if options.normalize else None
-
-    def load() -> RewardModel:
-        model = source.load()
-        model.loader.max_gigapixels = limits.max_gigapixels
-        return model
-
-    scoring = ScoringThread(load, max_queue=limits.max_queue, metrics=metrics)
+    scoring = ScoringThread(source.load, max_queue=limits.max_queue, metrics=metrics)
     return RewardService(scoring, source.model_ckpt, folder, roots, limits, metrics, token, scale)
 
 
 def serve(options: argparse.Namespace) -> tuple[int, bool]:
     """Serve until told to stop; the exit status, and whether the engine has ended."""
-    with temporary_folder(prefix="descore_server_") as folder:
+    with temporary_folder("server") as folder:
         service = build_service(options, folder)
-        with open_socket(options.host, options.port) as listener:
-            for line in describe_address(listener, has_token=service.token is not None):
-                sys.stderr.write(f"{line}\n")
-            service.scoring.start()
-            status = run_server(service, listener, grace_seconds=options.grace_seconds)
-        has_ended = service.scoring.join(SECONDS_TO_CLOSE if service.scoring.has_model else 0.0)
-    return status, has_ended
+        port = choose_port(options.host, options.port)
+        tempfile.tempdir = str(folder)  # bodies on their way and the engine's files go with it
+        if service.token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
+            logger.warning("without --token_file, everyone who reaches %s can use the server", options.host)
+        logger.info("listening on %s port %d", options.host, port)
+        service.scoring.start()
+        status = run_server(service, options.host, port, grace_seconds=options.grace_seconds)
+        service.scoring.join(SECONDS_TO_CLOSE if service.scoring.has_model else 0.0)
+    return status, not service.scoring.is_alive()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-import verl.data.loading
 from serving_support import CLIPS, PROMPTS, SETTINGS, Gate, Serving
 from verl.inference.reward_model import RewardModel
 
@@ -29,11 +28,11 @@ def serving(model, offline, tmp_path) -> Iterator[Callable[..., Serving]]:
 
     def start(**options: object) -> Serving:
         started.append(Serving(model, tmp_path / f"uploads_{len(started)}", **options))
-        return started[-1].__enter__()
+        return started[-1]
 
     yield start
     for server in started:
-        server.__exit__()
+        server.stop()
     while model.num_pending:  # of servers that were stopped early
         model.advance()
 
@@ -49,14 +48,14 @@ def gate(model, monkeypatch) -> Iterator[Gate]:
 
 
 @pytest.fixture
-def reads(monkeypatch) -> list[str]:
-    """Paths of all files that the model is made to open."""
+def scored_paths(model, monkeypatch) -> list[str]:
+    """Paths of all videos that the model is given."""
     paths: list[str] = []
-    load = verl.data.loading.load_video
+    submit = model.submit
 
-    def record(path: str, *arguments: object, **options: object):
-        paths.append(path)
-        return load(path, *arguments, **options)
+    def record(tasks) -> None:
+        paths.extend(task.video for task in tasks)
+        submit(tasks)
 
-    monkeypatch.setattr(verl.data.loading, "load_video", record)
+    monkeypatch.setattr(model, "submit", record)
     return paths

@@ -3,14 +3,13 @@
 import asyncio
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
@@ -26,15 +25,17 @@ from verl.serving.limits import ServerLimits
 from verl.serving.metrics import ServerMetrics
 from verl.serving.paths import AllowedRoots
 from verl.serving.scoring_thread import ScoringThread
-from verl.serving.server import RewardServer, open_socket
+from verl.serving.server import build_server, choose_port
 
 CLIPS = sorted((DUAL_RL / "data" / "videos").glob("*.mp4"))
 PROMPTS = [f"a shape, number {number}" for number in range(len(CLIPS))]
 SECONDS = 30.0
-BOUNDARY = "sheet"
+HEADER_SECONDS = 2.0
 SETTINGS = ScoringSettings(backend="hf", batch_size=8, max_new_tokens=8, num_threads=1)
 TOLERANCE = 1e-4  # of rewards, fp32
-LATE = {"Content-Length": "1000"}
+BOUNDARY = "sheet"
+FORM_HEADERS = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+UNDER_WAY = ("descore_queue_length", "descore_in_flight")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Reply:
         return self.json["results"]
 
 
-def wait_for(condition, what: str) -> None:
+def wait_for(condition: Callable[[], bool], what: str) -> None:
     """Poll until it holds; fails the test after SECONDS."""
     deadline = time.monotonic() + SECONDS
     while not condition():
@@ -71,7 +72,12 @@ def form_body(videos: Sequence[bytes], prompts: Sequence[str]) -> bytes:
     return b"".join([*parts, f"--{BOUNDARY}--\r\n".encode()])
 
 
-FORM_HEADERS = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+def upload_request(videos: Sequence[bytes], *, token: str = "", num_bytes: int | None = None) -> bytes:
+    """The bytes of a request, of its body only the first `num_bytes`."""
+    body = form_body(videos, ["a"] * len(videos))
+    lines = ["POST /v1/score/upload HTTP/1.1", "Host: here", f"Authorization: Bearer {token}"]
+    lines += [f"Content-Type: {FORM_HEADERS['Content-Type']}", f"Content-Length: {len(body)}", "", ""]
+    return "\r\n".join(lines).encode() + body[:num_bytes]
 
 
 @dataclass(frozen=True)
@@ -82,11 +88,12 @@ class Client:
     token: str | None = None
 
     def request(self, method: str, route: str, body=None, headers: dict[str, str] | None = None) -> Reply:
-        """One exchange."""
+        """One exchange; the answer may come before the whole body was sent."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
         known = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         try:
-            connection.request(method, route, body, {**known, **(headers or {})})
+            with suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, route, body, {**known, **(headers or {})})
             response = connection.getresponse()
             fields = {name.lower(): value for name, value in response.getheaders()}
             return Reply(response.status, fields, response.read())
@@ -96,12 +103,12 @@ class Client:
     def get(self, route: str) -> Reply:
         return self.request("GET", route)
 
-    def is_answering(self) -> bool:
-        """Not only listening."""
+    def health(self) -> int | None:
+        """The status; None while nobody listens."""
         try:
-            return self.get("/health").status in (200, 503)
+            return self.get("/health").status
         except ConnectionError:
-            return False
+            return None
 
     def score_paths(self, paths: Sequence[str | Path], prompts: Sequence[str]) -> Reply:
         """Videos on the server."""
@@ -124,13 +131,9 @@ class Client:
         (value,) = (line.rpartition(" ")[2] for line in lines if line.startswith(f"{name} "))
         return float(value)
 
-
-def announce_frames(num_frames: int) -> bytes:
-    """A clip whose header says that it has so many frames: its table of sample durations is changed."""
-    content = bytearray(CLIPS[0].read_bytes())
-    place = content.index(b"stts") + len(b"stts") + 8  # past version, flags and the number of entries
-    content[place : place + 4] = num_frames.to_bytes(4)
-    return bytes(content)
+    def num_under_way(self) -> float:
+        """Videos that are queued or started."""
+        return sum(map(self.metric, UNDER_WAY))
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -143,7 +146,6 @@ class Gate:
     """Stands before the model's work: closed, nothing becomes ready; `failure` is raised by it."""
 
     def __init__(self, model: RewardModel) -> None:
-        self.model = model
         self.is_open = threading.Event()
         self.is_open.set()
         self.failure: Exception | None = None
@@ -157,7 +159,7 @@ class Gate:
 
 
 class Serving:
-    """A real server in a thread, with a model that is there already. Use it as a context manager."""
+    """A real server in a thread, with a model that is there already."""
 
     def __init__(
         self,
@@ -173,34 +175,29 @@ class Serving:
         self.scoring = ScoringThread(lambda: nullcontext(model), max_queue=limits.max_queue, metrics=metrics)
         self.folder = folder
         folder.mkdir()
-        self.service = RewardService(self.scoring, "small", folder, AllowedRoots(roots), limits, metrics, token, scale)
-        self.server = RewardServer(self.service)
-        self.listener = open_socket("127.0.0.1", 0)
-        self.client = Client(self.listener.getsockname()[1], token)
-        self.thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> "Serving":
+        service = RewardService(self.scoring, "small", folder, AllowedRoots(roots), limits, metrics, token, scale)
+        self.client = Client(choose_port("127.0.0.1", 0), token)
+        self.server = build_server(service, "127.0.0.1", self.client.port, header_seconds=HEADER_SECONDS)
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_until_complete, args=(self.server.serve(),))
         self.scoring.start()
         self.thread.start()
-        wait_for(lambda: self.client.get("/health").status == 200, "ready")
-        return self
+        wait_for(lambda: self.client.health() == 200, "ready")
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """End it; nothing of the uploads may be left."""
         self.scoring.abandon()
-        self.server.should_exit = True
+        self.loop.call_soon_threadsafe(self.server.stop)
         self.thread.join(SECONDS)
         assert not self.thread.is_alive()
-        assert self.scoring.join(SECONDS)
-        self.listener.close()
+        self.loop.close()
+        self.scoring.join(SECONDS)
+        assert not self.scoring.is_alive()
         assert not list(self.folder.iterdir()), "uploads were left behind"
 
     def wait_for_waiting(self, num_videos: int) -> None:
         """Until so many videos are queued or started."""
-        under_way = ("descore_queue_length", "descore_in_flight")
-        wait_for(lambda: sum(map(self.client.metric, under_way)) == num_videos, f"{num_videos} videos under way")
-
-    def _run(self) -> None:
-        asyncio.run(self.server.serve(sockets=[self.listener]))
+        wait_for(lambda: self.client.num_under_way() == num_videos, f"{num_videos} videos under way")
 
 
 class ServingProcess:
@@ -208,7 +205,7 @@ class ServingProcess:
 
     def __init__(self, root: Path, arguments: Sequence[object], *, script: Path = DUAL_RL / "serve.py") -> None:
         self.temporary = root / "tmp"
-        self.temporary.mkdir(parents=True)
+        self.temporary.mkdir(parents=True, exist_ok=True)
         self.console = root / "console"
         with self.console.open("wb") as console:
             self.process = subprocess.Popen(
@@ -226,11 +223,7 @@ class ServingProcess:
             assert time.monotonic() < deadline, self.console.read_text()
             time.sleep(0.05)
         line = next(line for line in self.console.read_text().splitlines() if line.startswith("listening"))
-        return Client(int(line.partition("127.0.0.1:")[2].partition(",")[0]), token)
-
-    def stop(self, number: int = signal.SIGTERM) -> None:
-        """Send the signal."""
-        self.process.send_signal(number)
+        return Client(int(line.rpartition(" ")[2]), token)
 
     def wait(self, seconds: float = SECONDS) -> int:
         """The exit status; a process that hangs is killed and fails the test."""
@@ -247,17 +240,3 @@ def assert_scored(results: list[dict], expected: list[dict]) -> None:
     assert [result["reward"] for result in results] == pytest.approx([e["reward"] for e in expected], abs=TOLERANCE)
     assert [result["cot"] for result in results] == [e["cot"] for e in expected]
     assert all(result["num_tokens"] == 8 and not result["is_finished"] for result in results)
-
-
-def start_of_upload(*, token: str = "") -> bytes:
-    """The head of a request, and less of its body than it announces."""
-    headers = {**FORM_HEADERS, **LATE, "Host": "here", "Authorization": f"Bearer {token}"}
-    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    return f"POST /v1/score/upload HTTP/1.1\r\n{lines}\r\n".encode() + form_body([b"a"], ["b"])[:50]
-
-
-def whole_upload(clip: Path, *, token: str = "") -> bytes:
-    """The bytes of a request with one video."""
-    body = form_body([clip.read_bytes()], ["a"])
-    head = f"POST /v1/score/upload HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {token}\r\n"
-    return f"{head}Content-Type: {FORM_HEADERS['Content-Type']}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body

@@ -1,44 +1,37 @@
 """The reward server: answers as the offline model, under load and trouble, and leaves nobody without an answer."""
 
-import threading
+import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-import verl.serving.lingering
+from reward_client import RewardClient, RewardServerError
 from serving_support import (
     CLIPS,
-    FORM_HEADERS,
+    HEADER_SECONDS,
     PROMPTS,
     SECONDS,
-    SETTINGS,
     Client,
     Reply,
     assert_scored,
-    form_body,
     read_all,
-    start_of_upload,
+    upload_request,
     wait_for,
-    whole_upload,
 )
-from verl.inference.reward_model import WINDOW
 from verl.inference.scale import RewardScale
 from verl.serving.limits import ServerLimits
 
 pytest_plugins = ["serving_fixtures"]
-FULL = WINDOW * SETTINGS.batch_size
-"""Videos that the scoring thread takes at a time."""
 
 
-def test_paths_and_uploads_score_as_the_offline_model_does(serving, offline, reads):
+def test_paths_and_uploads_score_as_the_offline_model_does(serving, offline, scored_paths):
     client = serving().client
     assert_scored(client.score_paths(CLIPS, PROMPTS).results, offline)
     assert_scored(client.score_paths([clip.name for clip in CLIPS], PROMPTS).results, offline)
-    assert reads == [str(clip.resolve()) for clip in CLIPS] * 2
+    assert scored_paths == [str(clip.resolve()) for clip in CLIPS] * 2
     reply = client.upload([clip.read_bytes() for clip in CLIPS], PROMPTS)
     assert_scored(reply.results, offline)
     assert reply.json["model"] == "small"
@@ -48,16 +41,15 @@ def test_rewards_are_given_on_the_scale_that_is_named(serving, offline):
     scale = RewardScale(0.5, 2.0, 10, "val.csv", "w", {"fps": 2.0})
     reply = serving(scale=scale).client.score_paths(CLIPS, PROMPTS)
     assert reply.json["scale"] == asdict(scale)
-    expected = [{**result, "reward": (result["reward"] - 0.5) / 2.0} for result in offline]
-    assert_scored(reply.results, expected)
-    assert serving().client.score_paths(CLIPS[:1], PROMPTS[:1]).json["scale"] is None
+    assert_scored(reply.results, [{**result, "reward": (result["reward"] - 0.5) / 2.0} for result in offline])
 
 
 def test_64_clients_in_parallel_get_their_own_answers(serving, offline):
     """Some of them send slowly, leave, have no token, or ask for what is not to be had."""
     server = serving(token="secret", limits=ServerLimits(body_timeout=1.0))
-    slow = [server.client.open(start_of_upload(token="secret")) for _ in range(8)]
-    leaving = [server.client.open(whole_upload(CLIPS[0], token="secret")) for _ in range(8)]
+    content = [CLIPS[0].read_bytes()]
+    slow = [server.client.open(upload_request(content, token="secret", num_bytes=50)) for _ in range(8)]
+    leaving = [server.client.open(upload_request(content, token="secret")) for _ in range(8)]
 
     def ask(number: int) -> Reply:
         place = number % len(CLIPS)
@@ -74,40 +66,36 @@ def test_64_clients_in_parallel_get_their_own_answers(serving, offline):
         for number, reply in enumerate(replies):
             if number % 8 == 7:
                 assert reply.status == 401
-                continue
-            assert_scored(reply.results[:1], [offline[number % len(CLIPS)]])
+            else:
+                assert_scored(reply.results[:1], [offline[number % len(CLIPS)]])
     assert all(b"408 Request Timeout" in read_all(connection) for connection in slow)
-    assert server.client.get("/health").status == 200
+    assert server.client.metric('descore_refused_total{reason="slow_body"}') == 8
+    assert server.client.health() == 200
 
 
-def test_a_slow_body_is_answered_in_time_and_holds_nobody_up(serving, offline):
-    server = serving(limits=ServerLimits(body_timeout=0.8))
-    connection = server.client.open(start_of_upload())
-    trickle = threading.Thread(target=_trickle, args=(connection,))
-    trickle.start()
-    assert_scored(server.client.score_paths(CLIPS[:1], PROMPTS[:1]).results, offline[:1])
+def test_silent_connections_are_closed_and_lock_nobody_out(serving, offline):
+    server = serving()
+    heads = [b"", b"POST /v1/score HTTP/1.1\r\nHost:", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
+    silent = [server.client.open(heads[number % 3]) for number in range(1300)]
+    dribbling = server.client.open(b"GET /health HTTP/1.1\r\nX: ")
     start = time.monotonic()
-    assert b"408 Request Timeout" in connection.recv(1 << 16)
+    assert_scored(server.client.score_paths(CLIPS[:1], PROMPTS[:1]).results, offline[:1])
     assert time.monotonic() - start < 5
-    trickle.join()
-    connection.close()
-    assert server.client.metric('descore_refused_total{reason="slow_body"}') == 1
-
-
-def _trickle(connection) -> None:
-    """A byte now and then: a time-out between bytes would not do."""
-    for _ in range(10):
-        connection.sendall(b"-")
-        time.sleep(0.1)
+    with contextlib.suppress(ConnectionError):
+        while time.monotonic() - start < 10:
+            dribbling.sendall(b"x")
+            time.sleep(0.1)
+    assert time.monotonic() - start < HEADER_SECONDS + 2
+    for connection in silent:
+        read_all(connection)
+    assert time.monotonic() - start < HEADER_SECONDS + 10
 
 
 def test_only_so_many_bodies_are_received_at_a_time(serving):
     server = serving(limits=ServerLimits(max_receiving=2, body_timeout=20))
-    held = [server.client.open(start_of_upload()) for _ in range(2)]
-    wait_for(lambda: len(server.service.receiver._deadlines) == 2, "bodies under way")
-    reply = server.client.upload([b"a"], ["b"])
-    assert reply.status == 503
-    assert "retry-after" in reply.headers
+    held = [server.client.open(upload_request([b"a"], num_bytes=50)) for _ in range(2)]
+    wait_for(lambda: server.client.upload([b"a"], ["b"]).status == 503, "no room")
+    assert "retry-after" in server.client.upload([b"a"], ["b"]).headers
     for connection in held:
         connection.close()
     wait_for(lambda: server.client.upload([b"a"], ["b"]).status == 200, "room again")
@@ -117,11 +105,9 @@ def test_who_leaves_takes_the_waiting_videos_along(serving, gate, offline):
     """Those that were begun are finished, and their files stay until then."""
     server = serving()
     gate.is_open.clear()
-    connection = server.client.open(whole_upload(CLIPS[0]))
+    connection = server.client.open(upload_request([CLIPS[0].read_bytes()]))
     server.wait_for_waiting(1)
-    body = form_body([clip.read_bytes() for clip in CLIPS * 2], PROMPTS * 2)
-    head = f"POST /v1/score/upload HTTP/1.1\r\nHost: here\r\nContent-Type: {FORM_HEADERS['Content-Type']}\r\n"
-    leaving = server.client.open(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    leaving = server.client.open(upload_request([clip.read_bytes() for clip in CLIPS * 2]))
     server.wait_for_waiting(1 + 2 * len(CLIPS))
     leaving.close()
     server.wait_for_waiting(1)
@@ -142,38 +128,16 @@ def test_a_full_queue_refuses_at_once_and_recovers(serving, gate, offline):
         server.wait_for_waiting(1)
         others = [pool.submit(server.client.score_paths, CLIPS[n : n + 2], PROMPTS[n : n + 2]) for n in (0, 2)]
         server.wait_for_waiting(5)
-        for ask in (
-            partial(server.client.score_paths, CLIPS[:1], PROMPTS[:1]),
-            partial(server.client.upload, [b"x" * (20 << 20)], ["b"]),
-        ):
-            start = time.monotonic()
-            reply = ask()
-            assert time.monotonic() - start < 5
-            assert reply.status == 503
-            assert int(reply.headers["retry-after"]) > 0
-            assert "queue is full: 4 of 4" in reply.json["error"]
+        reply = server.client.score_paths(CLIPS[:1], PROMPTS[:1])
+        assert (reply.status, reply.headers["retry-after"]) == (503, "2")
+        impatient = RewardClient(f"http://127.0.0.1:{server.client.port}", num_retries=0, timeout=5)
+        with pytest.raises(RewardServerError, match="queue is full: 4 of 4"):
+            impatient.score([bytes(20 << 20)], ["a long upload"])
         gate.is_open.set()
         assert_scored(first.result().results, offline[:1])
         for future, place in zip(others, (0, 2), strict=True):
             assert_scored(future.result().results, offline[place : place + 2])
     assert_scored(server.client.score_paths(CLIPS[:4], PROMPTS[:4]).results, offline[:4])
-
-
-def test_no_more_videos_are_under_way_than_the_engine_is_meant_to_hold(serving, gate):
-    server = serving()
-    gate.is_open.clear()
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(server.client.score_paths, CLIPS[:1], PROMPTS[:1])
-        server.wait_for_waiting(1)
-        rest = pool.submit(server.client.score_paths, CLIPS * 3, PROMPTS * 3)
-        server.wait_for_waiting(1 + 3 * len(CLIPS))
-        seen, submit = [], server.scoring._take
-        server.scoring._take = lambda number, **options: (
-            seen.append(gate.model.num_pending) or submit(number, **options)
-        )
-        gate.is_open.set()
-        assert len(first.result().results) + len(rest.result().results) == 1 + 3 * len(CLIPS)
-    assert max(seen) <= FULL
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -190,27 +154,21 @@ def test_when_the_engine_fails_everyone_waiting_is_told(serving, gate):
     replies.append(server.client.score_paths(CLIPS[:1], PROMPTS[:1]))
     assert [reply.status for reply in replies] == [500] * 9
     assert all("RuntimeError: out of memory" in reply.json["error"] for reply in replies)
-    assert server.client.get("/health").status == 503
+    assert server.client.health() == 503
     assert server.scoring.ended.done()
 
 
-def test_a_stopping_server_finishes_what_it_has_and_takes_no_more(serving, gate, offline, monkeypatch):
-    monkeypatch.setattr(verl.serving.lingering, "LINGER_SECONDS", 0.2)
+def test_a_stopping_server_finishes_what_it_has_and_takes_no_more(serving, gate, offline):
     server = serving()
     gate.is_open.clear()
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(server.client.score_paths, CLIPS[:4], PROMPTS[:4]) for _ in range(3)]
         server.wait_for_waiting(12)
-        receiving = server.client.open(start_of_upload())
-        wait_for(lambda: len(server.service.receiver._deadlines) == 1, "a body under way")
         server.scoring.stop()
         server.scoring.stop()  # again: no more than once
-        server.server.servers[0].get_loop().call_soon_threadsafe(server.service.receiver.interrupt)
-        assert b"503 Service Unavailable" in read_all(receiving)
         reply = server.client.score_paths(CLIPS[:1], PROMPTS[:1])
-        assert reply.status == 503
-        assert int(reply.headers["retry-after"]) > 0
-        assert server.client.get("/health").status == 503
+        assert (reply.status, reply.headers["retry-after"]) == (503, "10")
+        assert server.client.health() == 503
         gate.is_open.set()
         for future in waiting:
             assert_scored(future.result().results, offline[:4])
@@ -236,8 +194,8 @@ def test_metrics_are_prometheus_text(serving):
     server.client.request("POST", "/v1/score", b"{}")
     reply = server.client.get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain")
-    families = {family.name: family for family in text_string_to_metric_families(reply.body.decode())}
-    samples = {(sample.name, *sample.labels.values()): sample.value for f in families.values() for sample in f.samples}
+    families = text_string_to_metric_families(reply.body.decode())
+    samples = {(sample.name, *sample.labels.values()): sample.value for f in families for sample in f.samples}
     assert samples["descore_videos_total", "scored"] == 1
     assert samples["descore_videos_total", "failed"] == 1
     assert samples["descore_refused_total", "invalid"] == 1

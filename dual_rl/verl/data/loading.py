@@ -11,7 +11,6 @@ from pathlib import Path
 
 from descore.checked import check_all, digest
 from descore.csv_table import CsvError
-from verl.data.decoded_size import check_decoded_size
 from verl.data.scored_sequence import SequenceBuilder
 from verl.data.vision_process import VideoBudget, VideoError, VideoFrames, VideoHeader, load_video, probe_videos
 from verl.types import SIDES, PreferencePair, Side, VideoKey, VideoPrompt
@@ -26,14 +25,11 @@ class VideoLoader:
 
     Decoding releases the interpreter; tokenising is guarded by a lock, since tokenizers must not run in two threads at
     a time. Close it, or use it as a context manager.
-
-    `max_gigapixels`: in all frames of a file, or it is not decoded; None for any number.
     """
 
     def __init__(self, builder: SequenceBuilder, budget: VideoBudget, *, num_threads: int = 4) -> None:
         self.builder = builder
         self.budget = budget
-        self.max_gigapixels: float | None = None
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self._lock = threading.Lock()
 
@@ -53,8 +49,6 @@ class VideoLoader:
 
     def _load(self, key: VideoKey, problem: str, video: str | VideoFrames) -> VideoPrompt:
         if not isinstance(video, VideoFrames):
-            if self.max_gigapixels is not None:
-                check_decoded_size(video, self.max_gigapixels)
             video = load_video(video, self.budget, size_factor=self.builder.size_factor)
         with self._lock:
             return self.builder.encode_prompt(key, problem, video)

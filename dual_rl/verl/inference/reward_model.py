@@ -13,12 +13,11 @@ import dataclasses
 import logging
 import math
 import os
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from itertools import count, islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +47,7 @@ from verl.inference.source import (
     resolve_dtype,
 )
 from verl.model.reward_files import PolicyCheckpoint, stream_weights
+from verl.temporary import temporary_folder
 from verl.types import VideoKey, VideoPrompt
 
 WINDOW = 2
@@ -84,7 +84,7 @@ class RewardModel:
         self.engine = engine
         self.settings = settings
         self.scale = scale
-        self.files: tempfile.TemporaryDirectory | None = None  # the engine's, which are read lazily
+        self.files = ExitStack()  # the engine's, which are read lazily
         self.builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
         self.loader = VideoLoader(self.builder, budget, num_threads=settings.num_threads)
         self._decoding: deque[tuple[str, Future[VideoPrompt]]] = deque()
@@ -116,10 +116,12 @@ class RewardModel:
         settings = dataclasses.replace(settings, max_prompt_length=choose_prompt_length(checkpoint, settings))
         scale = load_model_scale(model_ckpt, checkpoint, settings) if normalize else None
         model_len = settings.max_prompt_length + settings.max_new_tokens + NUM_TOKENS_AFTER_COT
-        files = tempfile.TemporaryDirectory(prefix="descore_engine_")
-        engine = build_engine(Path(files.name), checkpoint, settings, max_model_len=model_len, device=device)
-        dtype = resolve_dtype(settings, device)
-        engine.load_weights(stream_weights(find_model(model_ckpt), checkpoint, dtype=dtype))
+        with ExitStack() as files:
+            folder = files.enter_context(temporary_folder("engine"))
+            engine = build_engine(folder, checkpoint, settings, max_model_len=model_len, device=device)
+            dtype = resolve_dtype(settings, device)
+            engine.load_weights(stream_weights(find_model(model_ckpt), checkpoint, dtype=dtype))
+            files = files.pop_all()
         budget = choose_budget(checkpoint, settings)
         if budget != checkpoint.video_budget:
             logger.warning(
@@ -208,8 +210,7 @@ class RewardModel:
         """End engine and threads, and remove the engine's files."""
         self.loader.close()
         self.engine.close()
-        if self.files is not None:
-            self.files.cleanup()
+        self.files.close()
 
     def __enter__(self) -> "RewardModel":
         return self

@@ -1,6 +1,7 @@
 """The command line of the reward server; what concerns scoring has the names and defaults of `inference.py`."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,14 +18,15 @@ def parse_arguments(argv: Sequence[str], *, description: str) -> argparse.Namesp
     add("--roots", nargs="+", default=[], metavar="DIR", help="folders whose videos may be asked for by path")
     add("--token_file", help="file with the token that clients must give")
     add("--grace_seconds", type=float, default=60.0, help="to finish what was accepted after SIGTERM")
-    _add_limits(parser)
+    for limit in dataclasses.fields(ServerLimits):
+        add(f"--{limit.name}", type=type(limit.default), default=limit.default, help=limit.metadata["help"])
     add_model_flags(parser)
     return parser.parse_args(argv)
 
 
 def build_limits(options: argparse.Namespace) -> ServerLimits:
-    """Raises ValueError for limits that cannot be."""
-    return ServerLimits(**{name: getattr(options, name) for name in ServerLimits.__dataclass_fields__})
+    """Raises ValueError for impossible limits."""
+    return ServerLimits(**{limit.name: getattr(options, limit.name) for limit in dataclasses.fields(ServerLimits)})
 
 
 def read_token(path: str | None) -> str | None:
@@ -38,19 +40,3 @@ def read_token(path: str | None) -> str | None:
     if not token or not token.isprintable() or " " in token:
         raise ValueError(f"--token_file {path}: it must hold one word, such as `openssl rand -hex 32` writes")
     return token
-
-
-def _add_limits(parser: argparse.ArgumentParser) -> None:
-    add, default = parser.add_argument, ServerLimits()
-    add("--max_body_mb", type=float, default=default.max_body_mb, help="of one upload")
-    add("--max_videos", type=int, default=default.max_videos, help="of one request")
-    add("--max_prompt_chars", type=int, default=default.max_prompt_chars)
-    add(
-        "--max_gigapixels",
-        type=float,
-        default=default.max_gigapixels,
-        help="of one video, all its frames together; a minute of 1080p has 3. Larger ones are errors of their own",
-    )
-    add("--max_queue", type=int, default=default.max_queue, help="videos that wait; more are refused with 503")
-    add("--max_receiving", type=int, default=default.max_receiving, help="bodies on their way at a time")
-    add("--body_timeout", type=float, default=default.body_timeout, help="seconds for the whole of a body")

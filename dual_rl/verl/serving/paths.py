@@ -11,7 +11,7 @@ class PathError(ValueError):
 class AllowedRoots:
     """Folders whose files may be asked for.
 
-    Links are resolved before anything is opened, and what is opened later is the resolved path. Who can exchange
+    Links are resolved before anything is opened, and what is opened later is the resolved path. Whoever can exchange
     folders below a root for links between the two steps is trusted: point roots at folders of your own.
     """
 
@@ -27,19 +27,12 @@ class AllowedRoots:
     def resolve(self, path: str) -> str:
         """The real path of a regular file below a root; relative paths are looked for below each. Raises PathError."""
         for root in self.roots:
-            real = _real_file(os.path.join(root, path))
-            if real is not None and any(os.path.commonpath([real, allowed]) == allowed for allowed in self.roots):
+            try:
+                # strict: otherwise a loop of links ends the resolution early, and links behind it stay in the result
+                real = os.path.realpath(os.path.join(root, path), strict=True)
+            except (OSError, ValueError):  # missing, a loop, not allowed, too long; a NUL byte, a lone surrogate
+                continue
+            is_below = any(os.path.commonpath([real, allowed]) == allowed for allowed in self.roots)
+            if is_below and os.path.isfile(real):
                 return real
         raise PathError(f"no file below the server's --roots: {path}")
-
-
-def _real_file(path: str) -> str | None:
-    """The path without links, fully resolved, if it names a regular file; nothing is opened.
-
-    `strict`: otherwise a loop of links ends the resolution early, and links behind it would stay in the result.
-    """
-    try:
-        real = os.path.realpath(path, strict=True)
-    except (OSError, ValueError):  # missing, a loop, not allowed, too long; a NUL byte, a lone surrogate
-        return None
-    return real if os.path.isfile(real) else None

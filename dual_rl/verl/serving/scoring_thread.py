@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import count
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from verl.inference.reward_model import WINDOW, RewardModel
 from verl.inference.scoring import Outcome, ScoredVideo, VideoTask
@@ -23,12 +23,7 @@ logger = logging.getLogger(__name__)
 State = Literal["loading", "ready", "stopping", "stopped", "failed"]
 
 
-class _Waiting(NamedTuple):
-    task: VideoTask
-    future: Future[Outcome]
-
-
-class ScoringThread:
+class ScoringThread(threading.Thread):
     """`submit` and `drop` videos from any thread; every future gets an outcome, is cancelled, or raises RefusedError.
 
     `load`: gives the model; `max_queue`: videos that may wait. `ended`: done when no more answers will come; `failure`
@@ -36,6 +31,7 @@ class ScoringThread:
     """
 
     def __init__(self, load: Callable[[], RewardModel], *, max_queue: int, metrics: ServerMetrics) -> None:
+        super().__init__(name="scoring", daemon=True)
         self.state: State = "loading"
         self.failure: str | None = None
         self.has_model = False
@@ -44,21 +40,11 @@ class ScoringThread:
         self.max_queue = max_queue
         self._load = load
         self._numbers = count()
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[tuple[VideoTask, Future[Outcome]]] = deque()
         self._running: dict[str, Future[Outcome]] = {}
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
         metrics.watch("descore_queue_length", "Videos that wait.", lambda: len(self._waiting))
         metrics.watch("descore_in_flight", "Videos that are decoded or scored.", lambda: len(self._running))
-
-    def start(self) -> None:
-        """Begin to load the model."""
-        self._thread.start()
-
-    def join(self, seconds: float) -> bool:
-        """Wait for the thread to end; whether it has."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
 
     def require_room(self, num_videos: int = 1) -> None:
         """Raise RefusedError unless as many videos would be taken now."""
@@ -74,17 +60,16 @@ class ScoringThread:
         """Queue all of these, pairs of path and problem, or raise RefusedError and queue none."""
         with self._changed:
             self.require_room(len(videos))
-            tasks = [VideoTask(str(next(self._numbers)), video, problem) for video, problem in videos]
-            entries = [_Waiting(task, Future()) for task in tasks]
+            entries = [(VideoTask(str(next(self._numbers)), *video), Future()) for video in videos]
             self._waiting.extend(entries)
             self._changed.notify()
-        return [entry.future for entry in entries]
+        return [future for _, future in entries]
 
     def drop(self, futures: Sequence[Future[Outcome]]) -> None:
         """Forget those that have not been started; their futures are cancelled."""
         with self._changed:
             num_dropped = sum(future.cancel() for future in futures if not future.done())
-            self._waiting = deque(entry for entry in self._waiting if not entry.future.cancelled())
+            self._waiting = deque(entry for entry in self._waiting if not entry[1].cancelled())
         self.metrics.videos.labels("dropped").inc(num_dropped)
 
     def stop(self) -> None:
@@ -101,7 +86,8 @@ class ScoringThread:
         """Refuse what has not been scored by now; the thread ends after its present step."""
         self._end("stopped", RefusedError(503, "stopped", "the server has stopped", retry_after=RETRY_LATER))
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """The thread's work."""
         with ExitStack() as stack:
             try:
                 model = stack.enter_context(self._load())
@@ -121,7 +107,8 @@ class ScoringThread:
         window = WINDOW * model.settings.batch_size
         while (tasks := self._take(window - model.num_pending, should_wait=not model.num_pending)) is not None:
             model.submit(tasks)
-            self._resolve(model.advance())
+            for outcome in model.advance():
+                self._answer(outcome)
 
     def _take(self, num_videos: int, *, should_wait: bool) -> list[VideoTask] | None:
         """The next videos to start on, at most so many; None when there is no more to do."""
@@ -131,17 +118,16 @@ class ScoringThread:
             if self.state == "stopped" or (should_wait and not self._waiting):
                 return None
             entries = [self._waiting.popleft() for _ in range(min(num_videos, len(self._waiting)))]
-            started = [entry for entry in entries if entry.future.set_running_or_notify_cancel()]
-            self._running.update((entry.task.name, entry.future) for entry in started)
-            return [entry.task for entry in started]
+            started = [(task, future) for task, future in entries if future.set_running_or_notify_cancel()]
+            self._running.update((task.name, future) for task, future in started)
+            return [task for task, _ in started]
 
-    def _resolve(self, outcomes: Sequence[Outcome]) -> None:
-        for outcome in outcomes:
-            with self._changed:
-                future = self._running.pop(outcome.name, None)
-            if future is not None:  # else it was abandoned
-                self.metrics.videos.labels("scored" if isinstance(outcome, ScoredVideo) else "failed").inc()
-                future.set_result(outcome)
+    def _answer(self, outcome: Outcome) -> None:
+        with self._changed:
+            future = self._running.pop(outcome.name, None)
+        if future is not None:  # else it was abandoned
+            self.metrics.videos.labels("scored" if isinstance(outcome, ScoredVideo) else "failed").inc()
+            future.set_result(outcome)
 
     def _end(self, state: State, refusal: RefusedError) -> None:
         with self._changed:

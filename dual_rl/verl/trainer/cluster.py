@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import ray
@@ -11,6 +12,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from verl.temporary import temporary_folder
 from verl.trainer.checks import num_ranks, ranks_per_node
 from verl.trainer.config import Config, TrainerConfig
 from verl.workers.worker import Worker
@@ -28,6 +30,11 @@ QUIET_LIBRARIES = {
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of ranks that fail because another did
 }
 """Environment of driver and workers: libraries' notes to developers are not for the console. Users' own values win."""
+
+MAX_SESSION_FOLDER_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
+"""Paths of Unix sockets have at most 107 bytes."""
+session_folders = ExitStack()
+"""Of this process's Ray, until it ends."""
 
 
 class WorkerError(RuntimeError):
@@ -60,8 +67,23 @@ def connect(settings: TrainerConfig) -> None:
             ) from error
     else:
         num_cpus = max(os.cpu_count() or 1, ranks_per_node(settings))
+        arguments["_temp_dir"] = _choose_session_folder()
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **arguments)
     _require_resources(settings)
+
+
+def _choose_session_folder() -> str | None:
+    """A temporary folder for the sessions of this process's Ray; None, for Ray's default, where users choose one.
+
+    Sockets lie in it, whose paths the system limits.
+    """
+    if "RAY_TMPDIR" in os.environ:
+        return None
+    folder = session_folders.enter_context(temporary_folder("ray"))
+    if len(os.fsencode(folder)) > MAX_SESSION_FOLDER_BYTES:
+        logger.warning("TMPDIR is too long a path for Ray's sockets: Ray's files will stay in its default folder")
+        return None
+    return str(folder)
 
 
 def _require_answer(address: str | None) -> None:

@@ -4,13 +4,14 @@ Every method is called on all ranks at once, because FSDP's collectives (and ten
 """
 
 import socket
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import ray
 import torch
 
+from verl.temporary import temporary_folder
 from verl.trainer.config import Config
 from verl.types import SIDES, PairRollout, PreferencePair, ResponseKey, Sampling, VideoKey, VideoPrompt
 from verl.workers.experience import ExperienceMaker, sum_kl_by_response
@@ -59,8 +60,9 @@ class Worker:
             temperature=self.config.worker.rollout.temperature,
         )
         self.updater = Updater(self.runtime, self.experience, self.config)
-        self.engine_files = tempfile.TemporaryDirectory(prefix="descore_engine_")
-        self.engine = build_rollout_engine(self.config, self.runtime, Path(self.engine_files.name))
+        self.engine_files = ExitStack()
+        folder = self.engine_files.enter_context(temporary_folder("engine"))
+        self.engine = build_rollout_engine(self.config, self.runtime, folder)
         self.is_engine_awake = True
         self.shard: Shard | None = None
         self.offloaded_weights = self._find_offloaded_weights()
@@ -149,7 +151,7 @@ class Worker:
 
     def close(self) -> None:
         """Remove the engine's files; the process is ended from outside."""
-        self.engine_files.cleanup()
+        self.engine_files.close()
 
     def _build_shard(
         self, mini_batches: Sequence[Sequence[PairRollout]], prompts: Mapping[int, ray.ObjectRef]
