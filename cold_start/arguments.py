@@ -188,6 +188,18 @@ class TrainingArguments:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
 
     @property
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rate of each part of the model; those that are not set follow `learning_rate`."""
+        own = {
+            "merger": self.merger_lr,
+            "vision": self.vision_lr,
+            "token": self.special_token_lr,
+            "head": self.rm_head_lr,
+        }
+        base = {"base": self.learning_rate}
+        return base | {part: self.learning_rate if rate is None else rate for part, rate in own.items()}
+
+    @property
     def needs_scores(self) -> bool:
         return self.loss_type in SCORE_LOSSES
 

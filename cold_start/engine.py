@@ -59,18 +59,10 @@ def read_deepspeed_config(path: str, arguments: TrainingArguments) -> dict:
 
 def build_engine(model: RewardModel, arguments: TrainingArguments, *, num_steps: int):
     """Wrap the model in a DeepSpeed engine with AdamW, one learning rate per part, and a schedule over `num_steps`."""
-    base = arguments.learning_rate
-    learning_rates = {
-        "base": base,
-        "merger": base if arguments.merger_lr is None else arguments.merger_lr,
-        "vision": base if arguments.vision_lr is None else arguments.vision_lr,
-        "token": base if arguments.special_token_lr is None else arguments.special_token_lr,
-        "head": base if arguments.rm_head_lr is None else arguments.rm_head_lr,
-    }
     device = torch.device(get_accelerator().current_device_name())
     model.to(device)
-    groups = parameter_groups(model, learning_rates, weight_decay=arguments.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=base, fused=device.type == "cuda")
+    groups = parameter_groups(model, arguments.learning_rates, weight_decay=arguments.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, fused=device.type == "cuda")
     scheduler = get_scheduler(
         arguments.lr_scheduler_type,
         optimizer,

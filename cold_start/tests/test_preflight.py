@@ -17,6 +17,7 @@ from preflight import build_config, find_resume, load_checked_pairs
 from scored_sequence import DEFAULT_FORMAT_PROMPT, SequenceBuilder
 from stage1_support import SMALL_BUDGET, TINY_BASE, write_pairs_csv
 from trainer_qwen3 import list_checkpoints
+from utils import run_on_main_process
 
 COLLECTIVE_SECONDS = 2
 NUM_SLOW_ROWS = 1500
@@ -82,6 +83,12 @@ def test_format_prompt_of_the_base_holds_unless_another_is_given(tmp_path, caplo
     assert f"flags override the format prompt of {tmp_path}" in caplog.text
 
 
+def test_learning_rates_that_are_not_set_follow_the_one_that_is():
+    rates = TrainingArguments(learning_rate=1e-4, vision_lr=1e-6).learning_rates
+    assert rates == {"base": 1e-4, "merger": 1e-4, "vision": 1e-6, "token": 1e-4, "head": 1e-4}
+    assert set(TrainingArguments().learning_rates.values()) == {2e-6}
+
+
 def check_on_two_ranks(rank: int, port: int, path: Path, log: Path) -> None:
     """Check a CSV in a group whose collectives give up after `COLLECTIVE_SECONDS`."""
     wait = timedelta(seconds=COLLECTIVE_SECONDS)
@@ -94,6 +101,7 @@ def check_on_two_ranks(rank: int, port: int, path: Path, log: Path) -> None:
         load_checked_pairs(str(path), builder, SMALL_BUDGET, data=DataArguments(), training=TrainingArguments())
     except ValueError as error:
         log.with_suffix(f".{rank}").write_text(f"{time.monotonic() - start}\n{error}")
+    run_on_main_process(lambda: time.sleep(1.5 * COLLECTIVE_SECONDS))  # as merging a full model may
     dist.barrier()
 
 
