@@ -108,7 +108,7 @@ class RewardTrainer:
             window.add(sums, num_pairs=num_pairs, grad_norm=grad_norm)
             bar.update()
             if self._is_due(schedule.logging_steps):
-                bar.set_postfix(self._log(window.means() | self._learning_rates()))
+                bar.set_postfix(self._log(window.means() | self._learning_rates()), refresh=False)
             if self.eval_data is not None and self._is_due(schedule.eval_steps):
                 self._log(self.evaluate())
             if self._is_due(schedule.save_steps):

@@ -284,7 +284,8 @@ def test_unknown_flags_are_errors(clips, small_base, tmp_path):
 
 @pytest.mark.parametrize("zero", [0, 2])
 def test_loss_that_is_not_finite_stops_before_the_step_and_names_it(clips, small_base, tmp_path, refusal, zero):
-    data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "A"])
+    videos = [repr([str(clips[0]), str(clips[1])])] * 2
+    data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B"], videos=videos)  # one is always wrong
     settings = {"gradient_accumulation_steps": 2, "rm_head_lr": 1e30, "zero": zero}  # the first step ruins the head
     text = refusal(data, small_base, tmp_path / "output", **settings)
     assert re.search(r"error: (loss|gradient norm) is not finite at step 2", text)
