@@ -74,8 +74,8 @@ async def _serve(service: RewardService, server: Server, grace_seconds: float) -
     serving = asyncio.ensure_future(server.serve())
     ended = asyncio.wrap_future(service.scoring.ended)
     await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
-    if not serving.done():
-        server.stop()
-        await asyncio.wait({serving}, timeout=SECONDS_FOR_ANSWERS)
     if serving.done():
         serving.result()
+        raise RuntimeError("Granian ended by itself")
+    server.stop()
+    await asyncio.wait({serving}, timeout=SECONDS_FOR_ANSWERS)
