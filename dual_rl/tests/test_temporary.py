@@ -102,7 +102,7 @@ def test_failed_and_killed_runs_leave_nothing_after_the_next(temporary):
     assert fail.wait(60) == 1
     assert not list(temporary.glob("descore_ray_*"))
     kill(start(RAY + "import time\ntime.sleep(60)", temporary))
-    kinds = {path.name.rpartition("_")[0] for path in temporary.iterdir()}
-    assert kinds == {"descore_ray", "descore_engine"}
+    kinds = {path.name.split("_")[1] for path in temporary.iterdir()}
+    assert kinds == {"ray", "engine"}
     assert start(RAY + "ray.shutdown()", temporary).wait(60) == 0
     assert not list(temporary.iterdir())

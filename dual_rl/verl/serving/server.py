@@ -67,6 +67,7 @@ async def _serve(service: RewardService, server: Server, grace_seconds: float) -
     def stop() -> None:
         logger.info("stopping; up to %g s for what was accepted", grace_seconds)
         service.scoring.stop()
+        service.interrupt()
         loop.call_later(grace_seconds, service.scoring.abandon)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -77,5 +78,6 @@ async def _serve(service: RewardService, server: Server, grace_seconds: float) -
     if serving.done():
         serving.result()
         raise RuntimeError("Granian ended by itself")
+    service.interrupt()  # of a failed engine
     server.stop()
     await asyncio.wait({serving}, timeout=SECONDS_FOR_ANSWERS)
