@@ -6,7 +6,7 @@
     scores = client.score(["local.mp4", encoded_mp4_bytes, ServerPath("/data/a.mp4")], ["a cat runs"] * 3)
     rewards = [score.reward for score in scores]
 
-Scoring is greedy and keeps nothing, so a request that got lost is simply sent again.
+Scoring is greedy and the server keeps no state, so a lost request is simply sent again.
 """
 
 import http.client
@@ -30,14 +30,14 @@ RETRIED_STATUSES = (429, 502, 503, 504)
 CONNECTION_ERRORS = (ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
 CONNECT_SECONDS = 30.0
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
-"""Finds out within two minutes that the other machine is gone, while a long silence of a live one is fine."""
+"""Notices within two minutes that the other machine is gone; a live one may be silent for longer."""
 PIECE = 1 << 18
 
 logger = logging.getLogger(__name__)
 
 
 class RewardServerError(RuntimeError):
-    """The server gave no rewards: it refused, with `status`, or could not be reached for good, `status` None."""
+    """The server gave no rewards: it refused with `status`, or could not be reached (`status` is None)."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -72,7 +72,7 @@ class _Reply(NamedTuple):
 
 @dataclass(frozen=True)
 class RewardClient:
-    """A server and how to insist. Safe to share between threads, and to pickle.
+    """A server, and how to retry. Safe to share between threads, and to pickle.
 
     `url`: `http(s)://host:port`, perhaps with a path before `/v1/score`. `timeout`: seconds of silence on a
     connection; scoring counts, so it must exceed the longest wait in the server's queue. `num_retries`: of each
@@ -102,10 +102,10 @@ class RewardClient:
 
         `videos`: a `ServerPath`, the path of a local file, or the bytes of a file (encoded video, not frames).
         `prompts`: what each was generated from. Raises RewardServerError when retries are used up or the server
-        refuses for good, and OSError for local files that cannot be read.
+        refuses, and OSError for local files that cannot be read.
         """
         if len(videos) != len(prompts):
-            raise ValueError(f"{len(videos)} videos and {len(prompts)} prompts: give one for each")
+            raise ValueError(f"{len(videos)} videos and {len(prompts)} prompts; give one prompt for each video")
         batches = [*self._batches(videos, on_server=True), *self._batches(videos, on_server=False)]
         with ThreadPoolExecutor(self.num_connections) as pool:
             results = list(pool.map(lambda batch: self._score_batch(batch, videos, prompts), batches))
@@ -140,13 +140,13 @@ class RewardClient:
             request = {"videos": [{"path": str(videos[number])} for number in batch], "prompts": of_batch}
             body = json.dumps(request).encode()
             headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-            reply = self._insist("/v1/score", lambda: iter((body,)), headers)
+            reply = self._retry("/v1/score", lambda: iter((body,)), headers)
         else:
             form = _Form([videos[number] for number in batch], of_batch)
-            reply = self._insist("/v1/score/upload", form.pieces, form.headers())
+            reply = self._retry("/v1/score/upload", form.pieces, form.headers())
         return _read_scores(reply, len(batch))
 
-    def _insist(self, route: str, make_body, headers: dict[str, str]) -> bytes:
+    def _retry(self, route: str, make_body, headers: dict[str, str]) -> bytes:
         """The body of a reply with status 200."""
         start, pause, problem, status = time.monotonic(), self.first_pause, "", None
         for attempt in range(self.num_retries + 1):
@@ -258,7 +258,7 @@ def _read_scores(body: bytes, num_videos: int) -> list[Score]:
     try:
         scores = [_read_score(result) for result in json.loads(body)["results"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise RewardServerError(f"the reply is none of a reward server: {body[:200]!r}", 200) from error
+        raise RewardServerError(f"the reply is not from a reward server: {body[:200]!r}", 200) from error
     if len(scores) != num_videos:
         raise RewardServerError(f"the reply has {len(scores)} results for {num_videos} videos", 200)
     return scores

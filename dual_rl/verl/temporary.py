@@ -27,14 +27,18 @@ def temporary_folder(kind: str) -> Iterator[Path]:
     lock = _try_lock(hidden, os.O_CREAT)
     assert lock is not None, f"another process has locked {hidden}"
     folder = hidden.rename(parent / hidden.name.removeprefix("."))
-    remove = partial(_remove, folder, lock)
-    atexit.register(remove)
+    leave = partial(_leave, folder, lock)
+    atexit.register(leave)
     try:
         yield folder
     finally:
-        atexit.unregister(remove)
-        remove()
-        _remove_abandoned(parent)  # of processes that this one has started and killed
+        atexit.unregister(leave)
+        leave()
+
+
+def _leave(folder: Path, lock: int) -> None:
+    _remove(folder, lock)
+    _remove_abandoned(folder.parent)  # of processes that this one has started and killed
 
 
 def _remove_abandoned(parent: Path) -> None:

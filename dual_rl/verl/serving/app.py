@@ -50,10 +50,7 @@ class RewardService:
     metrics: ServerMetrics
     token: str | None = None
     scale: RewardScale | None = None
-    _receiving: asyncio.Semaphore = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._receiving = asyncio.Semaphore(self.limits.max_receiving)
+    _deadlines: set[asyncio.Timeout] = field(default_factory=set, init=False)
 
     async def require_token(self, request: Request) -> None:
         """Raise RefusedError unless the request carries the token. Compares in constant time."""
@@ -96,18 +93,28 @@ class RewardService:
         """`GET /metrics`."""
         return Response(self.metrics.render(), media_type=self.metrics.content_type)
 
+    def interrupt(self) -> None:
+        """Refuse what is still on its way: the server stops."""
+        for deadline in self._deadlines:
+            if not deadline.expired():
+                deadline.reschedule(0.0)
+
     @contextlib.asynccontextmanager
     async def _receive(self) -> AsyncIterator[None]:
         """While a body arrives: so many at a time, and each in its time. Raises RefusedError."""
-        if self._receiving.locked():
+        if len(self._deadlines) >= self.limits.max_receiving:
             raise RefusedError(503, "too_many_bodies", "too many requests are being received", retry_after=RETRY_SOON)
         seconds = self.limits.body_timeout
-        async with self._receiving:
-            try:
-                async with asyncio.timeout(seconds):
-                    yield
-            except TimeoutError as error:
-                raise RefusedError(408, "slow_body", f"the body did not arrive within {seconds:g} s") from error
+        deadline = asyncio.timeout(seconds)
+        self._deadlines.add(deadline)
+        try:
+            async with deadline:
+                yield
+        except TimeoutError as error:
+            self.scoring.require_room()
+            raise RefusedError(408, "slow_body", f"the body did not arrive within {seconds:g} s") from error
+        finally:
+            self._deadlines.discard(deadline)
 
     def _resolve(self, path: str) -> Video | PathError:
         try:

@@ -40,9 +40,7 @@ class ServerLimits:
             if not 0 < getattr(self, limit.name) < math.inf:
                 raise ValueError(f"{limit.name} is {getattr(self, limit.name)}; it must be positive")
         if self.max_videos > self.max_queue:
-            raise ValueError(
-                f"max_videos={self.max_videos} would never fit max_queue={self.max_queue}: raise max_queue"
-            )
+            raise ValueError(f"max_videos={self.max_videos} is over max_queue={self.max_queue}; raise max_queue")
 
     def check_request(self, num_videos: int, prompts: Sequence[str]) -> None:
         """Raise RefusedError unless there is a prompt for each video, and neither too many nor too long ones."""

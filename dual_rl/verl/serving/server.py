@@ -67,6 +67,7 @@ async def _serve(service: RewardService, server: Server, grace_seconds: float) -
     def stop() -> None:
         logger.info("stopping; up to %g s for what was accepted", grace_seconds)
         service.scoring.stop()
+        service.interrupt()
         loop.call_later(grace_seconds, service.scoring.abandon)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -74,8 +75,9 @@ async def _serve(service: RewardService, server: Server, grace_seconds: float) -
     serving = asyncio.ensure_future(server.serve())
     ended = asyncio.wrap_future(service.scoring.ended)
     await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
-    if not serving.done():
-        server.stop()
-        await asyncio.wait({serving}, timeout=SECONDS_FOR_ANSWERS)
     if serving.done():
         serving.result()
+        raise RuntimeError("Granian ended by itself")
+    service.interrupt()  # of a failed engine
+    server.stop()
+    await asyncio.wait({serving}, timeout=SECONDS_FOR_ANSWERS)
