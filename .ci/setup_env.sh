@@ -1,22 +1,21 @@
 #!/usr/bin/env bash
-# Prepare the project's own virtual environment. Safe to repeat: instant when nothing changed, redone when interrupted.
+# Make the virtual environment of the project. Instant when nothing changed; an interrupted set-up starts again.
 #
-#   VENV=.venv           where the environment lives (default: .venv in the repository)
+#   VENV=.venv           the environment's folder (default: .venv in the repository)
 #   STAGES="cold_start"  whose requirements to install (default: both stages, in one environment)
-#   MACHINE=cpu|gpu      overrides the look at the machine
-#   PYTHON=python3.12    overrides the search for an interpreter (3.11 or newer)
+#   MACHINE=cpu|gpu      default: what the machine has
+#   PYTHON=python3.12    the interpreter (default: the first of 3.11 or newer, or the one that uv finds)
 #   TORCH_CPU_INDEX=URL  a mirror of PyTorch's index of CPU builds
 #
-# On a GPU machine this is a plain installation of the requirement files. On a CPU machine torch goes first and pinned,
-# and torchvision without its dependencies, so that no CUDA packages are pulled in.
+# uv installs everything. Where it looks for packages is what pip is configured to (a mirror, a folder of wheels).
 set -euo pipefail
+export UV_SYSTEM_CERTS=1 # as pip does
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$(realpath -m "${VENV:-$ROOT/.venv}")"
 STAGES="${STAGES:-cold_start dual_rl}"
-STATE="$VENV/.setup" # made_here, unfinished, and one stamp for each installed part
 TORCH_CPU_INDEX="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
-INDEX_ARGS=()
+STATE="$VENV/.setup" # marks an environment as made here; its file `installed` is the fingerprint of a finished set-up
 
 say() { printf 'setup: %s\n' "$*"; }
 
@@ -25,191 +24,120 @@ die() {
     exit 1
 }
 
-detect_machine() {
-    if [[ -n "${MACHINE:-}" ]]; then
-        echo "$MACHINE"
-    elif nvidia-smi -L 2>/dev/null | grep -q '^GPU' || compgen -G '/proc/driver/nvidia/gpus/*' >/dev/null; then
-        echo gpu
-    else
-        echo cpu
-    fi
+fingerprint() {
+    { echo "$MACHINE $STAGES" && cat "$0" "$ROOT"/.ci/torchvision_cpu_ops.py "$ROOT"/{.ci,*}/requirements*.txt; } | sha256sum
 }
 
-# The files of one part ("tooling" or a stage's folder) that pip reads, one a line.
-requirement_file() {
-    local stage="$1"
-    if [[ "$stage" == tooling ]]; then
-        echo "$ROOT/.ci/requirements.txt"
-    elif [[ "$KIND" == cpu && -f "$ROOT/$stage/requirements-cpu.txt" ]]; then
-        echo "$ROOT/$stage/requirements-cpu.txt"
-    else
-        echo "$ROOT/$stage/requirements.txt"
-    fi
-}
+is_current() { [[ "$(cat "$STATE/installed" 2>/dev/null)" == "$(fingerprint)" && -x "$VENV/bin/python" ]]; }
 
-stamp_of() {
-    {
-        echo "$KIND"
-        cat "${BASH_SOURCE[0]}" "$ROOT/.ci/torchvision_cpu_ops.py" "$(dirname "$(requirement_file "$1")")"/requirements*.txt
-    } | sha256sum
-}
-
-is_current() {
-    local part
-    [[ ! -e "$STATE/unfinished" && -x "$VENV/bin/python" ]] || return 1
-    for part in "${PARTS[@]}"; do
-        [[ "$(cat "$STATE/$part.stamp" 2>/dev/null)" == "$(stamp_of "$part")" ]] || return 1
-    done
-}
-
-# The interpreter that virtual environments are made from; prefers the version that everything was tested with.
 find_python() {
     local candidate
     for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
         "$candidate" -c 'import ensurepip, sys, venv; assert sys.version_info >= (3, 11); print(sys._base_executable)' \
             2>/dev/null && return
     done
-    die "no usable Python >= 3.11 among: ${PYTHON:-python3.11 python3.12 python3.13 python3 python}." \
-        "Install one with its venv module (Debian, Ubuntu: apt install python3.11-venv), or set PYTHON=/path/to/python"
-}
-
-# uv does not read pip's settings; an index or wheel folder that was set for pip is meant for it as well.
-share_pip_settings_with_uv() {
-    [[ -z "${PIP_INDEX_URL:-}" ]] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}"
-    [[ -z "${PIP_EXTRA_INDEX_URL:-}" ]] || export UV_INDEX="${UV_INDEX:-$PIP_EXTRA_INDEX_URL}"
-    [[ -z "${PIP_FIND_LINKS:-}" ]] || export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}"
-    [[ -z "${PIP_CERT:-}" ]] || export SSL_CERT_FILE="${SSL_CERT_FILE:-$PIP_CERT}"
 }
 
 make_venv() {
-    local python=""
-    if [[ -e "$STATE/unfinished" ]]; then
-        say "the last set-up was interrupted: starting again"
-        rm -rf "$VENV"
-    elif "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    local python
+    if [[ -e "$STATE/installed" ]] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+        rm "$STATE/installed"
         return
-    elif [[ -e "$STATE/made_here" ]]; then
-        say "the environment in $VENV no longer works: making it anew"
+    elif [[ -e "$STATE" ]]; then
+        say "the environment in $VENV is unfinished or broken: making it anew"
         rm -rf "$VENV"
     elif [[ -e "$VENV" ]]; then
-        die "$VENV exists but is not a virtual environment with pip that this script made. Move it away or set VENV"
+        die "$VENV was not made by this set-up. Move it away or set VENV."
     fi
-    [[ "$INSTALLER" == uv ]] || python="$(find_python)"
+    python="$(find_python || true)"
     mkdir -p "$STATE"
-    touch "$STATE/made_here" "$STATE/unfinished"
     say "making $VENV with ${python:-uv}"
-    if [[ "$INSTALLER" == uv ]]; then
-        uv venv --quiet --allow-existing --seed --python "${PYTHON:-3.11}" "$VENV"
-    else
+    if [[ -n "$python" ]]; then
         "$python" -m venv "$VENV"
-    fi
-}
-
-install() {
-    if [[ "$INSTALLER" == uv ]]; then
-        uv pip install --quiet --python "$VENV/bin/python" "${INDEX_ARGS[@]}" "$@"
+    elif command -v uv >/dev/null; then
+        UV_PYTHON="${PYTHON:-${UV_PYTHON:-3.11}}" uv venv --quiet --allow-existing --seed "$VENV"
     else
-        "$VENV/bin/python" -m pip install -qq --no-input --disable-pip-version-check "${INDEX_ARGS[@]}" "$@"
+        rm -rf "$VENV"
+        die "no Python >= 3.11 with its venv module was found. Install one (apt install python3-venv) or set PYTHON."
     fi
 }
 
-torch_cpu_index_answers() {
-    "$VENV/bin/python" - "$TORCH_CPU_INDEX/torch/" >/dev/null 2>&1 <<'PYTHON'
-import os, sys, threading, urllib.request
-
-deadline = threading.Timer(5, os._exit, [1])  # name resolution knows no time-out of its own
-deadline.daemon = True
-deadline.start()
-urllib.request.urlopen(sys.argv[1], timeout=5).close()
-PYTHON
+# uv does not read pip's configuration. UV_* variables that are set already win, then PIP_* variables, then files.
+share_pip_configuration() {
+    local configuration section key value
+    configuration="$("$VENV/bin/python" -m pip config list)"
+    for section in :env: install global; do
+        while IFS== read -r key value; do
+            value="$(xargs <<<"${value//\\n/ }" | xargs)" # pip prints it in quotes, with \n between lines
+            case "$key" in
+                "$section.index-url") export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$value}" ;;
+                "$section.extra-index-url") export UV_INDEX="${UV_INDEX:-$value}" ;;
+                "$section.find-links") export UV_FIND_LINKS="${UV_FIND_LINKS:-${value// /,}}" ;;
+                "$section.constraint") export UV_CONSTRAINT="${UV_CONSTRAINT:-$value}" ;;
+                "$section.trusted-host") export UV_INSECURE_HOST="${UV_INSECURE_HOST:-$value}" ;;
+                "$section.cert") export SSL_CERT_FILE="${SSL_CERT_FILE:-$value}" ;;
+            esac
+        done <<<"$configuration"
+    done
+    export UV_INDEX_STRATEGY="${UV_INDEX_STRATEGY:-unsafe-best-match}" # the best version of all indexes, as pip does
 }
 
-install_cpu_torch() {
-    local pins="$ROOT/cold_start/requirements.txt"
-    if torch_cpu_index_answers; then
-        say "installing PyTorch from its CPU index"
-        if [[ "$INSTALLER" == uv ]]; then
-            INDEX_ARGS=(--index "$TORCH_CPU_INDEX" --index-strategy unsafe-best-match)
+install_requirements() {
+    local stage site arguments=(-r "$ROOT/.ci/requirements.txt")
+    for stage in $STAGES; do
+        if [[ "$MACHINE" == cpu && -f "$ROOT/$stage/requirements-cpu.txt" ]]; then
+            arguments+=(-r "$ROOT/$stage/requirements-cpu.txt")
         else
-            INDEX_ARGS=(--extra-index-url "$TORCH_CPU_INDEX")
+            arguments+=(-r "$ROOT/$stage/requirements.txt")
         fi
-    else
-        say "installing PyTorch (its CPU index does not answer: from where $INSTALLER finds it)"
+    done
+    if [[ "$MACHINE" == cpu ]]; then
+        # PyPI has no builds of these two for CPU torch, and what asks for them runs without.
+        printf 'torchaudio\ntorchcodec\n' >"$STATE/excludes.txt"
+        arguments+=(--excludes "$STATE/excludes.txt")
+        if timeout 5 "$VENV/bin/python" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1])' \
+            "$TORCH_CPU_INDEX/torch/" 2>/dev/null; then
+            arguments+=(--index "$TORCH_CPU_INDEX")
+        else
+            say "PyTorch's CPU index does not answer: torch comes from where pip is configured to look"
+        fi
+        site="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+        cp "$ROOT/.ci/torchvision_cpu_ops.py" "$site/"
+        echo 'import torchvision_cpu_ops; torchvision_cpu_ops.install()' >"$site/torchvision_cpu_ops.pth"
     fi
-    install "$(grep -m 1 '^torch==' "$pins")"
-    install --no-deps "$(grep -m 1 '^torchvision==' "$pins")"
+    "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "$(grep '^uv==' "$ROOT/.ci/requirements.txt")"
+    "$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python" "${arguments[@]}"
 }
 
-finish_cpu() {
-    local package site
-    # Their package-index builds do not load against CPU torch, and what asks for them runs without.
-    for package in torchaudio torchcodec; do
-        if compgen -G "$VENV/lib/python3*/site-packages/$package-*.dist-info" >/dev/null; then
-            if [[ "$INSTALLER" == uv ]]; then
-                uv pip uninstall --quiet --python "$VENV/bin/python" "$package"
-            else
-                "$VENV/bin/python" -m pip uninstall -qq --yes "$package"
-            fi
-        fi
-    done
-    site="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-    cp "$ROOT/.ci/torchvision_cpu_ops.py" "$site/"
-    echo 'import torchvision_cpu_ops; torchvision_cpu_ops.install()' >"$site/torchvision_cpu_ops.pth"
-}
-
-install_everything() {
-    local part files=()
-    rm -f "$STATE"/*.stamp
-    mkdir -p "$STATE"
-    [[ ! -e "$STATE/made_here" ]] || touch "$STATE/unfinished"
-    [[ "$KIND" != cpu ]] || install_cpu_torch
-    for part in "${PARTS[@]}"; do
-        files+=(-r "$(requirement_file "$part")")
-    done
-    say "installing the requirements of: ${PARTS[*]} (some minutes the first time)"
-    install "${files[@]}"
-    [[ "$KIND" != cpu ]] || finish_cpu
-    say "checking that it imports"
-    "$VENV/bin/python" -c '
-import torch, torchvision
-from transformers import Qwen3VLProcessor
-print(f"setup: ready, torch {torch.__version__}, torchvision {torchvision.__version__}")'
-    for part in "${PARTS[@]}"; do
-        stamp_of "$part" >"$STATE/$part.stamp"
-    done
-    rm -f "$STATE/unfinished"
+check() { # what must start, and the arguments of Python that start it
+    local output
+    output="$("$VENV/bin/python" "${@:2}" 2>&1 9<&-)" || die "$1 does not start from $VENV:"$'\n'"$output"
 }
 
 main() {
     local stage
-    KIND="$(detect_machine)"
-    [[ "$KIND" == cpu || "$KIND" == gpu ]] || die "MACHINE is '$KIND'; it must be cpu or gpu"
-    PARTS=(tooling)
+    MACHINE="${MACHINE:-$(nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)}"
+    [[ "$MACHINE" == cpu || "$MACHINE" == gpu ]] || die "MACHINE is '$MACHINE'. It must be cpu or gpu."
     for stage in $STAGES; do
-        [[ -f "$ROOT/$stage/requirements.txt" ]] || die "STAGES names '$stage', which has no requirements.txt"
-        PARTS+=("$stage")
+        [[ -f "$ROOT/$stage/requirements.txt" ]] || die "STAGES names '$stage', which has no requirements.txt."
     done
-    if is_current; then
-        return
-    fi
-    if command -v flock >/dev/null; then
-        exec 9<"$ROOT" # a second set-up that starts meanwhile waits here, and then finds everything done
-        flock --nonblock 9 || { say "waiting for another set-up in this folder" && flock 9; }
-    fi
-    if is_current; then
-        return
-    fi
-    INSTALLER=pip
-    if command -v uv >/dev/null; then
-        INSTALLER=uv
-        share_pip_settings_with_uv
-    fi
-    say "preparing an environment for a $KIND machine"
+    is_current && return
+    exec 9<"$ROOT" # a second set-up waits here and then finds everything done
+    flock --nonblock 9 || { say "waiting for another set-up in this repository" && flock 9; }
+    is_current && return
     make_venv
-    install_everything
-    if ! command -v c++ >/dev/null || ! command -v gcc >/dev/null; then
-        say "note: no C++ compiler found (gcc); DeepSpeed needs one to run several processes on a CPU"
+    share_pip_configuration
+    say "installing the requirements of $STAGES for a $MACHINE machine (minutes the first time)"
+    install_requirements
+    say "checking that everything starts"
+    check "Qwen3-VL's processor" -c 'from transformers import Qwen3VLProcessor'
+    [[ " $STAGES " != *" cold_start "* ]] || check "DeepSpeed's launcher" -m deepspeed.launcher.runner --help
+    if [[ " $STAGES " == *" dual_rl "* ]]; then
+        check Ray -c 'import ray; ray.init(num_cpus=1, include_dashboard=False)'
+        check vLLM -c 'import vllm'
     fi
+    fingerprint >"$STATE/installed"
+    say "ready"
 }
 
-main "$@"
+main

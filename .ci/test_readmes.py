@@ -1,167 +1,150 @@
-"""Every command, flag, setting, file and name in every README is there; and a README that is wrong is found out.
+"""The READMEs can be followed: the links, paths, commands, flags, settings and imports that they name exist."""
 
-All READMEs, the real ones and those made up here, are checked at once: most of the time is the programs' imports.
-"""
-
+import ast
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from readmes.checks import find_problems, find_readmes
-from readmes.commands import block_kind, inline_kind, parse_commands
-from readmes.text import Piece, read_pieces
+from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parent.parent
-
-SNIPPET = "```python\nfrom inference import RewardModel\n"
-WRONG = {
-    "flag of a script": ("cold_start", "    bash train.sh --loss_typo bt", "unknown arguments: --loss_typo"),
-    "value of a flag": ("cold_start", "    bash train.sh --loss_type best", "invalid choice: 'best'"),
-    "abbreviated flag": ("cold_start", "    python -m infer_utils.check_csv a.csv --dec", "unknown arguments: --dec"),
-    "required flag": ("dual_rl", "    python serve.py --port 1", "arguments are required: --model_ckpt"),
-    "flag of a script without flags": ("figure", "`python draw_evidence.py --fast`", "takes no flags: --fast"),
-    "flag in the text": ("cold_start", "with `--num_sample` more", "no program of cold_start knows --num_sample"),
-    "flag of the other stage": ("dual_rl", "with `--tie_margin`", "no program of dual_rl knows --tie_margin"),
-    "key": ("dual_rl", "set `worker.rollout.m=4`", "worker.rollout.m=4: Key 'm' not in 'RolloutConfig'"),
-    "key without a value": ("dual_rl", "see `worker.rolout.n`", "worker.rolout.n: no such setting"),
-    "value of a key": ("dual_rl", "    bash examples/train.sh worker.rollout.n=many", "Value 'many' of type 'str'"),
-    "file of a key": ("dual_rl", "    worker.reward.reward_function=examples/x.py:f", "examples/x.py:f: no such file"),
-    "key given to make": (".", "`make quickstart ARGS=trainer.steps=20`", "trainer.steps=20: Key 'steps' not in"),
-    "script": ("cold_start", "    bash trian.sh", "bash trian.sh: no such script in cold_start"),
-    "folder of a script": ("dual_rl", "    bash dual_rl/inference.sh", "no such script in dual_rl"),
-    "module": ("cold_start", "    python -m infer_utils.check data.csv", "infer_utils.check: no such module"),
-    "import": ("cold_start", "    python model/train_base.py", "train_base.py does not start: ModuleNotFoundError"),
-    "program": ("cold_start", "    pyhton train_reward.py", "pyhton: not a program"),
-    "variable": ("cold_start", "    DATE=a.csv bash train.sh", "DATE: cold_start/train.sh does not read this"),
-    "variable before python": ("dual_rl", "`HEAD=x python serve.py --help`", "HEAD: nothing reads this variable"),
-    "variable in the text": ("dual_rl", "with `SEEDS=1`", "SEEDS: no script of dual_rl reads this variable"),
-    "variable in a table": ("cold_start", "| variable | |\n|-|-|\n| `DATA` | |\n| `DATUM` | |", "5: DATUM: no script"),
-    "target": (".", "    make quickstrat", "make quickstrat: no such target"),
-    "target elsewhere": ("dual_rl", "`make quickstart`", "make quickstart: no such target in dual_rl"),
-    "variable of make": (".", "`make setup MACHIN=cpu`", "MACHIN: make does not read this variable"),
-    "test": (".", "`python -m pytest dual_rl/tests -k no_such_test`", "-k no_such_test: no test in dual_rl/tests"),
-    "file of a command": ("cold_start", "    bash train.sh --meta_data data/x.csv", "data/x.csv: no such file"),
-    "file in the text": ("dual_rl", "see `verl/core/no_such.py`", "verl/core/no_such.py: no such file or folder"),
-    "written file": ("dual_rl", "it writes `no_such.jsonl`", "no_such.jsonl: no such file or folder, and no program"),
-    "link": ("dual_rl", "see [this](data/README.txt)", "link to data/README.txt: no such file"),
-    "heading": (".", "see [this](dual_rl/README.md#no-such)", "link to dual_rl/README.md#no-such: no such heading"),
-    "requirement file": ("dual_rl", "`pip install -r requirement.txt`", "requirement.txt: no such file in dual_rl"),
-    "version": ("dual_rl", "`pip install vllm==0.1.0`", "vllm==0.1.0: the requirement files pin"),
-    "environment": ("dual_rl", "`conda activate Descore_cs`", "env.yaml in dual_rl does not name it"),
-    "syntax": ("dual_rl", "```python\nmodel = (\n```", "not valid Python"),
-    "imported name": ("dual_rl", "```python\nfrom inference import Model\n```", "import Model: it has no Model"),
-    "argument": ("dual_rl", f"{SNIPPET}RewardModel.from_pretrained('x', path='y')\n```", "unexpected keyword"),
-    "method": ("dual_rl", f"{SNIPPET}m = RewardModel.from_pretrained('x')\nm.scores([])\n```", "has no scores"),
-    "call in the text": ("dual_rl", f"{SNIPPET}```\n`RewardModel.load('x')`", "has no load"),
-    "quotation": ("cold_start", '    bash train.sh "a', "No closing quotation"),
-}  # fmt: skip
-"""What is wrong: the README's folder, its text, and what has to be said about it."""
-
-RIGHT = {
-    "a section is one shell": (".", "    cd cold_start\n\nThen\n\n    bash train.sh --lora_r 8"),
-    "a heading ends it": (".", "    cd cold_start\n\n# Next\n\n    cd dual_rl"),
-    "a place is said": ("dual_rl", "From the\nrepository root:\n\n    bash dual_rl/inference.sh --backend hf"),
-    "a place for all": ("dual_rl", "All commands are run in `cold_start/`.\n\n# Next\n\n    bash train.sh"),
-    "a snippet says its place": (".", "```python\nimport inference  # from dual_rl/\n```"),
-    "output is no command": (".", "    step 1 of 2\n    loss 0.5 (3 s)"),
-    "the reader's own files": (
-        "cold_start",
-        "    DATA=my/a.csv bash train.sh --output_dir output/b",
-    ),
-    "an exported path": ("cold_start", "    export PYTHONPATH=.:datasets\n    python model/train_base.py --steps 1"),
-}
-
-
-def made_up(name: str, folder: str) -> str:
-    return str(Path(folder) / f"{name}.md")
+STAGES = ("cold_start", "dual_rl", "figure")
+FILES = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+CODE = {name: (ROOT / name).read_text() for name in FILES if re.match(r"(?!.*/tests/)[a-z].*\.(py|sh)$", name)}
+ALL_CODE = "\n".join(CODE.values())
+COMMAND = re.compile(r"\s*(?:[A-Z_]+=\S* +)*(?:bash|cd|export|make|python) ")
+SETTING = re.compile(r"(?:data|algorithm|worker|trainer)(?:\.(?!py\b)[a-z_]+)+(?==|$)")
+PATH = re.compile(r"[\w./-]+/[\w./-]*|[\w.-]+\.(?:csv|html|jinja|jsonl?|md|pth|py|safetensors|sh|txt|yaml)")
+READERS_OWN = re.compile(r"^(my|~|Qwen)?/|\.venv|(^|/)(output|results)/|^bench_|[A-Z]{3}|_N\b|\.\.\.")
+OF_OTHERS = ("PYTHONPATH", "CUDA_", "RAY_", "--media-io-kwargs", "--num-cpus", "--trust-request-mm-kwargs")
+HELP = """
+import os, runpy, sys, deepspeed, peft, transformers  # once for all programs: they take most of the time
+for program in sys.argv[1:]:
+    print(end=f"\\0{program}\\0", flush=True)
+    if os.fork() == 0:
+        folder = os.path.abspath(program.split("/")[0])
+        sys.path[:0] = [os.path.dirname(os.path.abspath(program)), folder, f"{folder}/datasets"]
+        sys.argv = [program, "--help"]
+        sys.exit(not runpy.run_path(program, run_name="__main__"))
+    os.wait()
+"""
 
 
 @pytest.fixture(scope="module")
-def problems() -> dict[str, list[str]]:
-    """What is wrong with each README, by its path."""
-    readmes = find_readmes(ROOT)
-    readmes |= {made_up(name, folder): f"\n{text}\n" for name, (folder, text, *_) in {**WRONG, **RIGHT}.items()}
-    found: dict[str, list[str]] = {name: [] for name in readmes}
-    for problem in find_problems(readmes, ROOT):
-        found[problem.partition(":")[0]].append(problem)
-    return found
+def help_of() -> dict[str, str]:
+    """What each program prints when it is asked for `--help`."""
+    command = [sys.executable, "-c", HELP, *(name for name, text in CODE.items() if "__main__" in text)]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")[1:]
+    return dict(zip(output[::2], output[1::2], strict=True))
 
 
-def pieces_of(text: str, readme: str = "cold_start/README.md") -> list[Piece]:
-    return read_pieces(readme, text, ROOT)
+def setting_names() -> set[str]:
+    """Every setting of stage 2, as `worker.rollout.n`, and every group of settings."""
+    sys.path.insert(0, str(ROOT / "dual_rl"))
+    from verl.trainer.config import Config
+
+    def names(group: type, prefix: str) -> Iterator[str]:
+        for name, kind in typing.get_type_hints(group).items():
+            yield prefix + name
+            yield from names(kind, f"{prefix}{name}.") if getattr(kind, "__module__", "").startswith("verl.") else ()
+
+    return set(names(Config, ""))
 
 
-@pytest.mark.parametrize("readme", find_readmes(ROOT))
-def test_a_newcomer_can_follow_the_readme(problems, readme):
-    assert not problems[readme], "\n" + "\n".join(problems[readme])
+def find(name: str, readme: str) -> str | None:
+    """The path from the root of a file or folder, as seen from above its README, from a stage or from the root."""
+    paths = [(ROOT / folder / name).resolve() for folder in (*Path(readme).parents, *STAGES)]
+    return next((str(path.relative_to(ROOT)) for path in paths if path.exists() and path.is_relative_to(ROOT)), None)
 
 
-def test_the_readmes_are_full_of_things_to_check():
-    kinds = [piece.kind for name, text in find_readmes(ROOT).items() for piece in pieces_of(text, name)]
-    numbers = {kind: kinds.count(kind) for kind in ("shell", "flags", "settings", "path", "link", "python", "call")}
-    least = {"shell": 60, "flags": 60, "settings": 30, "path": 100, "link": 20, "python": 6, "call": 4}
-    assert all(numbers[kind] >= least[kind] for kind in least), numbers
+def check_word(word: str, readme: str) -> Iterator[str]:
+    """What is wrong with a setting, a path or `setting=path`. The code may write the path."""
+    name, _, value = word.partition("=")
+    if SETTING.match(word) and name not in setting_names():
+        yield f"{name}: no such setting"
+    for path in filter(PATH.fullmatch, (name, value.partition(":")[0])):
+        is_there = READERS_OWN.search(path) or find(path, readme) or any(file.endswith(f"/{path}") for file in FILES)
+        if not is_there and path.rstrip("/").split("/")[-1] not in ALL_CODE:
+            yield f"{path}: no such file, and no code writes it"
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_readme_is_found_out_and_the_place_named(problems, name):
-    folder, text, words = WRONG[name]
-    readme = made_up(name, folder)
-    assert len(problems[readme]) == 1, problems[readme]
-    assert words in problems[readme][0]
-    assert int(problems[readme][0].split(":")[1]) in range(2, 2 + len(text.splitlines()))
+def check_command(words: list[str], readme: str, help_of: dict[str, str]) -> Iterator[str]:
+    """What is wrong with one command of a shell. Nothing is run but `make -n`."""
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        name = words.pop(0).partition("=")[0]
+        if not re.search(rf"\$\{{?{name}\b", ALL_CODE) and not name.startswith(OF_OTHERS):
+            yield f"{name}: no script reads this variable"
+    if words[:1] == ["make"]:
+        folders = (ROOT, (ROOT / readme).parent)
+        if all(
+            subprocess.run(["make", "-n", *words[1:]], cwd=path, capture_output=True).returncode for path in folders
+        ):
+            yield "make has no such target"
+    elif words[:1] in (["bash"], ["cd"], ["python"]) and words[1:3] != ["-m", "pytest"]:
+        name, *given = words[1:] if words[1] != "-m" else [f"{words[2].replace('.', '/')}.py", *words[3:]]
+        program = find(name, readme)
+        if program is None and not READERS_OWN.search(name):
+            yield f"{name}: no such file"
+        called = re.findall(r"[\w/.-]+\.py\b", CODE.get(program, ""))  # what a shell script gives its arguments to
+        text = "".join(help_of.get(file, "") for file in (program, *(find(file, readme) for file in called)))
+        for word in given:
+            if word.startswith("--") and not re.search(rf"{word.partition('=')[0]}\b", text):
+                yield f"{program} does not know {word}"
+            yield from check_word(word, readme) if "/" in word or "=" in word else ()
 
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_a_right_readme_passes(problems, name):
-    assert problems[made_up(name, RIGHT[name][0])] == []
+def check_code(text: str, readme: str, help_of: dict[str, str]) -> Iterator[str]:
+    """What is wrong with a block or an inline piece of code that is not Python. Blocks that are output pass."""
+    if COMMAND.match(text):
+        for command in re.split(r"\n|&&|[|;]\s", text.replace("\\\n", " ")):
+            problems = check_command(shlex.split(command, comments=True), readme, help_of)
+            yield from (f"{command.strip()}: {problem}" for problem in problems)
+    elif text.startswith("--"):
+        flag = re.match(r"[\w-]+", text)[0]
+        if not flag.startswith(OF_OTHERS) and not re.search(rf"{flag}\b", "\n".join([*help_of.values(), ALL_CODE])):
+            yield f"no program knows {flag}"
+    else:
+        yield from check_word(text, readme)
 
 
-def test_commands_are_read_as_a_shell_does():
-    text = "A=1 B='x y' python -m x \\\n    --y 'a*'  # note\n\ncd a && ls > b.txt\n"
-    first, second, third = parse_commands(text, line=5)
-    assert (first.variables, first.program) == ({"A": "1", "B": "x y"}, "python")
-    assert (first.arguments, first.line) == (("-m", "x", "--y", "a*"), 5)
-    assert (second.program, second.arguments) == ("cd", ("a",))
-    assert (third.program, third.arguments, third.line) == ("ls", (), 8)
+def check_snippet(text: str, readme: str) -> Iterator[str]:
+    """What is wrong with the imports of a Python snippet. A snippet that is no Python raises SyntaxError."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            ours = find(f"{module.replace('.', '/')}.py", readme) or find(f"{module}/__init__.py", readme)
+            if ours is None and importlib.util.find_spec(module.partition(".")[0]) is None:
+                yield f"{module}: no such module"
+            names = [alias.name for alias in node.names] if ours and isinstance(node, ast.ImportFrom) else []
+            yield from (f"{module} has no {name}" for name in names if not re.search(rf"\b{name}\b", CODE[ours]))
 
 
-def test_inline_code_over_two_lines_is_one_command():
-    (piece,) = pieces_of("Here\n`python\ntrain_reward.py --help` tells.")
-    assert (piece.line, piece.command.arguments) == (2, ("train_reward.py", "--help"))
+def check_link(target: str, readme: str) -> Iterator[str]:
+    name, _, anchor = target.partition("#")
+    path = (ROOT / readme).parent / name if name else ROOT / readme
+    headings = re.findall(r"^#+ +(.+)$", path.read_text(), re.MULTILINE) if anchor and path.exists() else []
+    anchors = ["", *(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings)]
+    if "://" not in target and not (path.exists() and anchor in anchors):
+        yield f"link to {target}: no such file or heading"
 
 
-def test_places_are_followed_through_a_readme():
-    text = "# A\n\n    cd model\n    ls x\n\nand `make a`. From the repository root, `make b`.\n\n# B\n\n    make c\n"
-    places = [(piece.command.arguments, piece.folder) for piece in pieces_of(text)]
-    assert places == [
-        (("model",), "cold_start"),
-        (("x",), "cold_start/model"),
-        (("a",), "cold_start/model"),
-        (("b",), "."),
-        (("c",), "cold_start"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("make test", "shell"), ("X=1 bash a.sh", "shell"), ("X=1 Y=2", "variables"), ("--x 1", "flags"),
-        ("a.py --x", "partial"), ("worker.rollout.n=4", "settings"), ("data.video_key", "settings"),
-        ("data.py", "path"), ("verl/core/", "path"), ("m.score(a, b=1)", "call"), ("vllm==0.32.0", "pin"),
-        ("MODEL_PATH", "name"), ("bt", "sample"), ("[2.0, 2.0]", "sample"), ("make", "sample"),
-    ],
-)  # fmt: skip
-def test_inline_code_is_told_apart(text, kind):
-    assert inline_kind(text) == kind
-
-
-@pytest.mark.parametrize(
-    ("language", "text", "kind"),
-    [
-        ("python", "x = 1", "python"), ("json", "{}", "sample"), ("", "bash a.sh", "shell"), ("sh", "A=1", "shell"),
-        ("", "./a.sh now", "shell"), ("", "data.seed=1 data.shuffle=false", "settings"), ("", "loss 0.5", "sample"),
-    ],
-)  # fmt: skip
-def test_blocks_are_told_apart(language, text, kind):
-    assert block_kind(language, text) == kind
+@pytest.mark.parametrize("readme", [name for name in FILES if name.endswith(".md")])
+def test_a_newcomer_can_follow_the_readme(readme, help_of):
+    problems: list[str] = []
+    for token in MarkdownIt("commonmark").enable("table").parse((ROOT / readme).read_text()):
+        if token.type == "fence" and token.info == "python":
+            problems += check_snippet(token.content, readme)
+        elif token.type in ("fence", "code_block"):
+            problems += check_code(token.content, readme, help_of)
+        for child in token.children or ():
+            if child.type == "code_inline":
+                problems += check_code(child.content, readme, help_of)
+            elif target := child.attrs.get("href") or child.attrs.get("src"):
+                problems += check_link(target, readme)
+    assert not problems, "\n".join(problems)
