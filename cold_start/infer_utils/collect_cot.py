@@ -1,79 +1,316 @@
-"""Collect chains of thought (CoTs) for a preference CSV with any Qwen3-VL, by vLLM here or by a server.
+"""Collect chains of thought (CoTs) for a preference CSV with any Qwen3-VL, in vLLM here or on a server.
 
     python -m infer_utils.collect_cot preferences.csv --output with_cots.csv --model Qwen/Qwen3-VL-8B-Instruct
     python -m infer_utils.collect_cot preferences.csv --output with_cots.csv --model NAME --endpoint http://host:8000/v1
 
-Several CoTs are sampled a video; a pair of well-formed ones that agrees with the label fills CoT_A and CoT_B, and
-stage 2's `answer` is written too. A killed run goes on from where it stopped:
+Several CoTs are sampled per video. A pair of well-formed ones that agrees with the label fills CoT_A and CoT_B, and
+stage 2's `answer` is written too. A killed run resumes with the same command:
 
     with_cots.csv             the input's rows and columns, with CoT_A, CoT_B and answer
     with_cots.samples.jsonl   every CoT that was sampled
     with_cots.report.json     counts, rows without CoTs and why
+
+The walk of a pair: `plan_jobs` makes a job of each video; an engine (`cot_engines`: vLLM in this process,
+`cot_endpoint`: a server) samples their CoTs; `cot_results` notes each in the journal and, once all are there, fills
+the row by the rules of `cot_selection`.
 """
 
+import argparse
+import ast
+import csv
+import hashlib
+import json
 import logging
+import math
+import os
 import sys
-from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from tqdm import tqdm
+from transformers import AutoProcessor
 
-from infer_utils.cot_identity import describe_samples
-from infer_utils.cot_journal import CotJournal
-from infer_utils.cot_options import (
-    build_prompts,
-    build_rules,
-    build_sampling,
-    build_source,
-    check_output,
-    parse_options,
-)
-from infer_utils.cot_plan import CotSource, PromptCheck, VideoFailure, VideoJob, make_plan, read_input
-from infer_utils.cot_report import CollectReport, format_report
-from infer_utils.cot_results import write_results
+from checkpoint import choose_format_prompt, stored_video_budget
+from descore.csv_table import CsvTable
+from descore.progress import progress
+from fingerprint import fingerprint_weights
+from infer_utils.cot_endpoint import VIDEO_FORMS, EndpointEngine
+from infer_utils.cot_engines import CotEngine, Judge, Sample, SampleKey, VideoFailure, VideoJob, VllmEngine
+from infer_utils.cot_results import ANSWER_COLUMN, CollectReport, CotJournal, RowWriter, keeps_cots
+from infer_utils.cot_selection import read_opinions
+from infer_utils.scorer import MAX_COT_TOKENS
+from model_qwen3 import add_reward_token
+from preference_csv import CsvNeeds, PreferencePair, read_pairs, require_clean
+from scored_sequence import NUM_CLOSING_TOKENS, SequenceBuilder
 from utils import quiet_libraries
+from vision_process import VideoBudget, VideoError, probe_videos
 
 logger = logging.getLogger(__name__)
 
+JOURNAL_SUFFIX, REPORT_SUFFIX = ".samples.jsonl", ".report.json"
+SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
+VLLM_FLAGS = ("tensor_parallel_size", "gpu_memory_utilization", "max_num_seqs")
+ENDPOINT_FLAGS = ("api_key_file", "send_video", "concurrency", "timeout")
+Rows = Sequence[Mapping[str, str]]
+"""The CSV's cells as they are, by column."""
 
-def collect(options: Namespace) -> CollectReport:
+
+def collect(options: argparse.Namespace) -> CollectReport:
     """The whole run. Raises ValueError, before a model is loaded, for what is wrong with flags, CSV or files."""
-    sampling, rules = build_sampling(options), build_rules(options)
-    data = read_input(options.csv, eval_dim=options.eval_dim)
-    output, journal_path = check_output(options, data)
-    builder, budget = build_prompts(options)
-    source = build_source(options, builder, budget, sampling)
-    check = PromptCheck(builder, budget, max_length=options.max_length, max_model_len=source.check())
-    plan = make_plan(data, check, sampling, should_replace=options.replace_cots)
-    identity = describe_samples(options, data, sampling, builder=builder, budget=budget)
-    with CotJournal(journal_path, identity, overwrite=options.overwrite) as journal:
-        failures = [*plan.failures, *sample_missing(source, plan.jobs, journal)]
-        return write_results(output, plan, journal, failures, builder=builder, rules=rules)
+    pairs = read_pairs(options.csv, CsvNeeds(eval_dim=options.eval_dim, cots=False))
+    rows = [row.cells for row in CsvTable(options.csv).rows()]
+    output = check_output(options, rows)
+    judge = build_judge(options)
+    engine = build_engine(options, judge)
+    jobs, failures = plan_jobs(options, pairs, rows, judge=judge, max_model_len=engine.check())
+    identity = describe_samples(options, pairs, rows, engine)
+    with CotJournal(output.with_suffix(JOURNAL_SUFFIX), identity, overwrite=options.overwrite) as journal:
+        failures += sample_missing(engine, jobs, journal)
+        report = CollectReport(rows=len(pairs), failures=sorted(failures))
+        writer = RowWriter(options, judge.builder, journal, {(job.row, job.side): job for job in jobs}, report)
+        table = [writer.fill(pair, cells) for pair, cells in zip(pairs, rows, strict=True)]
+    write_csv(output, [cells for cells in table if cells is not None], columns=rows[0])
+    text = json.dumps(vars(report), default=asdict, indent=2) + "\n"
+    output.with_suffix(REPORT_SUFFIX).write_text(text, encoding="utf-8")
+    return report
 
 
-def sample_missing(source: CotSource, jobs: Sequence[VideoJob], journal: CotJournal) -> list[VideoFailure]:
-    """Put the samples that are not in the journal there; returns the videos that failed."""
-    missing = [replace(job, samples=tuple(key.sample for key in job.keys if key not in journal)) for job in jobs]
-    missing = [job for job in missing if job.samples]
+def sample_missing(engine: CotEngine, jobs: Sequence[VideoJob], journal: CotJournal) -> list[VideoFailure]:
+    """Draw what the journal lacks, and note it there; returns the videos that failed."""
+    missing = [replace(job, keys=tuple(key for key in job.keys if key not in journal)) for job in jobs]
+    missing = [job for job in missing if job.keys]
+    total = sum(len(job.keys) for job in missing)
     failures = []
-    num_wanted = sum(len(job.samples) for job in jobs)
-    num_missing = sum(len(job.samples) for job in missing)
-    with tqdm(total=num_wanted, initial=num_wanted - num_missing, desc="CoTs", unit="CoT") as progress:
-        for result in source.collect(missing) if missing else ():
-            if isinstance(result, VideoFailure):
-                failures.append(result)
-                logger.warning("row %d, video %s: %s", result.row, result.side, result.message)
-            else:
-                journal.add(result)
-                progress.update()
+    for result in progress(engine.generate(missing) if missing else (), total=total, description="CoTs"):
+        if isinstance(result, Sample):
+            journal.add(result)
+        else:
+            failures.append(result)
+            logger.warning("row %d, video %s: %s", result.row, result.video, result.error)
     return failures
 
 
+def write_csv(path: Path, table: Rows, *, columns: Collection[str]) -> None:
+    """Write the input's columns and the new ones, under a temporary name that is then renamed."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        header = dict.fromkeys([*columns, "CoT_A", "CoT_B", ANSWER_COLUMN])
+        # Other quoting leaves a lone carriage return bare, which some readers take for the end of a line.
+        writer = csv.DictWriter(file, header, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(table)
+    os.replace(temporary, path)
+
+
+def plan_jobs(
+    options: argparse.Namespace,
+    pairs: Sequence[PreferencePair],
+    rows: Rows,
+    *,
+    judge: Judge,
+    max_model_len: int | None,
+) -> tuple[list[VideoJob], list[VideoFailure]]:
+    """Jobs of the videos of rows without CoTs. Raises CsvError that lists every fault of files and prompts.
+
+    A file that exists and does not decode is not a fault of the CSV but a failure: its row is left without CoTs.
+    """
+    todo = [pair for pair in pairs if not keeps_cots(pair, options)]
+    if not todo:
+        raise ValueError(f"{options.csv}: every row has both CoTs. Add --replace_cots to sample new ones.")
+    videos = [(p, side, video) for p in todo for side, video in (("A", p.video_a), ("B", p.video_b))]
+    missing = [f"row {p.row}: video not found: {video}" for p, _, video in videos if not Path(video).is_file()]
+    faults = [f"{fault}. Correct the path or remove the row." for fault in missing] + find_wrong_opinions(pairs, rows)
+    require_clean(options.csv, faults)
+    headers = probe_videos((video for _, _, video in videos), judge.budget)
+    jobs: list[VideoJob] = []
+    failures: list[VideoFailure] = []
+    for pair, side, video in videos:
+        header = headers[video]
+        if isinstance(header, VideoError):
+            failures.append(VideoFailure(pair.row, side, str(header)))
+            continue
+        try:
+            num_tokens = judge.builder.count_prompt_tokens(pair.problem, header, judge.budget)
+            check_length(options, num_tokens, max_model_len)
+        except ValueError as error:
+            faults.append(f"row {pair.row}, video {side}: {error}")
+            continue
+        keys = tuple(SampleKey(pair.row, side, number) for number in range(options.num_samples))
+        jobs.append(VideoJob(pair.row, side, video, pair.problem, num_tokens, keys))
+    require_clean(options.csv, faults)
+    failed_rows = {failure.row for failure in failures}
+    return [job for job in jobs if job.row not in failed_rows], failures
+
+
+def find_wrong_opinions(pairs: Sequence[PreferencePair], rows: Rows) -> list[str]:
+    faults = []
+    for pair, cells in zip(pairs, rows, strict=True):
+        try:
+            read_opinions(cells, pair.problem)
+        except ValueError as error:
+            faults.append(f"row {pair.row}: {error}")
+    return faults
+
+
+def check_length(options: argparse.Namespace, num_tokens: int, max_model_len: int | None) -> None:
+    """Raise ValueError if a CoT has no room after a prompt of `num_tokens`."""
+    prompt = f"a prompt of {num_tokens} tokens"
+    if num_tokens + NUM_CLOSING_TOKENS >= options.max_length:
+        raise ValueError(f"{prompt} leaves no room for a CoT under --max_length {options.max_length}.")
+    if max_model_len is not None and num_tokens + options.max_tokens > max_model_len:
+        raise ValueError(
+            f"{prompt} and a CoT of {options.max_tokens} exceed the {max_model_len} that the model takes. Lower "
+            "--max_tokens, --fps or --max_pixels, or remove the row."
+        )
+
+
+def describe_samples(
+    options: argparse.Namespace, pairs: Sequence[PreferencePair], rows: Rows, engine: CotEngine
+) -> dict[str, object]:
+    """What samples depend on. Selection, labels and the number of samples may change from run to run."""
+    judge, folder = engine.judge, Path(options.model)
+    is_local = options.endpoint is None and folder.is_dir()
+    digest = hashlib.blake2b(digest_size=8)
+    for pair, cells in zip(pairs, rows, strict=True):
+        digest.update(repr((cells["videos"], judge.builder.render(pair.problem))).encode())
+    return {
+        "model": folder.resolve().name if is_local else options.model,
+        "weights": fingerprint_weights(folder) if is_local else None,
+        "source": engine.source,
+        "sampling": {name: getattr(options, name) for name in SAMPLING},
+        "budget": asdict(judge.budget),
+        "data": digest.hexdigest(),
+    }
+
+
+def check_output(options: argparse.Namespace, rows: Rows) -> Path:
+    """The output's path. Raises ValueError where writing would destroy a file, or break relative video paths."""
+    source, output = Path(options.csv).resolve(), Path(options.output).resolve()
+    name = f"--output {options.output}"
+    if output.suffix != ".csv":
+        raise ValueError(f"{name} does not end in .csv. Choose a name that does.")
+    if output == source:
+        raise ValueError("--output is the input. Choose another name.")
+    if not output.parent.is_dir():
+        raise ValueError(f"{name} is in a folder that does not exist. Make it, or choose another.")
+    if output.exists() and not output.with_suffix(JOURNAL_SUFFIX).exists() and not options.overwrite:
+        raise ValueError(f"{name} exists, and no run of this wrote it. Choose another name, or add --overwrite.")
+    has_relative = any(not os.path.isabs(v) for cells in rows for v in ast.literal_eval(cells["videos"]))
+    if output.parent != source.parent and has_relative:
+        raise ValueError(f"{name} is not in {source.parent}, which the video paths are relative to. Put it there.")
+    return output
+
+
+def build_judge(options: argparse.Namespace) -> Judge:
+    """The model with prompts as in training. Raises ValueError if the processor cannot be loaded."""
+    source = options.processor or options.model
+    remedy = "Give the folder or hub name of a Qwen3-VL with --processor."
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{source} has no processor ({reason}). {remedy}") from error
+    if not hasattr(processor, "video_processor"):
+        raise ValueError(f"{source} has a {type(processor).__name__}, not a Qwen3-VL processor. {remedy}")
+    add_reward_token(processor)
+    stored = stored_video_budget(source)
+    changes = {name: getattr(options, name) for name in ("fps", "min_frames", "min_pixels", "max_pixels")}
+    budget = (stored or VideoBudget()).replace(**changes)
+    if stored not in (None, budget):
+        logger.warning("flags override the video budget of %s: %s becomes %s", source, stored, budget)
+    given = read_file(options.format_prompt, "--format_prompt")
+    builder = SequenceBuilder(processor, format_prompt=choose_format_prompt(source, given))
+    return Judge(options.model, builder, budget, **{name: getattr(options, name) for name in SAMPLING})
+
+
+def build_engine(options: argparse.Namespace, judge: Judge) -> CotEngine:
+    """The engine, not started."""
+    kind, names = (VllmEngine, VLLM_FLAGS) if options.endpoint is None else (EndpointEngine, ENDPOINT_FLAGS)
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if kind is VllmEngine:
+        return VllmEngine(judge, **given)
+    key = read_file(given.pop("api_key_file", None), "--api_key_file")
+    return EndpointEngine(judge, options.endpoint, api_key=key and key.strip(), **given)
+
+
+def read_file(path: str | None, flag: str) -> str | None:
+    """Raises ValueError that names the flag."""
+    try:
+        return None if path is None else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{flag} {path} is not a readable text file: {error}") from error
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; a wrong one ends the process with 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count, share, seconds = number(int, 1), number(float, 0.001, 1), number(float, 0.001)
+    add = parser.add_argument
+    add("csv", help="preference CSV: videos, GSB, problem or prompt; see datasets/train/README.md")
+    add("--output", required=True, help="CSV to write, in the folder that the input's video paths are relative to")
+    add("--model", required=True, help="a Qwen3-VL: folder, hub name, or the name that the server has for it")
+    add("--eval_dim", default="GSB", help="label column")
+    add("--overwrite", action="store_true", help="start again where another run wrote --output")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--num_samples", type=count, default=4, help="CoTs per video; a larger number later adds to those that exist")
+    add("--temperature", type=number(float, 0), default=0.7)
+    add("--top_p", type=share, default=0.95)
+    add("--max_tokens", type=count, default=MAX_COT_TOKENS, help="longest CoT; one that is cut off is not used")
+    add("--seed", type=int, default=0)
+    add = parser.add_argument_group("selection").add_argument
+    add("--require_agreement", action="store_true", help="no CoTs for rows where none agree with the label")
+    add(
+        "--tie_margin",
+        type=number(float, 0),
+        default=0.25,
+        help="how far overall scores may differ under the label same",
+    )
+    add("--drop_incomplete", action="store_true", help="leave rows without CoTs out of the output")
+    add("--replace_cots", action="store_true", help="sample again for rows that have both CoTs")
+    add("--replace_answers", action="store_true", help="write stage 2's answer again where there is one")
+    add = parser.add_argument_group("prompt and video, as in training").add_argument
+    add("--processor", help="folder or hub name of the tokenizer and video settings; default: --model")
+    add("--format_prompt", help="Jinja file with the variable `content` around each problem; default: the processor's")
+    add("--fps", type=float, help="sampled frames per second; default: as stored with the processor, or 2")
+    add("--min_frames", type=int, help="fewest frames of a clip; default likewise, or 4")
+    add("--min_pixels", "--min_frame_pixels", type=int, help="fewest pixels of a frame; default likewise, or 4096")
+    add("--max_pixels", "--max_frame_pixels", type=int, help="most pixels of a frame; default likewise, or 200704")
+    add("--max_length", type=count, default=8192, help="most tokens of a training sequence; a longer CoT is not used")
+    add = parser.add_argument_group("vLLM in this process (without --endpoint)").add_argument
+    add("--tensor_parallel_size", type=count, help="GPUs that share the model; default: 1")
+    add("--gpu_memory_utilization", type=share, help="share of a GPU's memory; default: 0.9")
+    add("--max_num_seqs", type=count, help="samples at a time; default: 64")
+    add = parser.add_argument_group("server").add_argument
+    add("--endpoint", metavar="URL", help="http://host:port/v1 of any OpenAI-compatible server")
+    add("--api_key_file", help="file that holds the server's key")
+    add("--send_video", choices=VIDEO_FORMS, help="form of the videos, see the README; default: clip")
+    add("--concurrency", type=count, help="requests at a time; default: 16")
+    add("--timeout", type=seconds, help="seconds that a reply may take; default: 600")
+    options = parser.parse_args(arguments)
+    if options.temperature == 0 and options.num_samples > 1:
+        parser.error("--temperature 0 gives the same CoT every time. Add --num_samples 1, or raise it.")
+    cause = "needs --endpoint" if options.endpoint is None else "has no effect with --endpoint; set it on the server"
+    for name in ENDPOINT_FLAGS if options.endpoint is None else VLLM_FLAGS:
+        if getattr(options, name) is not None:
+            parser.error(f"--{name} {cause}")
+    return options
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """A flag's type: numbers within bounds."""
+
+    def parse(text: str) -> float:
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+
+    return parse
+
+
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_options(__doc__, arguments)
+    options = parse_options(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("openai").setLevel(logging.INFO)  # its retries
     quiet_libraries()
     try:
         report = collect(options)
@@ -81,9 +318,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"collect_cot: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("collect_cot: interrupted; the same command goes on from here\n")
+        sys.stderr.write("collect_cot: interrupted. The same command resumes.\n")
         return 130
-    sys.stdout.write(format_report(report, Path(options.output), is_dropping=options.drop_incomplete) + "\n")
+    sys.stdout.write(f"{report.format()}\nwritten: {options.output}; more in {REPORT_SUFFIX} beside it\n")
     return 0 if report.rows_with_collected_cots else 1
 
 

@@ -1,161 +1,211 @@
-"""Chains of thought (CoTs) from an OpenAI-compatible chat server, a video and its samples to a thread.
+"""The engine that samples chains of thought (CoTs) on an OpenAI-compatible server.
 
-The frames are sampled and resized here as training does. How they are sent is a choice between reach and exactness:
+Frames are sampled and resized here, by training's own function. What the server reads depends on how they are sent:
 
-- `clip`: a clip of just these frames, encoded without loss, at the rate that spreads them over the time of the video.
-  A server that samples 2 frames a second or more, and at least 4, takes them all. The prompt may differ from
-  training's in the last digit of a timestamp: a clip's frames are evenly spaced, whole frame numbers are not.
-- `frames`: the same prompt as in training, token for token: PNG frames with their numbers, in vLLM's own form of a
-  video. The server must be vLLM, started with --trust-request-mm-kwargs.
-- `file`: the video file as it is; the server samples and resizes in its own way.
-
-The chat template is the server's, and so are sampling settings that a request does not name, such as top_k.
+- `clip`: the frames as a small lossless clip, at the rate that spreads them over the length of the video. A server
+  that takes 2 frames per second and at least 4 takes them all. A timestamp may differ from training's in its last
+  digit, because the frames of a clip are evenly spaced and the sampled ones only nearly so.
+- `frames`: PNG frames with their indices, in vLLM's own format. The prompt is training's, token for token. The server
+  must be vLLM, started with --trust-request-mm-kwargs.
+- `file`: the video file. The server samples and resizes it in its own way.
 """
 
+import asyncio
 import base64
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Literal, get_args
+from urllib.parse import urlsplit
 
 import av
-import numpy as np
+import openai
+from openai.types.chat import ChatCompletion
 from PIL import Image
 
-from infer_utils.chat_client import ChatClient, RequestError, ServerError
-from infer_utils.cot_journal import Sample, SampleKey
-from infer_utils.cot_plan import Sampling, VideoFailure, VideoJob
-from scored_sequence import SequenceBuilder
-from vision_process import VideoBudget, VideoError, VideoFrames, load_video
+from infer_utils.cot_engines import Judge, Sample, SampleKey, VideoFailure, VideoJob, as_images
+from vision_process import VideoError, VideoFrames
 
 VideoForm = Literal["clip", "frames", "file"]
 VIDEO_FORMS: tuple[VideoForm, ...] = get_args(VideoForm)
 TRUST_FLAG = "--trust-request-mm-kwargs"
+WRONG_KEY = "The server does not accept the key. Give the right one with --api_key_file."
+NOT_FOUND = "The server has no such model or address. Check --model, and that --endpoint ends in /v1."
+BUSY = "The server stays busy. Start the same command again later."
+STOPPING_STATUSES = {401: WRONG_KEY, 403: WRONG_KEY, 404: NOT_FOUND, 429: BUSY, 502: BUSY, 503: BUSY, 504: BUSY}
+"""Statuses that every other request would get, too, and what to do about them."""
+NUM_RETRIES = 20
+"""Of a request that fails with a lost connection, 408, 409, 429 or 5xx; about two minutes of pauses altogether."""
+CONNECT_SECONDS = 30.0
+MESSAGE_LENGTH = 300
+NO_KEY = "EMPTY"
+"""What vLLM's users send where no key is needed; with None the client would send the OPENAI_API_KEY that is set."""
 LARGEST_DENOMINATOR = 1001
 """Frame rates are fractions such as 30000 / 1001."""
 
 
-class EndpointSource:
-    """`CotSource` with a server. `form`: how videos are sent. `concurrency`: requests at a time."""
+class RequestError(ValueError):
+    """The server refused one request or failed at it."""
 
-    def __init__(
-        self,
-        client: ChatClient,
-        model: str,
-        *,
-        builder: SequenceBuilder,
-        budget: VideoBudget,
-        sampling: Sampling,
-        form: VideoForm,
-        concurrency: int,
-    ) -> None:
-        self.client = client
-        self.model = model
-        self.builder = builder
-        self.budget = budget
-        self.sampling = sampling
-        self.form = form
-        self.concurrency = concurrency
+
+@dataclass
+class EndpointEngine:
+    """`CotEngine` with a server. `url`: up to /v1. `timeout`: seconds that a reply may take, retries included.
+
+    `concurrency`: videos at a time. `send_video`: see this module. The server's chat template holds, and its values of
+    what a request does not name, such as top_k.
+    """
+
+    judge: Judge
+    url: str
+    api_key: str | None = None
+    timeout: float = 600.0
+    concurrency: int = 16
+    send_video: VideoForm = "clip"
+
+    def __post_init__(self) -> None:
+        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
+            raise ValueError(f"--endpoint {self.url} is not a URL. Give http://host:port/v1.")
+
+    @property
+    def source(self) -> str:
+        return f"endpoint, {self.send_video}"
 
     def check(self) -> int | None:
-        """See `CotSource`: asks the server for its models."""
-        models = self.client.find_models()
-        if models is None:
-            return None
-        if self.model not in models:
-            raise ValueError(f"{self.client.url} has no model {self.model!r}, only {', '.join(models)}: see --model")
-        limit = models[self.model].get("max_model_len")  # vLLM tells
+        """See `CotEngine`. Asks the server for its models."""
+        reply = asyncio.run(self._list_models())
+        try:
+            models = {model["id"]: model for model in reply["data"]}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.url}/models is not a list of models. Check --endpoint.") from error
+        if self.judge.model not in models:
+            raise ValueError(f"{self.url} has no model {self.judge.model!r}, only {', '.join(models)}. Check --model.")
+        limit = models[self.judge.model].get("max_model_len")  # of vLLM
         return limit if isinstance(limit, int) else None
 
-    def collect(self, jobs: Sequence[VideoJob]) -> Iterator[Sample | VideoFailure]:
-        """See `CotSource`."""
-        results: SimpleQueue = SimpleQueue()
-        pool = ThreadPoolExecutor(self.concurrency)
-        try:
-            for job in jobs:
-                pool.submit(self._think, job, results.put).add_done_callback(results.put)
-            num_open = len(jobs)
-            while num_open:
-                result = results.get()
-                if isinstance(result, Future):
-                    num_open -= 1
-                    result.result()  # raises what ended the job
-                else:
-                    yield result
-        finally:
-            self.client.close()
-            pool.shutdown(cancel_futures=True)
+    def generate(self, jobs: Sequence[VideoJob]) -> Iterator[Sample | VideoFailure]:
+        """See `CotEngine`."""
 
-    def _think(self, job: VideoJob, put: Callable[[Sample | VideoFailure], None]) -> None:
-        """All samples of a video, one after the other: after the first the server knows prompt and video."""
-        try:
-            content, extra = self._build_content(job)
-            for key in job.keys:
-                put(self._ask(job, key, content, extra))
-        except (VideoError, RequestError) as error:
-            put(VideoFailure(job.row, job.side, str(error)))
+        async def take_next() -> Sample | VideoFailure | None:
+            return await anext(results, None)
 
-    def _build_content(self, job: VideoJob) -> tuple[list[dict], dict]:
-        """The user turn, and the request's fields beyond OpenAI's."""
-        if self.form == "file":
-            url, extra = _data_url("video/mp4", [Path(job.video).read_bytes()]), {}
+        with asyncio.Runner() as runner:
+            results = self._generate(jobs)
+            while (result := runner.run(take_next())) is not None:
+                yield result
+
+    async def _generate(self, jobs: Sequence[VideoJob]) -> AsyncIterator[Sample | VideoFailure]:
+        queue: asyncio.Queue = asyncio.Queue()
+        work = asyncio.create_task(self._answer_all(jobs, queue.put_nowait))
+        work.add_done_callback(lambda _: queue.put_nowait(None))
+        while (result := await queue.get()) is not None:
+            yield result
+        await work  # raises what ended the run
+
+    async def _answer_all(self, jobs: Sequence[VideoJob], put: Callable[[object], None]) -> None:
+        slots = asyncio.Semaphore(self.concurrency)
+        try:
+            async with self._connect() as client, asyncio.TaskGroup() as group:
+                for job in jobs:
+                    group.create_task(self._answer(client, job, slots, put))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    def _connect(self) -> openai.AsyncOpenAI:
+        timeout = openai.Timeout(self.timeout, connect=CONNECT_SECONDS)
+        key = self.api_key or NO_KEY
+        return openai.AsyncOpenAI(base_url=self.url, api_key=key, max_retries=NUM_RETRIES, timeout=timeout)
+
+    async def _list_models(self) -> object:
+        async with self._connect() as client:
+            return await self._request(client.get("/models", cast_to=object))
+
+    async def _answer(
+        self, client: openai.AsyncOpenAI, job: VideoJob, slots: asyncio.Semaphore, put: Callable[[object], None]
+    ) -> None:
+        """All samples of a video, one after the other: after the first the server has cached prompt and video."""
+        async with slots:
+            try:
+                request = await asyncio.to_thread(self._build_request, job)
+                for key in job.keys:
+                    call = client.chat.completions.create(**request, seed=self.judge.seed_of(key))
+                    put(self._read(job, key, await self._request(call)))
+            except (VideoError, RequestError, OSError) as error:
+                put(VideoFailure(job.row, job.side, str(error)))
+
+    def _build_request(self, job: VideoJob) -> dict[str, object]:
+        """The arguments of a video's requests, apart from the seed."""
+        extra: dict[str, object] = {}
+        if self.send_video == "file":
+            url = _data_url("video/mp4", [Path(job.path).read_bytes()])
+        elif self.send_video == "clip":
+            url = encode_clip(self.judge.load(job.path))
         else:
-            video = load_video(job.video, self.budget, size_factor=self.builder.size_factor)
-            url, extra = encode_frames(video) if self.form == "frames" else (encode_clip(video), {})
-        block = {"type": "video_url", "video_url": {"url": url}}
-        return [block if b["type"] == "video" else b for b in self.builder.user_blocks(job.problem)], extra
-
-    def _ask(self, job: VideoJob, key: SampleKey, content: Sequence[dict], extra: Mapping[str, object]) -> Sample:
-        request = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "max_tokens": self.sampling.max_tokens,
-            "seed": self.sampling.seed_of(key),
-            **extra,
+            url, extra = encode_frames(self.judge.load(job.path))
+        video = {"type": "video_url", "video_url": {"url": url}}
+        blocks = self.judge.builder.user_blocks(job.problem)
+        return {
+            "model": self.judge.model,
+            "messages": [{"role": "user", "content": [video if b["type"] == "video" else b for b in blocks]}],
+            "temperature": self.judge.temperature,
+            "top_p": self.judge.top_p,
+            "max_tokens": self.judge.max_tokens,
+            "extra_body": extra,
         }
+
+    async def _request(self, call: Awaitable):
+        """A reply. Raises RequestError, and ValueError for what every other request would meet, too."""
         try:
-            reply = self.client.complete(json.dumps(request).encode())
-        except RequestError as error:
-            if extra and TRUST_FLAG in str(error):
-                raise ServerError(f"{error}. Or send another form: --send_video clip") from error
-            raise
-        sample = _read_reply(key, reply)
-        if self.form == "frames" and sample.num_prompt_tokens not in (None, job.num_prompt_tokens):
-            raise ServerError(
-                f"row {key.row}, video {key.side}: the server reads a prompt of {sample.num_prompt_tokens} tokens, "
-                f"training one of {job.num_prompt_tokens}: it is no vLLM that takes frames, or has another model's "
-                "chat template. Send another form (--send_video clip), or correct --processor"
+            async with asyncio.timeout(self.timeout):
+                return await call
+        except TimeoutError as error:
+            raise RequestError(f"no reply within {self.timeout:g} s") from error
+        except openai.APIStatusError as error:
+            message = " ".join(str(error).split())[:MESSAGE_LENGTH]
+            if TRUST_FLAG in message:
+                raise ValueError(f"{self.url}: {message}. Or use --send_video clip.") from error
+            if error.status_code in STOPPING_STATUSES:
+                raise ValueError(f"{self.url}: {message}. {STOPPING_STATUSES[error.status_code]}") from error
+            raise RequestError(message) from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.url}: the reply is not JSON. Check --endpoint.") from error
+        except openai.APIConnectionError as error:
+            reason = error.__cause__ or error
+            raise ValueError(
+                f"{self.url} cannot be reached: {reason}. Check --endpoint, and start the server."
+            ) from error
+
+    def _read(self, job: VideoJob, key: SampleKey, reply: ChatCompletion) -> Sample:
+        try:
+            choice = reply.choices[0]
+            text, is_finished = choice.message.content or "", choice.finish_reason == "stop"
+            extras = choice.message.model_extra or {}
+            num_tokens = reply.usage.prompt_tokens if reply.usage else None
+        except (AttributeError, IndexError, TypeError) as error:  # the client does not check what it parses
+            reason = f"the reply is not a chat completion: {str(reply)[:MESSAGE_LENGTH]}"
+            raise ValueError(f"{self.url}: {reason}. Check --endpoint.") from error
+        if extras.get("reasoning_content") or extras.get("reasoning"):
+            raise ValueError(f"{self.url} strips the reasoning from its answers. Start it without a reasoning parser.")
+        if self.send_video == "frames" and num_tokens not in (None, job.num_prompt_tokens):
+            raise ValueError(
+                f"row {key.row}, video {key.side}: the server's prompt of {num_tokens} tokens is not training's of "
+                f"{job.num_prompt_tokens}: it is not a vLLM that takes frames, or has another model's chat template. "
+                "Use --send_video clip, or correct --processor."
             )
-        return sample
-
-
-def _read_reply(key: SampleKey, reply: Mapping[str, object]) -> Sample:
-    try:
-        choice = reply["choices"][0]
-        message = choice["message"]
-        text, is_finished = message["content"] or "", choice["finish_reason"] == "stop"
-        num_prompt_tokens = (reply.get("usage") or {}).get("prompt_tokens")
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ServerError(f"the reply is none of a chat server: {json.dumps(reply)[:300]}") from error
-    if message.get("reasoning_content") or message.get("reasoning"):
-        raise ServerError("the server takes the reasoning out of its answers: start it without a reasoning parser")
-    text = text.encode(errors="replace").decode()  # JSON can hold halves of characters, which no file takes
-    return Sample(key=key, text=text, is_finished=is_finished, num_prompt_tokens=num_prompt_tokens)
+        text = text.encode(errors="replace").decode()  # JSON can hold half a character, which no file takes
+        return Sample(key=key, text=text, is_finished=is_finished, num_prompt_tokens=num_tokens)
 
 
 def encode_frames(video: VideoFrames) -> tuple[str, dict[str, object]]:
     """vLLM's form of a video whose frames are sampled and resized, and the request's fields that go with it.
 
-    vLLM calls the type video/jpeg, but reads any kind of image; PNG loses nothing.
+    vLLM calls the type video/jpeg, but reads any image format; PNG is lossless.
     """
     pictures = []
-    for frame in _as_images(video):
+    for frame in as_images(video):
         with io.BytesIO() as file:
             Image.fromarray(frame).save(file, "PNG")
             pictures.append(file.getvalue())
@@ -171,8 +221,8 @@ def encode_frames(video: VideoFrames) -> tuple[str, dict[str, object]]:
 
 
 def encode_clip(video: VideoFrames) -> str:
-    """The frames as a clip without loss: H.264 in RGB. Example: 10 frames over 125 / 24 s come at 1.728 a second."""
-    images = _as_images(video)
+    """The frames as a lossless clip, H.264 in RGB. Example: 10 frames over 125 / 24 s have a rate of 1.728."""
+    images = as_images(video)
     source_rate = Fraction(video.source_fps).limit_denominator(LARGEST_DENOMINATOR)
     rate = source_rate * (len(images) - 1) / (video.frame_indices[-1] - video.frame_indices[0])
     with io.BytesIO() as file:
@@ -184,11 +234,6 @@ def encode_clip(video: VideoFrames) -> str:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode(None))
         return _data_url("video/mp4", [file.getvalue()])
-
-
-def _as_images(video: VideoFrames) -> np.ndarray:
-    """uint8 [num_frames, height, width, 3]."""
-    return video.frames.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _data_url(media_type: str, parts: Sequence[bytes]) -> str:

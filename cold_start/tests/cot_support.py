@@ -9,15 +9,15 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from infer_utils import collect_cot
-from stage1_support import TINY_BASE, write_pairs_csv
+from stage1_support import write_pairs_csv
 
 MODEL = "judge"
 LABELS = ["A", "B", "same", "invalid", "A", "B"]
 DIMENSIONS = ("subject", "dynamics", "camera", "environment", "style")
-DROP = "drop"
+DROP = (0, None)
 """In place of an answer: close the connection without one."""
-Answer = tuple[int, object] | tuple[int, object, Mapping[str, str]] | str
+Answer = tuple[int, object]
+"""Status and body of a reply."""
 
 
 def make_cot(
@@ -30,30 +30,38 @@ def make_cot(
     return f"{reasoning}\n<answer>\n{json.dumps(answer)}\n</answer>"
 
 
+def request_text(request: Mapping) -> str:
+    """The texts of a request's user turn."""
+    return " ".join(block["text"] for block in request["messages"][0]["content"] if block["type"] == "text")
+
+
 def random_cot(request: Mapping) -> str:
     """A well-formed CoT that depends on the seed and the prompt of a request, and on nothing else."""
-    texts = [block["text"] for block in request["messages"][0]["content"] if block["type"] == "text"]
-    rng = random.Random(f"{request['seed']} {texts}")
+    rng = random.Random(f"{request['seed']} {request_text(request)}")
     scores = [rng.choice([0, 1, 2, "N/A"]) for _ in DIMENSIONS]
     return make_cot(scores, round(rng.uniform(1, 5), 2), reasoning=f"I see a {rng.choice(['red', 'blue'])} thing.")
 
 
-def completion(text: str | None, *, finish_reason: str = "stop", prompt_tokens: int | None = None, **message) -> dict:
-    """The body of a reply."""
-    return {
-        "choices": [{"message": {"role": "assistant", "content": text, **message}, "finish_reason": finish_reason}],
-        "usage": {"prompt_tokens": prompt_tokens},
-    }
+def completion(
+    text: str | None, *, finish_reason: str = "stop", prompt_tokens: int | None = None, **message
+) -> Answer:
+    """A successful reply."""
+    choice = {"message": {"role": "assistant", "content": text, **message}, "finish_reason": finish_reason}
+    return 200, {"choices": [choice], "usage": {"prompt_tokens": prompt_tokens}}
+
+
+def failure(status: int, message: str = "no such luck") -> Answer:
+    return status, {"error": {"message": message}}
 
 
 class ChatServer:
-    """A real HTTP server on a port of its own. `answer`: what a chat request gets: status, body, perhaps headers.
+    """A real HTTP server on a port of its own. `answer`: what a chat request gets; `models`: what /models gets.
 
-    `requests`: all chat requests, parsed, in order of arrival; `models`: the answer of /models.
+    `requests`: all chat requests, parsed, in order of arrival. `keys`: the Authorization headers that came.
     """
 
-    def __init__(self, answer: Callable[[dict], Answer] | None = None) -> None:
-        self.answer = answer or (lambda request: (200, completion(random_cot(request))))
+    def __init__(self) -> None:
+        self.answer: Callable[[dict], Answer] = lambda request: completion(random_cot(request))
         self.models: Answer = (200, {"data": [{"id": MODEL, "max_model_len": 4096}]})
         self.requests: list[dict] = []
         self.keys: set[str | None] = set()
@@ -73,7 +81,6 @@ class ChatServer:
 def _make_handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            server.keys.add(self.headers["Authorization"])
             self._reply(server.models)
 
         def do_POST(self) -> None:
@@ -86,11 +93,11 @@ def _make_handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
             if answer == DROP:
                 self.close_connection = True
                 return
-            status, body, *headers = answer
+            status, body = answer
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
-            for name, value in (headers[0] if headers else {}).items():
-                self.send_header(name, value)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("retry-after-ms", "1")
             self.send_header("Content-Length", str(len(data)))
             with suppress(ConnectionError):  # the client may have given up
                 self.end_headers()
@@ -123,23 +130,7 @@ def write_bare_csv(path: Path, clips: Sequence[Path], *, labels: Sequence[str], 
     return path
 
 
-def flags(server: ChatServer, **options: object) -> list[str]:
-    """Flags for a server; True stands for a flag without a value."""
-    named = {
-        "model": MODEL,
-        "endpoint": server.url,
-        "processor": TINY_BASE,
-        "max_tokens": 512,
-        "concurrency": 4,
-        **options,
-    }
-    return [
-        part
-        for name, value in named.items()
-        for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
-    ]
-
-
-def run_collect(path: Path, output: Path, server: ChatServer, **options: object) -> int:
-    """`python -m infer_utils.collect_cot` in this process; the exit status."""
-    return collect_cot.main([str(path), "--output", str(output), *flags(server, **options)])
+def as_flags(**options: object) -> list[str]:
+    """Command-line flags; True stands for a flag without a value."""
+    parts = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in options.items()]
+    return [part for flag in parts for part in flag]

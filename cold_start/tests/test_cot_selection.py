@@ -1,152 +1,186 @@
-"""Which CoTs are well-formed, which pair is chosen, and what stage 2's answer says: pure functions."""
-
-import itertools
-import json
-import random
+"""Which CoTs are well-formed, which pair is chosen, what stage 2's answer says, and what a journal keeps."""
 
 import pytest
 
 from cot_support import DIMENSIONS, make_cot
-from infer_utils.cot_answers import build_answer, read_opinions
-from infer_utils.cot_journal import SampleKey
-from infer_utils.cot_plan import Sampling
+from descore.answers import parse_annotation
+from infer_utils.cot_engines import Judge, Sample, SampleKey
+from infer_utils.cot_results import CotJournal
 from infer_utils.cot_selection import (
     Judgement,
     Malformed,
-    Rubric,
+    build_answer,
     choose_pair,
     compute_difference,
     read_judgement,
-    read_rubric,
+    read_opinions,
 )
 from scored_sequence import judge_problem
 
-JUDGE = Rubric(DIMENSIONS, needs_overall=True)
-ANY = Rubric()
+JUDGE, FREE = judge_problem("a cat"), "Rate it. Answer in <answer></answer>."
 GOOD = make_cot([2, 1, "N/A", 0, 2], 3.5)
 SCORES = '{"dimensional_scores": {"subject": 2}, "overall_score": 3}'
+IDENTITY = {"model": "m", "sampling": {"seed": 0}}
 
 
-def test_rubric_is_that_of_the_problems_own_example():
-    assert read_rubric(judge_problem("a cat")) == JUDGE
-    assert read_rubric('Rate it. <answer>{"dimensional_scores": {"look": 1}}</answer>') == Rubric(("look",), False)
-    assert read_rubric("Which is better? Answer in <answer></answer>.") == ANY
+def judgement(overall: float | None, **scores: int | str) -> Judgement:
+    return Judgement("cot", scores or {"x": 1}, overall)
 
 
-@pytest.mark.parametrize("rubric", [JUDGE, ANY])
-def test_well_formed_cot_is_read(rubric):
-    expected = Judgement(dict(zip(DIMENSIONS, [2, 1, "N/A", 0, 2], strict=True)), 3.5)
-    assert read_judgement(GOOD, rubric) == expected
-    fenced = GOOD.replace("<answer>\n", "<answer>\n```json\n").replace("\n</answer>", "\n```\n</answer>")
-    assert read_judgement(fenced, rubric) == expected
+@pytest.mark.parametrize("problem", [JUDGE, FREE])
+@pytest.mark.parametrize(
+    "cot",
+    [
+        GOOD,
+        GOOD.replace("<answer>\n", "<answer>\n```json\n").replace("\n</answer>", "\n```\n</answer>"),
+        "I end with <answer>2</answer> later. " + GOOD,
+        GOOD.replace("<answer>", "<answer>Here it is: "),
+        GOOD.replace('"subject": 2', '"subject": "2"'),
+    ],
+)
+def test_well_formed_cot_is_read(problem, cot):
+    expected = Judgement(cot, dict(zip(DIMENSIONS, [2, 1, "N/A", 0, 2], strict=True)), 3.5)
+    assert read_judgement(cot, problem) == expected
     assert expected.mean_score == 1 + 4 * (5 / 8)
 
 
 @pytest.mark.parametrize(
     ("cot", "expected"),
     [
-        ("", Malformed.EMPTY),
         (" \n", Malformed.EMPTY),
         ("It is good: 2.", Malformed.NO_ANSWER),
         (f"x <answer>{SCORES}", Malformed.NO_ANSWER),
+        ("x <answer>" + "[" * 100_000 + "</answer>", Malformed.NO_ANSWER),
+        ('x <answer>{"overall_score": 3}</answer>', Malformed.NO_ANSWER),
         (f"\n<answer>{SCORES}</answer>", Malformed.NO_REASONING),
-        ("x <answer>2</answer>", Malformed.NO_JSON),
-        ("x <answer>{'a': 1}</answer>", Malformed.NO_JSON),
-        ("x <answer>" + "[" * 100_000 + "</answer>", Malformed.NO_JSON),
-        ('x <answer>{"overall_score": 3}</answer>', Malformed.NO_SCORES),
-        ('x <answer>{"dimensional_scores": {}}</answer>', Malformed.NO_SCORES),
-        ('x <answer>{"dimensional_scores": [2]}</answer>', Malformed.NO_SCORES),
+        ('x <answer>{"dimensional_scores": {}}</answer>', Malformed.BAD_SCORES),
+        ('x <answer>{"dimensional_scores": [2]}</answer>', Malformed.BAD_SCORES),
         *[
-            (f'x <answer>{{"dimensional_scores": {{"subject": {score}}}}}</answer>', Malformed.BAD_SCORE)
-            for score in ("3", "-1", "2.0", "true", "null", '"2"', '"n/a"', "NaN", "[2]")
+            (f'x <answer>{{"dimensional_scores": {{"subject": {score}}}}}</answer>', Malformed.BAD_SCORES)
+            for score in ("3", "-1", "true", "null", '"3"', '"n/a"', "NaN", "[2]")
         ],
         *[
-            (f'x <answer>{{"dimensional_scores": {{"subject": 2}}, "overall_score": {overall}}}</answer>', bad)
-            for overall in ("0.99", "5.01", "true", "null", '"3"', "NaN", "1e999")
-            for bad in [Malformed.BAD_OVERALL]
+            (SCORES.replace("3", overall).join(["x <answer>", "</answer>"]), Malformed.BAD_OVERALL)
+            for overall in ("0.99", "5.01", "true", '"3"', "NaN", "1e999")
         ],
     ],
 )
 def test_malformed_cot_is_refused_for_its_reason(cot, expected):
-    assert read_judgement(cot, ANY) == expected
+    assert read_judgement(cot, FREE) == expected
 
 
-def test_problem_that_shows_dimensions_and_overall_score_gets_these():
+def test_problem_asks_for_what_its_own_example_has():
     assert read_judgement(f"x <answer>{SCORES}</answer>", JUDGE) == Malformed.OTHER_DIMENSIONS
-    assert read_judgement(make_cot([2, 1, 0, 0, 2], None), JUDGE) == Malformed.BAD_OVERALL
-    assert read_judgement(make_cot([2, 1, 0, 0, 2], None), ANY).overall is None
+    without_overall = make_cot([2, 1, 0, 0, 2], None)
+    assert read_judgement(without_overall, JUDGE) == Malformed.BAD_OVERALL
+    assert read_judgement(without_overall, FREE).overall is None
 
 
 def test_difference_is_of_overall_scores_or_else_of_mean_sub_scores():
-    high, low = Judgement({"x": 2}, 3.6), Judgement({"x": 1}, 3.35)
-    assert compute_difference(high, low) == 0.25
-    assert compute_difference(high, Judgement({"x": 1, "y": "N/A"}, None)) == 2.0  # 5 and 3
-    assert compute_difference(high, Judgement({"x": "N/A"}, None)) is None
+    assert compute_difference(judgement(3.6), judgement(3.35)) == 0.25
+    assert compute_difference(judgement(3.6, x=2), judgement(None, x=1, y="N/A")) == 2.0  # 5 and 3
+    assert compute_difference(judgement(3.6), judgement(None, x="N/A")) is None
 
 
-def test_documented_example_of_the_choice():
-    a, b = ({n: Judgement({"x": 1}, overall) for n, overall in enumerate(of)} for of in ((3.0, 4.0), (3.5, 2.0)))
-    choice = choose_pair(a, b, label="A", tie_margin=0.25)
-    assert (choice.sample_a, choice.sample_b, choice.difference, choice.agrees) == (0, 1, 1.0, True)
-
-
-def test_choice_equals_brute_force():
-    rng = random.Random(0)
-    for _ in range(500):
-        sides = [{n: rng.randint(4, 20) / 4 for n in range(4) if rng.random() < 0.8} for _ in "AB"]
-        label, margin = rng.choice(["A", "B", "same", "invalid"]), rng.choice([0.0, 0.25, 0.5])
-        judgements = [{n: Judgement({"x": 1}, overall) for n, overall in side.items()} for side in sides]
-        choice = choose_pair(*judgements, label=label, tie_margin=margin)
-        pairs = sorted(itertools.product(*sides), key=lambda pair: (sum(pair), pair[0]))
-        if not pairs:
-            assert choice is None
-            continue
-        found, difference = (choice.sample_a, choice.sample_b), choice.difference
-        differences = {(a, b): sides[0][a] - sides[1][b] for a, b in pairs}
-        assert difference == differences[found]
-        if label == "invalid":
-            assert (found, choice.agrees) == (pairs[0], None)
-        elif label == "same":
-            nearest = min(map(abs, differences.values()))
-            assert found == next(pair for pair in pairs if abs(differences[pair]) == nearest)
-            assert choice.agrees == (nearest <= margin)
-        else:
-            gains = {pair: d if label == "A" else -d for pair, d in differences.items()}
-            agreeing = [pair for pair in pairs if gains[pair] > 0]
-            best = max(gains.values())
-            expected = agreeing[0] if agreeing else next(pair for pair in pairs if gains[pair] == best)
-            assert (found, choice.agrees) == (expected, bool(agreeing))
+@pytest.mark.parametrize(
+    ("label", "overall_a", "overall_b", "chosen", "agrees"),
+    [
+        ("A", (3.0, 4.0), (3.5, 2.0), (0, 1), True),  # the documented example
+        ("A", (5.0, 3.0), (2.0, 1.0), (0, 0), True),  # the first that agrees, not the widest margin
+        ("A", (2.0, 3.0), (4.0, 3.5), (1, 1), False),  # the nearest to the label
+        ("B", (3.0, 2.0), (3.0, 2.5), (1, 0), True),
+        ("B", (None, 3.0), (3.0, 4.0), (1, 1), True),  # of A the first is malformed
+        ("same", (3.0, 4.0), (2.0, 4.25), (1, 1), True),
+        ("same", (3.0, 5.0), (2.5, 1.0), (0, 0), False),
+        ("invalid", (3.0, 5.0), (None, 1.0), (0, 1), None),
+        ("invalid", (None, None), (2.0, 1.0), None, None),
+    ],
+)
+def test_first_pair_that_agrees_is_chosen_or_the_nearest(label, overall_a, overall_b, chosen, agrees):
+    judged = [
+        [judgement(overall, number=n) if overall else Malformed.EMPTY for n, overall in enumerate(of_side)]
+        for of_side in (overall_a, overall_b)
+    ]
+    choice = choose_pair(*judged, label=label, tie_margin=0.25)
+    found = choice and (choice.a.scores["number"], choice.b.scores["number"])
+    assert (found, choice and choice.agrees) == (chosen, agrees)
 
 
 def test_judgements_that_cannot_be_compared_do_not_agree():
-    silent = {0: Judgement({"x": "N/A"}, None)}
-    choice = choose_pair(silent, {0: Judgement({"x": 2}, 4.0)}, label="B", tie_margin=0.25)
-    assert (choice.difference, choice.agrees) == (None, False)
+    choice = choose_pair([judgement(None, x="N/A")], [judgement(4.0)], label="B", tie_margin=0.25)
+    assert (choice.difference, choice.agrees, choice.confirmed_scores) == (None, False, None)
 
 
 def test_opinions_become_sub_scores():
-    rubric = Rubric(("look", "motion", "sound"))
+    problem = 'Rate. <answer>{"dimensional_scores": {"look": 1, "motion": 1, "sound": 1}}</answer>'
     cells = {"MOS_A_look": "1", "MOS_B_look": "1.99", "MOS_A_motion": "2", "MOS_B_motion": "3.99"}
-    assert read_opinions(cells, rubric) is None  # nothing about sound
+    assert read_opinions(cells, problem) is None  # nothing about sound
     cells |= {"MOS_A_sound": "5", "MOS_B_sound": " "}
     expected = ({"look": 0, "motion": 1, "sound": 2}, {"look": 0, "motion": 1, "sound": "N/A"})
-    assert read_opinions(cells, rubric) == expected
-    assert read_opinions(cells, ANY) is None
-    assert read_opinions(dict.fromkeys(cells, ""), rubric) is None
+    assert read_opinions(cells, problem) == expected
+    assert read_opinions(cells, FREE) is None
+    assert read_opinions(dict.fromkeys(cells, ""), problem) is None
     for wrong in ("0", "6", "good", "nan"):
-        with pytest.raises(ValueError, match=r"MOS_A_look is .* write a number from 1 to 5"):
-            read_opinions(cells | {"MOS_A_look": wrong}, rubric)
+        with pytest.raises(ValueError, match=r"MOS_A_look is .* Write a number from 1 to 5"):
+            read_opinions(cells | {"MOS_A_look": wrong}, problem)
 
 
-def test_answer_holds_scores_where_they_are_known():
-    text = build_answer("B", ({"x": 0}, {"x": "N/A"}))
-    content = json.loads(text.removeprefix("<answer>").removesuffix("</answer>"))
-    assert content == {"video_1_scores": {"x": 0}, "video_2_scores": {"x": "N/A"}, "gsb_result": "B"}
+def test_answer_is_one_that_stage_2_reads():
+    annotation = parse_annotation(build_answer("B", ({"x": 0}, {"x": "N/A"})))
+    assert (annotation.scores, annotation.preference) == ({"A": {"x": 0}, "B": {"x": "N/A"}}, -1)
     assert build_answer("same", None) == '<answer>{"gsb_result": "same"}</answer>'
 
 
 def test_seeds_differ_by_run_row_side_and_sample_and_fit_any_server():
     keys = [SampleKey(row, side, sample) for row in range(1, 51) for side in "AB" for sample in range(10)]
-    seeds = {Sampling(4, 1.0, 1.0, 9, seed).seed_of(key) for seed in (0, 1) for key in keys}
+    judges = [Judge("m", None, None, temperature=1.0, top_p=1.0, max_tokens=9, seed=seed) for seed in (0, 1)]
+    seeds = {judge.seed_of(key) for judge in judges for key in keys}
     assert len(seeds) == 2 * len(keys)
     assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def make_sample(number: int) -> Sample:
+    text = f'line {number}\n"quoted", \u00e9\u2028 \r end'
+    return Sample(SampleKey(1, "A", number), text, is_finished=number % 2 == 0, num_prompt_tokens=80 + number)
+
+
+@pytest.fixture
+def journal_path(tmp_path):
+    with CotJournal(tmp_path / "out.samples.jsonl", IDENTITY) as journal:
+        for number in range(3):
+            journal.add(make_sample(number))
+    return tmp_path / "out.samples.jsonl"
+
+
+def test_journal_killed_at_any_byte_goes_on(journal_path):
+    content = journal_path.read_bytes()
+    for size in range(len(content)):
+        journal_path.write_bytes(content[:size])
+        with CotJournal(journal_path, IDENTITY) as journal:
+            num_whole = max(content[:size].count(b"\n") - 1, 0)  # the first line is the identity
+            assert [SampleKey(1, "A", number) in journal for number in range(3)] == [n < num_whole for n in range(3)]
+            for number in range(num_whole, 3):
+                journal.add(make_sample(number))
+            assert [journal.read(SampleKey(1, "A", number)) for number in (2, 0, 1)] == list(
+                map(make_sample, (2, 0, 1))
+            )
+        assert journal_path.read_bytes() == content
+
+
+def test_journal_of_another_run_and_of_a_running_one_are_refused(journal_path):
+    other = IDENTITY | {"sampling": {"seed": 1}}
+    with pytest.raises(ValueError, match=r"sampling \(\{'seed': 0\} there, \{'seed': 1\} now\).*--overwrite"):
+        CotJournal(journal_path, other)
+    with CotJournal(journal_path, IDENTITY), pytest.raises(ValueError, match="in use by another run"):
+        CotJournal(journal_path, IDENTITY)
+    with CotJournal(journal_path, other, overwrite=True) as journal:
+        assert SampleKey(1, "A", 0) not in journal
+
+
+@pytest.mark.parametrize("content", [b"videos,GSB\n", b"my notes", b"[1]\n", b'{"identity": 1}\n'])
+def test_a_file_that_is_not_a_journal_is_left_alone(tmp_path, content):
+    path = tmp_path / "out.samples.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is not a journal of samples"):
+        CotJournal(path, IDENTITY)
+    assert path.read_bytes() == content
