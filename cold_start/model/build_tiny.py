@@ -33,8 +33,8 @@ from transformers import (
 )
 
 from scored_sequence import VIDEO_PLACEHOLDER, judge_problem
-from toy_world.judge import write_cot
-from toy_world.scene import sample_clip_scene, sample_request, write_prompt
+from toy_world.scene import sample_clip_scene, sample_request
+from toy_world.texts import write_cot, write_prompt
 from vision_process import VideoBudget
 
 TINY_BUDGET = VideoBudget(fps=2.0, min_frames=4, max_frames=16, min_pixels=64 * 64, max_pixels=112 * 112)
