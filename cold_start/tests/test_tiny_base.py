@@ -67,18 +67,15 @@ def test_chat_template_has_the_layout_of_qwen3_vl(processor):
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "See"}, {"type": "video"}, {"type": "image"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "Fine.\n"}]},
-        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "\nAnd this?"}]},
     ]
-    assert processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
+    expected = (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\nSee<|vision_start|><|video_pad|><|vision_end|>"
         "<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n"
-        "<|im_start|>assistant\nFine.\n<|im_end|>\n"
-        "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>\nAnd this?<|im_end|>\n"
-        "<|im_start|>assistant\n"
     )
-    assert processor.apply_chat_template(messages[:1], tokenize=False).endswith("Be brief.<|im_end|>\n")
+    assert processor.apply_chat_template(messages, tokenize=False) == expected
+    prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == expected + "<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(
