@@ -11,6 +11,8 @@ requests. Written under "evaluation" in the log:
 - how many attributes of the clip the reasoning names rightly;
 - how many sub-scores are right, per dimension;
 - how often the clip preferred by the model's own sub-scores is the truly better one (ties count one half).
+
+A prior is the share of the most frequent value: what always answering that value would give.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import json
 import logging
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,49 +32,25 @@ from transformers.utils import logging as transformers_logging
 
 from checkpoint import stored_video_budget
 from infer_utils.scorer import left_padded_inputs
-from judgement_metrics import Judgement, summarise
 from model_qwen3 import add_reward_token
 from scored_sequence import EncodedPrompt, SequenceBuilder, judge_problem
 from toy_world.render import encode_clip, sample_nuisance
 from toy_world.scene import (
+    ATTRIBUTES,
+    DIMENSIONS,
     GENERATORS,
     Request,
     Scene,
     choose,
     sample_clip_scene,
     sample_request,
-    write_prompt,
+    true_scores,
+    utility,
 )
+from toy_world.texts import parse_scores, phrase, write_prompt
 from vision_process import VideoBudget, load_video
 
 logger = logging.getLogger(__name__)
-
-
-def load_checkpoint(folder: Path, device: str) -> tuple[Qwen3VLForConditionalGeneration, SequenceBuilder, VideoBudget]:
-    """Model in fp32, sequence builder (with `<Reward>` added to its tokenizer) and video budget of a checkpoint."""
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    add_reward_token(processor)
-    return model, SequenceBuilder(processor), stored_video_budget(str(folder))
-
-
-@torch.no_grad()
-def generate_cots(
-    model: Qwen3VLForConditionalGeneration,
-    builder: SequenceBuilder,
-    prompts: Sequence[EncodedPrompt],
-    *,
-    is_sampled: bool,
-) -> list[tuple[str, int]]:
-    """Chains of thought, greedy or sampled at temperature 1, each with its number of tokens (EOS not counted)."""
-    tokenizer = builder.tokenizer
-    inputs = left_padded_inputs(prompts, builder, device=model.device)
-    sampling = {"do_sample": True, "top_k": 0} if is_sampled else {"do_sample": False}
-    output = model.generate(**inputs, **sampling)
-    rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-    ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    answers = [ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))] for ids in rows]
-    return [(tokenizer.decode(ids), len(ids)) for ids in answers]
 
 
 @dataclass(frozen=True)
@@ -81,6 +60,23 @@ class Case:
     request: Request
     scene: Scene
     prompt: EncodedPrompt
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the model wrote about a case, in `num_tokens` tokens (EOS not counted)."""
+
+    case: Case
+    cot: str
+    num_tokens: int
+
+
+def load_checkpoint(folder: Path, device: str) -> tuple[Qwen3VLForConditionalGeneration, SequenceBuilder, VideoBudget]:
+    """Model in fp32, sequence builder (with `<Reward>` added to its tokenizer) and video budget of a checkpoint."""
+    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    add_reward_token(processor)
+    return model, SequenceBuilder(processor), stored_video_budget(str(folder))
 
 
 def make_cases(
@@ -102,18 +98,83 @@ def make_cases(
     return cases
 
 
+@torch.no_grad()
 def judge_cases(
     model, builder: SequenceBuilder, cases: Sequence[Case], *, batch_size: int, is_sampled: bool = False
 ) -> list[Judgement]:
-    """Let the model judge the cases, in their order."""
-    judgements = []
+    """Let the model judge the cases in their order, greedily or sampled at temperature 1."""
+    tokenizer, judgements = builder.tokenizer, []
+    ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    sampling = {"do_sample": True, "top_k": 0} if is_sampled else {"do_sample": False}
     for start in range(0, len(cases), batch_size):
         chunk = cases[start : start + batch_size]
-        answers = generate_cots(model, builder, [case.prompt for case in chunk], is_sampled=is_sampled)
-        for case, (cot, num_tokens) in zip(chunk, answers, strict=True):
-            judgements.append(Judgement(case.request, case.scene, cot, num_tokens))
+        inputs = left_padded_inputs([case.prompt for case in chunk], builder, device=model.device)
+        output = model.generate(**inputs, **sampling)[:, inputs["input_ids"].shape[1] :].tolist()
+        for case, ids in zip(chunk, output, strict=True):
+            answer = ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+            judgements.append(Judgement(case, tokenizer.decode(answer), len(answer)))
         logger.info("%d of %d clips judged", len(judgements), len(cases))
     return judgements
+
+
+def read_attributes(cot: str) -> dict[str, str | None]:
+    """What the reasoning says the clip shows: for each attribute the first of its values named in its line."""
+    lines = {line.split(":", 1)[0].lower(): line.split("prompt", 1)[0] for line in cot.splitlines() if ":" in line}
+    named = {}
+    for dimension, names in DIMENSIONS.items():
+        line = lines.get(dimension, "")
+        for name in names:
+            starts = {value: line.find(f" {phrase(name, value)}") for value in ATTRIBUTES[name]}
+            named[name] = min((start, value) for value, start in [*starts.items(), (None, len(line))] if start >= 0)[1]
+    return named
+
+
+def _share(outcomes: Sequence[float]) -> float:
+    return round(float(np.mean(outcomes)), 4)
+
+
+def _prior(values: Sequence[object]) -> float:
+    return round(max(Counter(values).values()) / len(values), 4)
+
+
+def measure_pairs(judgements: Sequence[Judgement]) -> dict[str, float]:
+    """Preference from the model's own sub-scores against the true one, over pairs that are no true ties."""
+    outcomes = []
+    for pair in zip(judgements[::2], judgements[1::2], strict=True):
+        true = [utility(true_scores(judgement.case.request, judgement.case.scene)) for judgement in pair]
+        scores = [parse_scores(judgement.cot) for judgement in pair]
+        own = [0, 0] if None in scores else [utility(of_clip) for of_clip in scores]
+        if true[0] != true[1]:
+            outcomes.append(np.sign(true[0] - true[1]) * np.sign(own[0] - own[1]))
+    own_ties = _share([outcome == 0 for outcome in outcomes])
+    return {"num_pairs": len(outcomes), "accuracy": 0.5 + _share(outcomes) / 2, "own_ties": own_ties}
+
+
+def summarise(judgements: Sequence[Judgement]) -> dict[str, object]:
+    """All metrics of a list of judged pairs."""
+    named = [read_attributes(judgement.cot) for judgement in judgements]
+    given = [parse_scores(judgement.cot) for judgement in judgements]
+    perception, sub_scores = {}, {}
+    for name in ATTRIBUTES:
+        truth = [getattr(judgement.case.scene, name) for judgement in judgements]
+        right = [said[name] == value for said, value in zip(named, truth, strict=True)]
+        perception[name] = {"right": _share(right), "prior": _prior(truth)}
+    for name in DIMENSIONS:
+        truth = [true_scores(judgement.case.request, judgement.case.scene)[name] for judgement in judgements]
+        asked = [(said, true) for said, true in zip(given, truth, strict=True) if true != "N/A"]
+        right = [said is not None and said[name] == true for said, true in asked]
+        sub_scores[name] = {"right_if_asked": _share(right), "prior_if_asked": _prior([true for _, true in asked])}
+    keys = ("right_if_asked", "prior_if_asked")
+    sub_scores["mean"] = {key: _share([sub_scores[name][key] for name in DIMENSIONS]) for key in keys}
+    return {
+        "num_clips": len(judgements),
+        "json_valid": _share([scores is not None for scores in given]),
+        "characters_per_cot": _share([len(judgement.cot) for judgement in judgements]),
+        "tokens_per_cot": _share([judgement.num_tokens for judgement in judgements]),
+        "perception": perception,
+        "sub_scores": sub_scores,
+        "pairs": measure_pairs(judgements),
+    }
 
 
 def main() -> None:
@@ -132,14 +193,13 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model, builder, budget = load_checkpoint(args.checkpoint, args.device)
     evaluation = {"device": args.device, "seed": args.seed}
-    for held_out in (True, False):
-        name = "held_out" if held_out else "training"
+    for name, held_out in (("held_out", True), ("training", False)):
         cases = make_cases(builder, budget, num_pairs=args.pairs, seed=args.seed, held_out=held_out)
         greedy = judge_cases(model, builder, cases, batch_size=args.batch_size)
         sampled = judge_cases(model, builder, cases, batch_size=args.batch_size, is_sampled=True)
         evaluation |= {name: summarise(greedy), f"{name}_sampled": summarise(sampled)}
         for judgement in greedy[: args.show]:
-            sys.stdout.write(f"{judgement.request}\n{judgement.scene}\n{judgement.cot}\n\n")
+            sys.stdout.write(f"{judgement.case.request}\n{judgement.case.scene}\n{judgement.cot}\n\n")
     if args.log:
         log = json.loads(args.log.read_text()) if args.log.exists() else {}
         args.log.write_text(json.dumps({**log, "evaluation": evaluation}, indent=1) + "\n")

@@ -6,24 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors import safe_open
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
 from build_tiny import REWARD_CONFIG_NAME, TINY_BUDGET, judge_prompt_tokens
-from evaluate_base import judge_cases, load_checkpoint, make_cases
-from fast_forward import compute_batch_positions, compute_label_logits, use_equal_segments
-from judgement_metrics import read_attributes
-from scored_sequence import REWARD_TOKEN, compute_mrope_positions, judge_problem
-from toy_batches import ATTRIBUTE_KINDS, Batch, ClipPool, balance_triples, make_clips, make_texts, to_text_batch
-from toy_world.judge import parse_scores, write_cot
+from evaluate_base import judge_cases, load_checkpoint, make_cases, summarise
+from scored_sequence import REWARD_TOKEN, judge_problem
+from toy_data import SEEN, ToyClips, balance_triples, make_texts
 from toy_world.scene import ATTRIBUTES, DIMENSIONS, Request, Scene
+from toy_world.texts import write_cot
+from train_base import main, measure_perception
 
 TINY_BASE = Path(__file__).resolve().parents[1] / "model" / "tiny_base"
 MAX_PARAMETERS = 3_000_000
 MAX_BYTES = 8_000_000
-NUM_PAIRS = 3
 EXAMPLE_JSON = judge_problem("").splitlines()[-2]
 
 
@@ -38,8 +35,9 @@ def tokenizer(processor):
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    return load_checkpoint(TINY_BASE, "cpu")
+def held_out_clips(processor):
+    clips = ToyClips(processor, size=4, seed=0, held_out=True)
+    return [clips[index] for index in range(4)]
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -69,18 +67,15 @@ def test_chat_template_has_the_layout_of_qwen3_vl(processor):
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "See"}, {"type": "video"}, {"type": "image"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "Fine.\n"}]},
-        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "\nAnd this?"}]},
     ]
-    assert processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
+    expected = (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\nSee<|vision_start|><|video_pad|><|vision_end|>"
         "<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n"
-        "<|im_start|>assistant\nFine.\n<|im_end|>\n"
-        "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>\nAnd this?<|im_end|>\n"
-        "<|im_start|>assistant\n"
     )
-    assert processor.apply_chat_template(messages[:1], tokenize=False).endswith("Be brief.<|im_end|>\n")
+    assert processor.apply_chat_template(messages, tokenize=False) == expected
+    prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == expected + "<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(
@@ -119,49 +114,41 @@ def test_reward_token_fits_into_the_embedding(processor):
     assert vocab_size % 64 == 0
 
 
-def test_greedy_judgements_of_held_out_clips_are_valid_and_mostly_right(loaded):
-    model, builder, budget = loaded
-    cases = make_cases(builder, budget, num_pairs=NUM_PAIRS, seed=3, held_out=True)
-    judgements = judge_cases(model, builder, cases, batch_size=len(cases))
-    assert sum(parse_scores(judgement.cot) is not None for judgement in judgements) >= len(cases) - 1
-    right = [read_attributes(j.cot)[name] == getattr(j.scene, name) for j in judgements for name in ATTRIBUTES]
-    assert np.mean(right) > 0.7
+def test_greedy_judgements_of_held_out_clips_are_valid_and_mostly_right():
+    model, builder, budget = load_checkpoint(TINY_BASE, "cpu")
+    cases = make_cases(builder, budget, num_pairs=3, seed=3, held_out=True)
+    metrics = summarise(judge_cases(model, builder, cases, batch_size=len(cases)))
+    assert metrics["json_valid"] >= 1 - 1 / len(cases)
+    assert np.mean([metrics["perception"][name]["right"] for name in ATTRIBUTES]) > 0.7
 
 
-def test_training_forward_equals_the_stock_forward(processor):
+def test_shipped_weights_read_training_batches_as_training_left_them(processor, held_out_clips):
+    """The training forward, its texts and its weights agree with the shipped model."""
     model = load_checkpoint(TINY_BASE, "cpu")[0]
-    clips = make_clips(processor, seed=0, count=8, held_out=False)
-    pool = ClipPool(torch.device("cpu"), capacity=len(clips))
-    pool.add(clips)
-    grid = max(pool.items, key=lambda grid: len(pool.items[grid]))
-    items = pool.items[grid]
-    text = to_text_batch(*make_texts(processor, seed=0, clips=items), torch.device("cpu"))
-    batch = Batch(text, pool.pixel_values(grid, np.arange(len(items))), grid)
-    is_video = text.input_ids == model.config.video_token_id
-    with torch.no_grad():
-        expected = model(
-            input_ids=text.input_ids,
-            pixel_values_videos=batch.pixel_values,
-            video_grid_thw=torch.tensor([grid] * len(items)),
-            mm_token_type_ids=2 * is_video.int(),
-        ).logits[text.rows, text.columns - 1]
-        use_equal_segments(model)
-        torch.testing.assert_close(compute_label_logits(model, batch), expected, atol=1e-4, rtol=1e-4)
-    positions = compute_batch_positions(is_video, grid, merge_size=2)
-    for row, ids in enumerate(text.input_ids):
-        reference = compute_mrope_positions(
-            ids, video_token_id=model.config.video_token_id, grid_thw=grid, merge_size=2
-        )
-        assert torch.equal(positions[:, row], reference)
+    assert measure_perception(model, held_out_clips, processor.tokenizer, 4) > 0.8
 
 
-def test_attributes_are_labelled_where_the_cot_first_names_them(processor):
-    clips = make_clips(processor, seed=1, count=1, held_out=True)
-    items = [(clip.scene, clip.request, clip.prefix_ids) for clip in clips]
-    input_ids, kinds = make_texts(processor, seed=1, clips=items)
-    for name in ("color", "shape", "place", "light", "style"):
-        labelled = processor.tokenizer.decode(input_ids[0][kinds[0] == ATTRIBUTE_KINDS[name]].tolist())
-        assert labelled.strip() == getattr(clips[0].scene, name)
+def test_training_runs_from_nothing_and_writes_checkpoint_and_log(tmp_path):
+    sizes = ["--steps", "2", "--batch-size", "2", "--pool-size", "3", "--held-out", "2", "--workers", "1"]
+    main([*sizes, "--device", "cpu", "--save", str(tmp_path / "base")])
+    log = json.loads((tmp_path / "base_train.json").read_text())
+    assert (log["num_steps"], log["num_clips"], [point["step"] for point in log["curve"]]) == (2, 3, [2])
+    assert 5 < log["curve"][0]["loss"] < 8  # about the logarithm of the vocabulary's size
+    for name in ("config.json", "tokenizer.json", REWARD_CONFIG_NAME, "chat_template.jinja"):
+        assert json_or_text(tmp_path / "base" / name) == json_or_text(TINY_BASE / name), name
+
+
+def json_or_text(path: Path) -> object:
+    return json.loads(path.read_text()) if path.suffix == ".json" else path.read_text()
+
+
+def test_attributes_weigh_most_where_the_cot_first_names_them(processor, held_out_clips):
+    texts = make_texts(processor.tokenizer, held_out_clips, np.arange(4), np.random.default_rng(1))
+    for clip, ids, weights in zip(held_out_clips, texts.input_ids, texts.weights, strict=True):
+        seen = processor.tokenizer.decode(ids[weights == SEEN].tolist())
+        assert all(getattr(clip.scene, name) in seen for name in ATTRIBUTES)
+        assert len(seen) < 100
+        assert ids[weights > 0][-1] == processor.tokenizer.eos_token_id
 
 
 def test_training_triples_leave_the_held_out_ones_out():

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from make_toy_world import sample_example
-from toy_world.tables import build_tables, referenced_videos, write_table
+from toy_world.tables import build_tables, write_table
 from toy_world.world import WorldConfig
 from verl.data.pair_csv import CsvError
 from verl.data.scored_sequence import judge_problem
@@ -43,7 +43,7 @@ def write_bench(folder: Path, content: list[dict] | bytes, *, videos=("a.mp4", "
 @pytest.mark.parametrize("bench_type", get_args(BenchType))
 def test_rows_of_every_format_find_their_videos_prompts_labels_and_models(tmp_path, bench_type):
     table = build_tables({"eval": PAIRS}, judge_problem)[f"bench_{bench_type}.csv"]
-    path = write_bench(tmp_path, table, videos=[video for row in table for video in referenced_videos(row)])
+    path = write_bench(tmp_path, table, videos=[f"videos/{clip.name}" for pair in PAIRS for clip in pair.clips])
     bench, is_paired = read_bench(path, bench_type), bench_type in PAIRED
     assert (bench.path, bench.bench_type, bench.is_paired) == (str(path), bench_type, is_paired)
     assert (len(bench.items), bench.missing, bench.num_duplicate_rows) == (2 * len(PAIRS), {}, 0)

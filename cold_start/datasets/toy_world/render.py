@@ -4,6 +4,9 @@ World coordinates have their origin in the middle of the frame (at the middle of
 unit is the smaller side of the frame. A pan or zoom moves the whole world, the subject included; the subject's own
 motion is relative to the world. Both run evenly over the clip's duration. The start place is fitted so that the whole
 subject stays in view.
+
+Training never shows the rendering "changed": larger frames, wide or tall, other frame rates, smaller subjects, more
+distractors, textures turned by a quarter, other shades. Scenes, scores and how far things move are the same.
 """
 
 import os
@@ -13,19 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .renderings import RENDERINGS, RenderingName
+from .looks import NIGHT_TINT, PLACE_RGB, SUBJECT_RGB, box_blur, outside_distance, texture, waves
 from .scene import Scene
-from .shapes import outside_distance
-from .textures import World, paint_world
 
-SUBJECT_RGB = {
-    "red": (230, 30, 35),
-    "green": (25, 205, 60),
-    "blue": (30, 60, 245),
-    "yellow": (255, 230, 20),
-    "purple": (165, 35, 215),
-    "white": (250, 250, 250),
-}
 TRAVEL_RANGE = (0.26, 0.35)  # how far a moving subject gets, in units of the smaller side
 PAN_RANGE = (0.16, 0.22)  # less than TRAVEL_RANGE: a pan never hides the subject's own motion
 GROWTH_RANGE = (1.7, 2.1)  # last diameter over first
@@ -38,8 +31,33 @@ PIXEL_BLOCKS = 24  # blocks along the smaller side in the pixelated style
 BLUR_RADIUS = 0.05
 BAND_WIDTH = 0.022
 GLOW_REACH = 0.16
+LANDMARK_STRENGTH = 0.25
+DISTRACTOR_DIAMETER = 0.09
 _DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 _PANS = {"pans left": -1, "pans right": 1}
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """Ranges that a clip's nuisances are drawn from.
+
+    `sides`: width and height in pixels. `aspects`: ranges of width / height. `frame_rates` in frames a second, with
+    their probabilities. `diameters`: of the subject midway through the clip, in units of the smaller side.
+    """
+
+    sides: tuple[int, int]
+    aspects: tuple[tuple[float, float], ...]
+    frame_rates: dict[int, float]
+    diameters: tuple[float, float]
+    distractor_probability: float
+
+
+RENDERINGS = {
+    "usual": Rendering((80, 144), ((0.8, 1.25),), {8: 0.3, 10: 0.3, 12: 0.2, 15: 0.15, 24: 0.05}, (0.28, 0.40), 0.3),
+    "changed": Rendering(
+        (96, 176), ((0.6, 0.78), (1.28, 1.65)), {18: 0.25, 20: 0.25, 25: 0.25, 30: 0.25}, (0.26, 0.32), 0.7
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -48,8 +66,7 @@ class Nuisance:
 
     `size` is the subject's diameter in units of the smaller side; `speed` in [0, 1] picks how far things move within
     their ranges; `start` in [0, 1]^2 picks the start place (x, y) among those that keep the subject in view; `width`
-    and `height` are even, in pixels; `fps` in frames a second; `duration` in seconds, a multiple of 1 / fps;
-    `rendering` picks the textures.
+    and `height` are even, in pixels; `fps` in frames a second; `duration` in seconds, a multiple of 1 / fps.
     Example: Nuisance(0.3, 0.5, (0.2, 0.8), 7, False, 96, 112, 10, 2.5, 28)
     """
 
@@ -63,27 +80,32 @@ class Nuisance:
     fps: int
     duration: float
     crf: int
-    rendering: RenderingName = "usual"
+    rendering: str = "usual"
 
     @property
     def num_frames(self) -> int:
         return round(self.duration * self.fps)
 
+    @property
+    def half_size(self) -> np.ndarray:
+        """Half the width and height of the frame in units of its smaller side: float [2]."""
+        return np.array([self.width, self.height]) / min(self.width, self.height) / 2
 
-def sample_nuisance(rng: np.random.Generator, rendering: RenderingName = "usual") -> Nuisance:
+
+def sample_nuisance(rng: np.random.Generator, rendering: str = "usual") -> Nuisance:
     """Draws everything that the prompt says nothing about."""
-    look = RENDERINGS[rendering]
+    ranges = RENDERINGS[rendering]
     while True:
-        width, height = (2 * int(rng.integers(look.sides[0] // 2, look.sides[1] // 2 + 1)) for _ in range(2))
-        if width % UNREADABLE_WIDTH and look.allows(width, height):
+        width, height = (2 * int(rng.integers(ranges.sides[0] // 2, ranges.sides[1] // 2 + 1)) for _ in range(2))
+        if width % UNREADABLE_WIDTH and any(low <= width / height <= high for low, high in ranges.aspects):
             break
-    fps = int(rng.choice(look.frame_rates, p=look.frame_rate_probabilities))
+    fps = int(rng.choice(list(ranges.frame_rates), p=list(ranges.frame_rates.values())))
     return Nuisance(
-        size=float(rng.uniform(*look.diameters)),
+        size=float(rng.uniform(*ranges.diameters)),
         speed=float(rng.random()),
         start=(float(rng.random()), float(rng.random())),
         texture_seed=int(rng.integers(2**31)),
-        has_distractor=bool(rng.random() < look.distractor_probability),
+        has_distractor=bool(rng.random() < ranges.distractor_probability),
         width=width,
         height=height,
         fps=fps,
@@ -118,12 +140,8 @@ def compute_track(scene: Scene, nuisance: Nuisance, times: np.ndarray) -> Track:
     radius = nuisance.size / 2 * _within(GROWTH_RANGE, nuisance.speed) ** (growth * (progress - 0.5)) * zoom
     step_x, step_y = _DIRECTIONS.get(scene.motion, (0, 0))
     travel = _within(TRAVEL_RANGE, nuisance.speed) * progress
-    shorter = min(nuisance.width, nuisance.height)
-    centers = []
-    for half, offset, fraction in (
-        (nuisance.width / shorter / 2, step_x * travel - camera_x, nuisance.start[0]),
-        (nuisance.height / shorter / 2, step_y * travel, nuisance.start[1]),
-    ):
+    offsets, centers = (step_x * travel - camera_x, step_y * travel), []
+    for half, offset, fraction in zip(nuisance.half_size, offsets, nuisance.start, strict=True):
         room = (half - radius[:2]) / zoom[:2]
         low, high = float(np.max(-room - offset[:2])), float(np.min(room - offset[:2]))
         start = _within((low, high), fraction) if low < high else (low + high) / 2
@@ -136,81 +154,92 @@ def render_frames(scene: Scene, nuisance: Nuisance, times: np.ndarray) -> np.nda
     track = compute_track(scene, nuisance, times)
     shorter = min(nuisance.width, nuisance.height)
     block = max(2, round(shorter / PIXEL_BLOCKS)) if scene.style == "pixelated" else 1
-    columns, rows = -(-nuisance.width // block), -(-nuisance.height // block)
     # Screen coordinates of the centres of the pixels (or blocks of pixels) that are drawn.
-    screen_x = ((np.arange(columns) + 0.5) * block - nuisance.width / 2) / shorter
-    screen_y = ((np.arange(rows) + 0.5) * block - nuisance.height / 2) / shorter
-    world = _paint_background(scene, nuisance)
-    subject = _Subject(scene.shape, scene.style, _subject_color(scene, nuisance), block / shorter)
-    frames = np.empty((len(track.zoom), rows, columns, 3), dtype=np.uint8)
+    screen_x, screen_y = (
+        ((np.arange(-(-side // block)) + 0.5) * block - side / 2) / shorter
+        for side in (nuisance.width, nuisance.height)
+    )
+    world = _paint_world(scene, nuisance)
+    jitter = np.random.default_rng([nuisance.texture_seed, 1]).uniform(-14, 14, size=3)
+    dimming = 0.92 if scene.light == "night" else 1.0
+    rgb = (np.clip(np.asarray(SUBJECT_RGB[scene.color]) + jitter, 0, 255) * dimming).astype(np.float32)
+    frames = np.empty((len(track.zoom), len(screen_y), len(screen_x), 3), dtype=np.uint8)
     for index, frame in enumerate(frames):
+        zoom, radius = track.zoom[index], track.radius[index]
         if index == 0 or scene.camera != "still":
-            zoom = track.zoom[index]
             background = world.look_up(screen_x / zoom + track.camera_x[index], screen_y / zoom)
         frame[:] = background
         x, y = screen_x - track.center_x[index], screen_y - track.center_y[index]
-        _draw_subject(frame, subject, x=x, y=y, radius=track.radius[index])
-    if block > 1:
-        frames = frames.repeat(block, axis=1).repeat(block, axis=2)[:, : nuisance.height, : nuisance.width]
-    return frames
-
-
-def _paint_background(scene: Scene, nuisance: Nuisance) -> World:
-    shorter = min(nuisance.width, nuisance.height)
-    margin = PAN_RANGE[1] / 2 if scene.camera in _PANS else 0.0
-    return paint_world(
-        scene,
-        half_size=(nuisance.width / shorter / 2 + margin, nuisance.height / shorter / 2),
-        pixels_per_unit=shorter * (ZOOM_OVERSAMPLING if scene.camera == "zooms in" else 1.0),
-        seed=nuisance.texture_seed,
-        distractor_rgb=_distractor_color(scene, nuisance),
-        blur_radius=BLUR_RADIUS if scene.style == "blurred" else 0.0,
-        rendering=nuisance.rendering,
-    )
-
-
-def _subject_color(scene: Scene, nuisance: Nuisance) -> np.ndarray:
-    jitter = np.random.default_rng([nuisance.texture_seed, 1]).uniform(-14, 14, size=3)
-    dimming = 0.92 if scene.light == "night" else 1.0
-    return (np.clip(np.asarray(SUBJECT_RGB[scene.color]) + jitter, 0, 255) * dimming).astype(np.float32)
-
-
-def _distractor_color(scene: Scene, nuisance: Nuisance) -> tuple[int, int, int] | None:
-    others = [rgb for name, rgb in SUBJECT_RGB.items() if name != scene.color]
-    return others[nuisance.texture_seed % len(others)] if nuisance.has_distractor else None
+        reach = 1.3 * radius + {"glowing": 2.0 * GLOW_REACH, "blurred": BLUR_RADIUS}.get(scene.style, BAND_WIDTH)
+        columns, rows = (slice(*np.searchsorted(values, (-reach, reach))) for values in (x, y))
+        unit_x, unit_y = ((values / radius).astype(np.float32) for values in (x[None, columns], y[rows, None]))
+        distance = outside_distance(scene.shape, unit_x, unit_y) * np.float32(radius)
+        frame[rows, columns] = _draw_subject(
+            frame[rows, columns].astype(np.float32), distance, style=scene.style, rgb=rgb, pixel=block / shorter
+        )
+    return frames.repeat(block, axis=1).repeat(block, axis=2)[:, : nuisance.height, : nuisance.width]
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """How the subject is drawn: `rgb` float32 [3]; `pixel` is a pixel's (or block's) side in world units."""
+class _World:
+    """A painted stretch of background: `pixels` uint8 [h, w, 3], whose first pixel lies at (left, top)."""
 
-    shape: str
-    style: str
-    rgb: np.ndarray
-    pixel: float
+    pixels: np.ndarray
+    left: float
+    top: float
+    pixels_per_unit: float
+
+    def look_up(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """The nearest painted pixels on the grid of world coordinates `x` [w] and `y` [h]: uint8 [h, w, 3]."""
+        columns = np.rint((x - self.left) * self.pixels_per_unit).astype(np.intp)
+        rows = np.rint((y - self.top) * self.pixels_per_unit).astype(np.intp)
+        rows, columns = rows.clip(0, self.pixels.shape[0] - 1), columns.clip(0, self.pixels.shape[1] - 1)
+        return self.pixels[rows].take(columns, axis=1)
 
 
-def _draw_subject(frame: np.ndarray, subject: _Subject, *, x: np.ndarray, y: np.ndarray, radius: float) -> None:
-    """Blends the subject into `frame` (uint8 [h, w, 3], in place); `x` [w] and `y` [h] count from its center."""
-    margin = {"glowing": 2.0 * GLOW_REACH, "blurred": BLUR_RADIUS}.get(subject.style, BAND_WIDTH)
-    reach = 1.3 * radius + margin
-    columns = slice(*np.searchsorted(x, (-reach, reach)))
-    rows = slice(*np.searchsorted(y, (-reach, reach)))
-    unit_x, unit_y = (x[columns] / radius).astype(np.float32), (y[rows] / radius).astype(np.float32)
-    distance = outside_distance(subject.shape, unit_x, unit_y) * np.float32(radius)
-    patch = frame[rows, columns].astype(np.float32)
-    softness = subject.pixel
-    if subject.style == "outlined":
+def _paint_world(scene: Scene, nuisance: Nuisance) -> _World:
+    rng = np.random.default_rng([nuisance.texture_seed, 0])
+    phases = rng.uniform(0, 2 * np.pi, size=6).astype(np.float32)
+    cells = rng.random((16, 16), dtype=np.float32)
+    jitter = rng.uniform(-8, 8, size=3)
+    spot_x, spot_y = rng.uniform(-0.42, 0.42, size=2)
+    per_unit = min(nuisance.width, nuisance.height) * (ZOOM_OVERSAMPLING if scene.camera == "zooms in" else 1.0)
+    half_x, half_y = nuisance.half_size
+    half_x += PAN_RANGE[1] / 2 if scene.camera in _PANS else 0.0
+    left, top = (float(0.5 / per_unit - half) for half in (half_x, half_y))
+    columns, rows = (int(2 * half * per_unit) for half in (half_x, half_y))
+    x = (left + np.arange(columns) / per_unit).astype(np.float32)[None, :]
+    y = (top + np.arange(rows) / per_unit).astype(np.float32)[:, None]
+    is_turned = nuisance.rendering == "changed"
+    field = texture(scene.place, y.T, x.T, phases, cells).T if is_turned else texture(scene.place, x, y, phases, cells)
+    field = field + LANDMARK_STRENGTH * (waves(x, 1.1, phases[4]) + waves(y, 0.9, phases[5]))
+    if scene.style == "blurred":
+        radius = round(BLUR_RADIUS * per_unit)
+        field = box_blur(box_blur(field, radius), radius)
+    tint = NIGHT_TINT if scene.light == "night" else np.ones(3, dtype=np.float32)
+    base, contrast = PLACE_RGB[nuisance.rendering][scene.place]
+    pixels = ((np.asarray(base) + jitter) * tint).astype(np.float32)
+    pixels = pixels + field[..., None] * (np.asarray(contrast, dtype=np.float32) * np.sqrt(tint))
+    if nuisance.has_distractor:  # a small disc
+        others = [rgb for name, rgb in SUBJECT_RGB.items() if name != scene.color]
+        inside = (x - spot_x) ** 2 + (y - spot_y) ** 2 < (DISTRACTOR_DIAMETER / 2) ** 2
+        rgb = np.asarray(others[nuisance.texture_seed % len(others)], dtype=np.float32)
+        pixels[inside] = rgb * np.sqrt(tint)
+    return _World(np.clip(pixels, 0, 255).astype(np.uint8), left, top, per_unit)
+
+
+def _draw_subject(patch: np.ndarray, distance: np.ndarray, *, style: str, rgb: np.ndarray, pixel: float) -> np.ndarray:
+    """`patch` (float32 [h, w, 3]) with the subject on it; `distance` [h, w] and `pixel` (a side) in world units."""
+    softness = 2 * BLUR_RADIUS if style == "blurred" else pixel
+    if style == "outlined":
         _blend(patch, distance - BAND_WIDTH, softness, np.full(3, 255, dtype=np.float32))
         _blend(patch, distance, softness, np.zeros(3, dtype=np.float32))
         distance = distance + 1.5 * BAND_WIDTH
-    elif subject.style == "glowing":
+    elif style == "glowing":
         halo = 0.85 * np.exp(np.maximum(distance, 0) * np.float32(-2.0 / GLOW_REACH))
-        patch += halo[..., None] * (subject.rgb - patch)
-    elif subject.style == "blurred":
-        softness = 2 * BLUR_RADIUS
-    _blend(patch, distance, softness, subject.rgb)
-    frame[rows, columns] = patch
+        patch += halo[..., None] * (rgb - patch)
+    _blend(patch, distance, softness, rgb)
+    return patch
 
 
 def _blend(patch: np.ndarray, distance: np.ndarray, softness: float, color: np.ndarray) -> None:

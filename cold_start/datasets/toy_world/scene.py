@@ -13,8 +13,8 @@ Sub-scores (`true_scores`), "N/A" for a dimension that the prompt does not menti
                  preferred, and equal utilities are a tie
 
 Subject and dynamics are always mentioned, each other dimension with probability MENTION_PROBABILITY. A clip is wrong
-in 0, 1, 2 or 3 of the mentioned dimensions, with the probabilities that GENERATORS gives for the generator that "made"
-it; in the dimensions that the prompt does not mention it shows anything.
+in 0 to 3 of the mentioned dimensions, with the probabilities of its generator (GENERATORS); in the other dimensions
+it shows anything.
 
 Held-out scenes: colors and shapes fall into three groups by index modulo 3. A color and a shape of the same group are
 held out together with four of the seven motions (48 of 252 triples). Every value and every pair of values still
@@ -28,36 +28,36 @@ import numpy as np
 
 Score = int | Literal["N/A"]
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-COLORS = ("red", "green", "blue", "yellow", "purple", "white")
-MOTIONS = ("left", "right", "up", "down", "grows", "shrinks", "still")
-CAMERAS = ("still", "pans left", "pans right", "zooms in")
-PLACES = ("desert", "ocean", "forest", "city", "garden")
-LIGHTS = ("day", "night")
-STYLES = ("flat", "outlined", "pixelated", "blurred", "glowing")
-DIMENSIONS = ("subject", "dynamics", "camera", "environment", "style")
 ATTRIBUTES = {
-    "shape": SHAPES,
-    "color": COLORS,
-    "motion": MOTIONS,
-    "camera": CAMERAS,
-    "place": PLACES,
-    "light": LIGHTS,
-    "style": STYLES,
+    "shape": ("circle", "square", "triangle", "star", "cross", "ring"),
+    "color": ("red", "green", "blue", "yellow", "purple", "white"),
+    "motion": ("left", "right", "up", "down", "grows", "shrinks", "still"),
+    "camera": ("still", "pans left", "pans right", "zooms in"),
+    "place": ("desert", "ocean", "forest", "city", "garden"),
+    "light": ("day", "night"),
+    "style": ("flat", "outlined", "pixelated", "blurred", "glowing"),
 }
-
+DIMENSIONS = {  # the attributes that each is about
+    "subject": ("color", "shape"),
+    "dynamics": ("motion",),
+    "camera": ("camera",),
+    "environment": ("place", "light"),
+    "style": ("style",),
+}
+ALWAYS_MENTIONED = ("subject", "dynamics")
 NOT_ASKED = "N/A"
 UTILITY_WEIGHTS = {"subject": 6, "dynamics": 5, "camera": 3, "environment": 4, "style": 2}
 MENTION_PROBABILITY = 0.75
 CAMERA_PROBABILITIES = (0.4, 0.2, 0.2, 0.2)
+STILL_PROBABILITY = 0.4  # of a wrong motion where motion is asked for
+ONE_WRONG_LIMITS = {"subject": (0.4, 0.8), "environment": (0.4, 0.7)}  # only the first attribute, only the second
 GENERATORS = {  # probability of 0, 1, 2, 3 wrong dimensions
     "toygen-a": (0.45, 0.35, 0.15, 0.05),
     "toygen-b": (0.25, 0.40, 0.25, 0.10),
     "toygen-c": (0.10, 0.35, 0.35, 0.20),
 }
 MAX_TRIES = 50
-NUM_HELD_OUT_GROUPS = 3
-HELD_OUT_MOTIONS = (
+HELD_OUT_MOTIONS = (  # of each group
     frozenset({"still", "left", "right", "up"}),
     frozenset({"still", "down", "grows", "shrinks"}),
     frozenset({"still", "right", "down", "grows"}),
@@ -87,15 +87,15 @@ class Request:
 
 def is_held_out(scene: Scene) -> bool:
     """Whether the (color, shape, motion) triple belongs to evaluation; the other attributes do not matter."""
-    group = COLORS.index(scene.color) % NUM_HELD_OUT_GROUPS
-    return group == SHAPES.index(scene.shape) % NUM_HELD_OUT_GROUPS and scene.motion in HELD_OUT_MOTIONS[group]
+    color, shape = (
+        ATTRIBUTES[name].index(getattr(scene, name)) % len(HELD_OUT_MOTIONS) for name in ("color", "shape")
+    )
+    return color == shape and scene.motion in HELD_OUT_MOTIONS[color]
 
 
-def choose(rng: np.random.Generator, options: tuple, probabilities: tuple | None = None) -> object:
-    """One of `options`, uniformly or with the given probabilities."""
-    if probabilities is None:
-        return options[int(rng.integers(len(options)))]
-    return options[int(rng.choice(len(options), p=probabilities))]
+def choose(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    """One of `options`, uniformly."""
+    return options[int(rng.integers(len(options)))]
 
 
 def choose_other(rng: np.random.Generator, options: tuple[str, ...], excluded: str) -> str:
@@ -103,29 +103,34 @@ def choose_other(rng: np.random.Generator, options: tuple[str, ...], excluded: s
     return choose(rng, tuple(option for option in options if option != excluded))
 
 
+def _draw(rng: np.random.Generator, attribute: str) -> str:
+    if attribute == "camera":
+        return ATTRIBUTES[attribute][int(rng.choice(len(CAMERA_PROBABILITIES), p=CAMERA_PROBABILITIES))]
+    return choose(rng, ATTRIBUTES[attribute])
+
+
 def sample_request(rng: np.random.Generator, held_out: bool) -> Request:
     """A request whose scene is on the wanted side of `is_held_out`; motions are equally frequent on both sides."""
-    motion = choose(rng, MOTIONS)
-    camera = choose(rng, CAMERAS, CAMERA_PROBABILITIES)
-    scene = Scene("circle", "red", motion, camera, choose(rng, PLACES), choose(rng, LIGHTS), choose(rng, STYLES))
+    values = {name: _draw(rng, name) for name in ("motion", "camera", "place", "light", "style")}
     while True:
-        scene = replace(scene, shape=choose(rng, SHAPES), color=choose(rng, COLORS))
+        scene = Scene(**values, shape=_draw(rng, "shape"), color=_draw(rng, "color"))
         if is_held_out(scene) == held_out:
             break
-    optional = [name for name in DIMENSIONS[2:] if rng.random() < MENTION_PROBABILITY]
-    return Request(scene, frozenset(DIMENSIONS[:2]) | frozenset(optional))
+    optional = [name for name in DIMENSIONS if name not in ALWAYS_MENTIONED]
+    mentioned = [name for name in optional if rng.random() < MENTION_PROBABILITY]
+    return Request(scene, frozenset([*ALWAYS_MENTIONED, *mentioned]))
 
 
 def sample_clip_scene(
     request: Request, rng: np.random.Generator, held_out: bool, *, generator: str = "toygen-b"
 ) -> Scene:
     """What a clip made for `request` shows: wrong in as many dimensions as `generator` has it, on its side."""
-    mentioned = tuple(name for name in DIMENSIONS if name in request.mentioned)
-    probabilities = GENERATORS[generator][: len(mentioned) + 1]
-    total = sum(probabilities)
-    num_wrong = int(rng.choice(len(probabilities), p=[value / total for value in probabilities]))
-    wrong = frozenset(mentioned[i] for i in rng.choice(len(mentioned), size=num_wrong, replace=False))
-    base = _fill_unmentioned(request, rng)
+    mentioned = [name for name in DIMENSIONS if name in request.mentioned]
+    probabilities = np.array(GENERATORS[generator][: len(mentioned) + 1])
+    num_wrong = int(rng.choice(len(probabilities), p=probabilities / sum(probabilities)))
+    wrong = {mentioned[i] for i in rng.choice(len(mentioned), size=num_wrong, replace=False)}
+    unmentioned = [name for dimension in DIMENSIONS if dimension not in mentioned for name in DIMENSIONS[dimension]]
+    base = replace(request.scene, **{name: _draw(rng, name) for name in unmentioned})
     while True:
         # How far a dimension is wrong is drawn before its values, so that errors are alike on both sides. A few
         # requests of the training side have no still scene on their side: then it is drawn again.
@@ -138,53 +143,31 @@ def sample_clip_scene(
                 return scene
 
 
-def _fill_unmentioned(request: Request, rng: np.random.Generator) -> Scene:
-    """The scene asked for, with anything at all in the dimensions that the prompt does not mention."""
-    scene = request.scene
-    if "camera" not in request.mentioned:
-        scene = replace(scene, camera=choose(rng, CAMERAS, CAMERA_PROBABILITIES))
-    if "environment" not in request.mentioned:
-        scene = replace(scene, place=choose(rng, PLACES), light=choose(rng, LIGHTS))
-    if "style" not in request.mentioned:
-        scene = replace(scene, style=choose(rng, STYLES))
-    return scene
-
-
 def _spoil(scene: Scene, dimension: str, severity: float, rng: np.random.Generator) -> Scene:
     """`scene` with `dimension` wrong: one attribute or both, another motion or none, by `severity` in [0, 1)."""
-    if dimension == "subject":
-        parts = ("color",) if severity < 0.4 else ("shape",) if severity < 0.8 else ("color", "shape")
-    elif dimension == "environment":
-        parts = ("place",) if severity < 0.4 else ("light",) if severity < 0.7 else ("place", "light")
-    elif dimension == "style":
-        parts = ("style",)
-    else:
-        attribute = "motion" if dimension == "dynamics" else "camera"
-        asked = getattr(scene, attribute)
-        if asked != "still" and severity >= 0.6:
-            return replace(scene, **{attribute: "still"})
-        moving = tuple(value for value in ATTRIBUTES[attribute] if value != "still")
-        return replace(scene, **{attribute: choose_other(rng, moving, asked)})
-    return replace(scene, **{part: choose_other(rng, ATTRIBUTES[part], getattr(scene, part)) for part in parts})
+    names = DIMENSIONS[dimension]
+    if dimension in ONE_WRONG_LIMITS:
+        first, second = ONE_WRONG_LIMITS[dimension]
+        names = names[:1] if severity < first else names[1:] if severity < second else names
+    options = {name: ATTRIBUTES[name] for name in names}
+    if dimension in ("dynamics", "camera"):
+        (name,) = names
+        if getattr(scene, name) != "still" and severity >= 1 - STILL_PROBABILITY:
+            return replace(scene, **{name: "still"})
+        options[name] = tuple(value for value in ATTRIBUTES[name] if value != "still")
+    return replace(scene, **{name: choose_other(rng, options[name], getattr(scene, name)) for name in names})
 
 
 def true_scores(request: Request, scene: Scene) -> dict[str, Score]:
     """Sub-scores of a clip that shows `scene`, by the rules in the module's docstring, in the order of DIMENSIONS."""
-    asked = request.scene
-    scores = {
-        "subject": int(scene.shape == asked.shape) + int(scene.color == asked.color),
-        "dynamics": _motion_score(asked.motion, scene.motion),
-        "camera": _motion_score(asked.camera, scene.camera),
-        "environment": int(scene.place == asked.place) + int(scene.light == asked.light),
-        "style": 2 * int(scene.style == asked.style),
-    }
-    return {name: scores[name] if name in request.mentioned else NOT_ASKED for name in DIMENSIONS}
-
-
-def _motion_score(asked: str, shown: str) -> int:
-    if asked == shown:
-        return 2
-    return 0 if "still" in (asked, shown) else 1
+    scores: dict[str, Score] = {}
+    for dimension, names in DIMENSIONS.items():
+        right = [getattr(scene, name) == getattr(request.scene, name) for name in names]
+        scores[dimension] = 2 * sum(right) // len(names)
+        if dimension in ("dynamics", "camera") and not all(right):
+            (name,) = names
+            scores[dimension] = int("still" not in (getattr(scene, name), getattr(request.scene, name)))
+    return {name: score if name in request.mentioned else NOT_ASKED for name, score in scores.items()}
 
 
 def overall_score(scores: dict[str, Score]) -> float:
@@ -198,40 +181,6 @@ def utility(scores: dict[str, Score]) -> int:
     return sum(UTILITY_WEIGHTS[name] * score for name, score in scores.items() if score != NOT_ASKED)
 
 
-def prefer(scores_a: dict[str, Score], scores_b: dict[str, Score]) -> str:
-    """The noise-free label of a pair: "A", "B" or "same"."""
-    difference = utility(scores_a) - utility(scores_b)
-    return "same" if difference == 0 else "A" if difference > 0 else "B"
-
-
-_MOTION_PHRASES = {"still": "stays still", "grows": "grows", "shrinks": "shrinks"}
-_LEADS = ("{subject} {motion}", "There is {subject} that {motion}", "Show {subject} that {motion}")
-_PLACE_CLAUSES = (" in the {place} by {light}", " by {light} in the {place}")
-_PLACE_SENTENCES = ("The place is the {place} by {light}.", "It is {light} in the {place}.")
-_CAMERA_SENTENCES = ("The camera {camera}.", "Camera: it {camera}.", "During the clip the camera {camera}.")
-_STYLE_SENTENCES = ("The style is {style}.", "Use the {style} style.", "Style: {style}.")
-
-
-def motion_phrase(motion: str) -> str:
-    """A verb phrase for a motion of the subject or the camera: "moves left", "grows", "stays still", "pans left"."""
-    return _MOTION_PHRASES.get(motion, motion if " " in motion else f"moves {motion}")
-
-
-def write_prompt(request: Request, rng: np.random.Generator) -> str:
-    """A prompt that mentions what it has to, e.g. "A red circle grows in the city by day. The style is flat."."""
-    scene = request.scene
-    subject = choose(rng, ("a {} {}", "one {} {}", "a single {} {}")).format(scene.color, scene.shape)
-    lead = choose(rng, _LEADS).format(subject=subject, motion=motion_phrase(scene.motion))
-    sentences = []
-    if "environment" in request.mentioned:
-        names = {"place": scene.place, "light": scene.light}
-        if rng.random() < 0.6:
-            lead += choose(rng, _PLACE_CLAUSES).format(**names)
-        else:
-            sentences.append(choose(rng, _PLACE_SENTENCES).format(**names))
-    if "camera" in request.mentioned:
-        sentences.append(choose(rng, _CAMERA_SENTENCES).format(camera=motion_phrase(scene.camera)))
-    if "style" in request.mentioned:
-        sentences.append(choose(rng, _STYLE_SENTENCES).format(style=scene.style))
-    order = rng.permutation(len(sentences))
-    return " ".join([lead[0].upper() + lead[1:] + ".", *(sentences[i] for i in order)])
+def prefer(value_a: float, value_b: float) -> str:
+    """The label of a pair by which value is greater: "A", "B" or "same"."""
+    return "same" if value_a == value_b else "A" if value_a > value_b else "B"
