@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import serve
-from serving_support import CLIPS, PROMPTS, Client, ServingProcess, assert_scored, upload_request, wait_for
+from serving_support import CLIPS, PROMPTS, Client, ServingProcess, assert_scored, read_all, upload_request, wait_for
 from training_support import DUAL_RL
 from verl.inference.reward_model import RewardModel
 from verl.serving.options import read_token
@@ -62,8 +62,10 @@ def test_sigterm_with_requests_in_flight(small_model, tmp_path):
     with ThreadPoolExecutor(9) as pool:
         waiting = [pool.submit(client.upload, [clip.read_bytes()] * 3, ["a"] * 3) for clip in CLIPS]
         wait_for(lambda: client.num_under_way() > 15, "requests in flight")
+        receiving = client.open(upload_request([b"a"], token="secret", num_bytes=50))
         server.process.terminate()
         wait_for(lambda: client.health() == 503, "stopping")
+        assert b"503 Service Unavailable" in read_all(receiving)
         late = client.upload([b"a"], ["b"])
         replies = [future.result() for future in waiting]
     assert (late.status, late.headers.get("retry-after")) == (503, "10")
