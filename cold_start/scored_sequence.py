@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import jinja2
 import torch
 from transformers.video_utils import VideoMetadata
 
+from format_prompt import FormatPrompt
 from vision_process import VideoBudget, VideoFrames, VideoHeader, budgeted_size, num_sampled_frames
 
 REWARD_TOKEN = "<Reward>"
@@ -129,11 +129,7 @@ class SequenceBuilder:
     def __init__(self, processor, *, format_prompt: str = DEFAULT_FORMAT_PROMPT) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        try:
-            self.template = jinja2.Template(format_prompt, undefined=jinja2.StrictUndefined)
-            self.template.render(content="")
-        except jinja2.TemplateError as error:
-            raise ValueError(f"format prompt {format_prompt!r} does not render: {error}") from error
+        self.format_prompt = FormatPrompt(format_prompt)
         self.reward_token_id = reward_token_id(self.tokenizer)
 
     @cached_property
@@ -154,7 +150,7 @@ class SequenceBuilder:
 
     def user_blocks(self, problem: str) -> list[dict[str, str]]:
         """The user turn: one block `{"type": "video"}`, and `{"type": "text", "text": ...}` before and after it."""
-        content = self.template.render(content=problem)
+        content = self.format_prompt.render(problem)
         self.check_text(content, "problem")
         parts = content.split(VIDEO_PLACEHOLDER)
         if len(parts) > 2:

@@ -12,10 +12,10 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-import jinja2
 import torch
 from transformers.video_utils import VideoMetadata
 
+from verl.data.format_prompt import FormatPrompt
 from verl.data.vision_process import VideoBudget, VideoFrames, VideoHeader, budgeted_size, num_sampled_frames
 from verl.types import VideoKey, VideoPrompt
 
@@ -69,11 +69,7 @@ class SequenceBuilder:
     def __init__(self, processor, *, format_prompt: str = DEFAULT_FORMAT_PROMPT) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        try:
-            self.template = jinja2.Template(format_prompt, undefined=jinja2.StrictUndefined)
-            self.template.render(content="")
-        except jinja2.TemplateError as error:
-            raise ValueError(f"format prompt {format_prompt!r} does not render: {error}") from error
+        self.format_prompt = FormatPrompt(format_prompt)
         self.reward_token_id = reward_token_id(self.tokenizer)
 
     @cached_property
@@ -101,7 +97,7 @@ class SequenceBuilder:
 
         Raises ValueError when the problem contains a reserved token or more than one `<video>`.
         """
-        content = self.template.render(content=problem)
+        content = self.format_prompt.render(problem)
         for reserved in self._reserved_texts:
             if reserved in content:
                 raise ValueError(f"problem contains the reserved token {reserved!r}; remove it")

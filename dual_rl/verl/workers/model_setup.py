@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from verl.data.format_prompt import FormatPrompt
 from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids
 from verl.model.building import build_policy, initial_state
 from verl.model.policy import PolicyModel
@@ -86,6 +87,7 @@ def read_checkpoint(config: Config, *, with_weights: bool) -> PolicyCheckpoint:
     format_prompt = checkpoint.format_prompt
     if data.format_prompt is not None:
         format_prompt = Path(data.format_prompt).read_text()
+        FormatPrompt(format_prompt, source=data.format_prompt)
     if not with_weights:  # the driver's copy: one warning is enough
         if budget != checkpoint.video_budget:
             logger.warning("the model was trained with %s, this run uses %s", checkpoint.video_budget, budget)
