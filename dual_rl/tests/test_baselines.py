@@ -155,6 +155,14 @@ def test_margins_of_texts_are_grouped_by_a_column(tmp_path):
     }
 
 
+def test_reasoning_columns_of_react_files_are_not_labels(tmp_path):
+    columns = ["path_A", "path_B", "prompt", "GSB_MQ", "GSB_MQ_A_reasoning", "Reward_A", "Reward_B", "CoT_A", "CoT_B"]
+    with (tmp_path / "scored.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([columns, ["a", "b", "p", "A", "it is blurred", 1, 2, judgement(3), judgement(2)]])
+    assert read_text_margins(str(tmp_path / "scored.csv"), "react") == {("GSB_MQ",): [(1.0, 1)]}
+
+
 def test_command_prints_accuracies_in_which_equal_scores_are_wrong(tmp_path):
     command = [sys.executable, str(BASELINES / "text_score.py"), str(write_scored(tmp_path / "scored.csv"))]
     result = subprocess.run([*command, "--bench_type", "tabench"], capture_output=True, text=True, check=False)

@@ -87,6 +87,19 @@ def test_columns_may_be_absent_or_beside_the_matter(tmp_path):
     assert [row.models for row in bench.rows] == [("sora", "kling"), None, None]
 
 
+def test_a_react_column_without_any_label_is_not_a_label_column(tmp_path, caplog):
+    caplog.set_level("INFO")
+    base = {**GOOD["react"], "GSB_MQ": "B", "GSB_MQ_A_reasoning": "A is blurred", "GSB_empty": ""}
+    rows = [base, {**base, "GSB_overall": "same", "GSB_MQ_A_reasoning": ""}]
+    bench = read_bench(write_bench(tmp_path, rows), "react")
+    assert bench.label_columns == ("GSB_overall", "GSB_MQ", "GSB_empty")
+    assert [row.labels for row in bench.rows] == [(1, -1, None), (0, -1, None)]
+    assert caplog.text.count("no label in GSB_MQ_A_reasoning") == 1
+    reasoning_only = [{**GOOD["react"], "GSB_overall": "A is blurred"}]
+    with pytest.raises(CsvError, match=r"row 1 .*GSB_overall: 'A is blurred' is not a label"):
+        read_bench(write_bench(tmp_path, reasoning_only), "react")
+
+
 def test_problem_takes_the_place_of_the_judge_prompt_where_it_stands(tmp_path):
     rows = [{**TABENCH, "problem": "<video> Judge."}, {**TABENCH, "problem": " "}]
     bench = read_bench(write_bench(tmp_path, rows), "tabench")
