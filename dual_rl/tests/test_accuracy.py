@@ -11,9 +11,6 @@ import pytest
 
 from verl.inference.accuracy import (
     ModelRow,
-    _count_correct,
-    _resample_with_ties,
-    _sort_pairs,
     calibrate_threshold,
     compute_model_table,
     compute_pair_accuracy,
@@ -125,29 +122,6 @@ def test_calibrated_accuracy_does_not_depend_on_file_order_or_on_which_video_is_
     for margins, labels in make_small_cases(500):
         swapped = [-margin for margin in margins[::-1]], [-label for label in labels[::-1]]
         assert calibrate_threshold(*swapped) == calibrate_threshold(margins, labels)
-
-
-def test_weights_count_like_repeated_pairs():
-    rng = np.random.default_rng(5)
-    for margins, labels in make_small_cases(1000):
-        order = np.argsort(np.abs(margins), kind="stable")
-        margins, labels = np.array(margins)[order], np.array(labels)[order]
-        weights = rng.integers(0, 4, size=len(labels))
-        repeated = [np.repeat(column, weights).tolist() for column in (margins, labels)]
-        thresholds = [None, *np.unique(np.abs(margins)).tolist()]
-        expected = [count_right(*repeated, threshold=threshold) for threshold in thresholds]
-        assert _count_correct(_sort_pairs(margins, labels), weights).tolist() == expected
-
-
-def test_threshold_is_calibrated_anew_on_the_pairs_of_every_resample():
-    margins, labels = make_benchmark(60)
-    margins = np.round(margins, 1)
-    order = np.argsort(np.abs(margins), kind="stable")
-    rng = np.random.default_rng(11)
-    draws = [order[rng.integers(60, size=60)] for _ in range(50)]
-    expected = [search_threshold(margins[drawn].tolist(), labels[drawn].tolist())[1] for drawn in draws]
-    pairs = _sort_pairs(margins, labels)
-    assert _resample_with_ties(pairs, np.random.default_rng(11), num_resamples=50).tolist() == expected
 
 
 def test_interval_without_ties_matches_explicit_resampling():

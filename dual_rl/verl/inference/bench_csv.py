@@ -79,8 +79,8 @@ BENCH_FORMATS: dict[BenchType, BenchFormat] = {
 class LabelReader:
     """Reads the labels of a file, row by row, and finds out which columns hold labels.
 
-    A column that only matches a pattern with `*`, such as GSB_MQ_A_reasoning, and holds text without one label among it
-    is not a label column. Anywhere else a cell that is not a label is a fault.
+    A column that only matches a pattern with `*`, such as GSB_MQ_A_reasoning, and holds text but no label is not a
+    label column. Anywhere else a cell that is not a label is a fault.
     """
 
     def __init__(self, bench_format: BenchFormat, columns: Sequence[str]) -> None:

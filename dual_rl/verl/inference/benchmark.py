@@ -22,8 +22,7 @@ from tqdm import tqdm
 from verl.data.pair_csv import CsvError
 from verl.inference.bench_csv import Bench, BenchType, read_bench, read_columns
 from verl.inference.fleet import ModelSource, score_tasks
-from verl.inference.html_page import check_page_path
-from verl.inference.html_report import write_report
+from verl.inference.html_report import check_page_path, write_report
 from verl.inference.journal import Journal
 from verl.inference.report import added_columns, format_table, summarise, write_csv, write_json
 from verl.inference.scale import RewardScale, compute_scale, save_scale
