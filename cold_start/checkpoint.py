@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from arguments import RewardTokenMode
-from format_prompt import FormatPrompt
+from descore.format_prompt import FormatPrompt
 from model_qwen3 import (
     EMBEDDING_MODULE,
     PEFT_PREFIX,

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from transformers.video_utils import VideoMetadata
 
-from format_prompt import FormatPrompt
+from descore.format_prompt import FormatPrompt
 from vision_process import VideoBudget, VideoFrames, VideoHeader, budgeted_size, num_sampled_frames
 
 REWARD_TOKEN = "<Reward>"

@@ -25,11 +25,11 @@ from cot_support import (
     write_bare_csv,
 )
 from data import PairDataset, PairDraw
+from descore.answers import parse_annotation
 from infer_utils.cot_endpoint import encode_clip, encode_frames
 from infer_utils.cot_options import build_prompts, parse_options
 from preference_csv import CsvNeeds, read_pairs
 from stage1_support import STAGE_DIR, TINY_BASE, write_pairs_csv
-from verl.data.answers import parse_annotation
 from verl.reward.function import load_reward_function
 from vision_process import load_video
 

@@ -16,7 +16,7 @@ needs `pair_id` and `side` of its inputs, to find the other video's responses.
 
 from collections import defaultdict
 
-from verl.data.answers import extract_overall, parse_annotation
+from descore.answers import extract_overall, parse_annotation
 
 AGREEMENT_WEIGHT, FORMAT_WEIGHT = 0.9, 0.1
 OTHER = {"A": "B", "B": "A"}

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from verl.data.answers import extract_overall
+from descore.answers import extract_overall
 from verl.inference.accuracy import Estimate, compute_pair_accuracy
 from verl.inference.bench_csv import BENCH_FORMATS, CsvError, LabelReader, iterate_cells, read_columns
 

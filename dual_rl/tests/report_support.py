@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 
+from descore.answers import parse_annotation
 from toy_world.tables import write_table
 from training_support import EXAMPLE_CSV
-from verl.data.answers import parse_annotation
 from verl.inference.bench_csv import Bench, read_bench
 from verl.inference.journal import Journal
 from verl.inference.report import summarise

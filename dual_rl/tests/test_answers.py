@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from verl.data.answers import extract_judgement, find_answer, parse_annotation, parse_score
+from descore.answers import extract_judgement, find_answer, parse_annotation, parse_score
 
 SCORES_A = {"subject": 2, "camera": "N/A"}
 SCORES_B = {"subject": 0, "camera": 1}

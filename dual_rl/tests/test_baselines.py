@@ -9,7 +9,7 @@ import pytest
 
 from baselines.misattached_reward import RULE, compute_sources
 from baselines.text_score import compute_text_margin, main, read_text_margins
-from verl.data.answers import extract_overall
+from descore.answers import extract_overall
 from verl.reward.function import load_reward_function, score_responses
 from verl.types import PairRollout, PreferencePair, Response, ResponseKey
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from verl.data.format_prompt import FormatPrompt
+from descore.format_prompt import FormatPrompt
 from verl.data.scored_sequence import DEFAULT_FORMAT_PROMPT, REWARD_TOKEN, VIDEO_PLACEHOLDER, judge_problem
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "format_prompt"

@@ -9,18 +9,12 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-import answers as stage1_answers
-import flash_kernels as stage1_kernels
-import format_prompt as stage1_format
 import scored_sequence as stage1
 import vision_process as stage1_vision
 from model_support import TINY_BASE
 from verl.core.packing import pack_groups
-from verl.data import answers as stage2_answers
-from verl.data import format_prompt as stage2_format
 from verl.data import scored_sequence as stage2
 from verl.data import vision_process as stage2_vision
-from verl.model import flash_kernels as stage2_kernels
 from verl.types import Response, ResponseKey, VideoKey
 
 CLIPS = sorted((Path(stage1.__file__).parent / "datasets" / "train" / "videos").glob("*.mp4"))
@@ -73,15 +67,6 @@ def test_prompt_length_is_known_without_decoding(builders):
         prompt = builders[1].encode_prompt(KEY, "what <video> is it", stage2_vision.load_video(clip, budget))
         header = stage2_vision.probe_video(clip)
         assert builders[1].count_prompt_tokens("what <video> is it", header, budget) == prompt.input_ids.numel()
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [(stage2_kernels, stage1_kernels), (stage2_answers, stage1_answers), (stage2_format, stage1_format)],
-)
-def test_shared_files_are_identical(ours, theirs):
-    """Each stage is whole without the other, so these files are there twice."""
-    assert Path(ours.__file__).read_bytes() == Path(theirs.__file__).read_bytes()
 
 
 @pytest.mark.parametrize("problem", ["look: <video> done?", "no placeholder", "<video>"])

@@ -22,9 +22,9 @@ from hashlib import blake2b
 from pathlib import Path
 
 from baselines.text_score import compute_text_margin
+from descore.answers import JUDGEMENT_KEY, NOT_ASKED, extract_judgement, parse_annotation, parse_score
 from evidence.plan import MASKED, OWN, Plan, Scoring
 from evidence.running import REPOSITORY
-from verl.data.answers import JUDGEMENT_KEY, NOT_ASKED, extract_judgement, parse_annotation, parse_score
 from verl.inference.accuracy import compute_pair_accuracy
 from verl.inference.bench_csv import iterate_cells
 

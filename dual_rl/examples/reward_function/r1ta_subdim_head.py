@@ -11,7 +11,7 @@ is a file with a function like `compute_score`.
 
 from typing import Literal
 
-from verl.data.answers import JUDGEMENT_KEY, Score, extract_judgement, parse_annotation, parse_score
+from descore.answers import JUDGEMENT_KEY, Score, extract_judgement, parse_annotation, parse_score
 
 SUB_WEIGHT, FORMAT_WEIGHT, LENGTH_WEIGHT = 0.7, 0.1, 0.2
 CHARACTER_STEPS = ((500, 0.0), (1000, 0.2), (1500, 0.4), (2000, 0.6))  # below so many characters: this reward

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from verl.data.answers import parse_annotation
+from descore.answers import parse_annotation
 from verl.data.scored_sequence import judge_problem
 from verl.trainer.config import DataConfig
 from verl.types import PreferencePair

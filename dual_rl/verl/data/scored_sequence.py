@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from transformers.video_utils import VideoMetadata
 
-from verl.data.format_prompt import FormatPrompt
+from descore.format_prompt import FormatPrompt
 from verl.data.vision_process import VideoBudget, VideoFrames, VideoHeader, budgeted_size, num_sampled_frames
 from verl.types import VideoKey, VideoPrompt
 

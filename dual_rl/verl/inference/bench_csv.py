@@ -17,7 +17,7 @@ from pathlib import Path
 from sys import intern
 from typing import Literal
 
-from verl.data.answers import parse_annotation, parse_label
+from descore.answers import parse_annotation, parse_label
 from verl.data.pair_csv import BARE_PROMPT_COLUMN, CsvError
 from verl.data.scored_sequence import judge_problem
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from verl.data.answers import JUDGEMENT_KEY, OVERALL_KEY, SCORE_KEYS, extract_judgement, parse_annotation
+from descore.answers import JUDGEMENT_KEY, OVERALL_KEY, SCORE_KEYS, extract_judgement, parse_annotation
 from verl.data.pair_csv import CsvError, read_pairs
 from verl.data.scored_sequence import JUDGE_PROMPT
 from verl.inference.bench_csv import Bench, BenchRow

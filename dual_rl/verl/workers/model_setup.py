@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from verl.data.format_prompt import FormatPrompt
+from descore.format_prompt import FormatPrompt
 from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids
 from verl.model.building import build_policy, initial_state
 from verl.model.policy import PolicyModel

@@ -7,8 +7,6 @@ An annotation is a JSON object, in `<answer>...</answer>` or alone, or a bare la
 
 A judgement is what a response says about its own video: an `<answer>` block with a JSON object that has
 `dimensional_scores`. A block may hold a ``` fence and text around its object. Reading takes time linear in the text.
-
-Both stages have this file, identical to the byte.
 """
 
 import json

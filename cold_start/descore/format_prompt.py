@@ -2,8 +2,6 @@
 
 It comes with a checkpoint (`reward_config.json`) or from a file, which may be someone else's. So it is rendered in
 Jinja's sandbox: a template can neither run code nor reach beyond its variable `content`.
-
-Both stages have this file, identical to the byte.
 """
 
 import jinja2
