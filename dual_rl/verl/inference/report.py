@@ -19,7 +19,7 @@ from verl.inference.scale import RewardScale
 PAIR_COLUMNS = ("Reward_A", "Reward_B", "CoT_A", "CoT_B")
 SINGLE_COLUMNS = ("Reward", "CoT")
 MAIN_LABELS = ("Overall", "GSB_overall")
-NOTE_WIDTH = 110
+NOTE_WIDTH = 119
 ACCURACY_COLUMNS = (
     "label", "accuracy without ties", "with ties, calibrated", "tie up to", "one at a time", "pairs", "unscored",
 )  # fmt: skip

@@ -39,7 +39,7 @@ from verl.inference.scoring import (
 )
 from verl.inference.source import (
     NUM_TOKENS_AFTER_COT,
-    build_engine,
+    build_scoring_engine,
     choose_budget,
     choose_prompt_length,
     find_model,
@@ -117,7 +117,7 @@ class RewardModel:
         scale = load_model_scale(model_ckpt, checkpoint, settings) if normalize else None
         model_len = settings.max_prompt_length + settings.max_new_tokens + NUM_TOKENS_AFTER_COT
         files = tempfile.TemporaryDirectory(prefix="descore_engine_")
-        engine = build_engine(Path(files.name), checkpoint, settings, max_model_len=model_len, device=device)
+        engine = build_scoring_engine(Path(files.name), checkpoint, settings, max_model_len=model_len, device=device)
         dtype = resolve_dtype(settings, device)
         engine.load_weights(stream_weights(find_model(model_ckpt), checkpoint, dtype=dtype))
         budget = choose_budget(checkpoint, settings)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids
+from verl.data.scored_sequence import forbidden_token_ids, reward_token_id
 from verl.data.vision_process import VideoBudget
 from verl.inference.scale import RewardScale, load_scale
-from verl.inference.scoring import MAX_PROMPT_LENGTH, ScoringSettings
+from verl.inference.scoring import MAX_PROMPT_LENGTH, ScoringEngine, ScoringSettings
 from verl.model.fingerprint import fingerprint
 from verl.model.reward_files import (
     PolicyCheckpoint,
@@ -88,28 +88,26 @@ def load_model_scale(
     return scale
 
 
-def build_engine(
+def build_scoring_engine(
     folder: Path,
     checkpoint: PolicyCheckpoint,
     settings: ScoringSettings,
     *,
     max_model_len: int,
     device: torch.device,
-):
+) -> ScoringEngine:
     """The engine that `settings.backend` asks for, without weights; `folder` takes its files."""
     if settings.backend == "vllm":
         from verl.inference.vllm_scorer import VllmScorer as Engine
     else:
         from verl.inference.hf_scorer import HfScorer as Engine
-    dtype = resolve_dtype(settings, device)
-    save_engine_folder(folder, checkpoint, dtype=dtype)
-    builder = SequenceBuilder(checkpoint.processor)
+    save_engine_folder(folder, checkpoint, dtype=resolve_dtype(settings, device))
     return Engine(
         folder,
         checkpoint,
         settings,
         forbidden_token_ids=forbidden_token_ids(checkpoint.processor, checkpoint.config.text_config.vocab_size),
-        reward_token_id=builder.reward_token_id,
+        reward_token_id=reward_token_id(checkpoint.processor.tokenizer),
         max_model_len=max_model_len,
         device=device,
     )
