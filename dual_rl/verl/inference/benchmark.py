@@ -29,13 +29,14 @@ from verl.inference.scale import RewardScale, compute_scale, save_scale
 from verl.inference.scoring import Outcome, VideoTask
 from verl.inference.source import (
     choose_budget,
+    choose_device,
     choose_prompt_length,
     find_model,
     load_model_scale,
     read_checkpoint,
-    resolve_dtype,
 )
 from verl.model.fingerprint import fingerprint
+from verl.model.precision import resolve_precision
 from verl.model.reward_files import PolicyCheckpoint, find_folder
 
 JOURNAL_SUFFIX = ".rewards.jsonl"
@@ -164,7 +165,7 @@ def describe_run(run: BenchmarkRun, checkpoint: PolicyCheckpoint) -> dict[str, o
         "video": asdict(choose_budget(checkpoint, source.settings)),
         "format_prompt": checkpoint.format_prompt,
         **source.settings.affecting_rewards(),
-        "precision": str(resolve_dtype(source.settings)).removeprefix("torch."),
+        "precision": str(resolve_precision(source.settings.precision, choose_device())).removeprefix("torch."),
     }
 
 

@@ -13,6 +13,7 @@ from descore.format_prompt import FormatPrompt
 from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids
 from verl.model.building import build_policy, initial_state
 from verl.model.policy import PolicyModel
+from verl.model.precision import resolve_precision
 from verl.model.recompute import ActivationPlan
 from verl.model.reward_files import (
     HEAD_FILE,
@@ -27,7 +28,7 @@ from verl.rollout.engine import RolloutEngine, build_engine
 from verl.trainer.config import Config, FsdpConfig, ModelConfig
 from verl.types import VideoPrompt
 from verl.workers.optimizer import build_optimizer
-from verl.workers.parallel import Rank, iterate_weights, materialize, resolve_precision, shard_model
+from verl.workers.parallel import Rank, iterate_weights, materialize, shard_model
 
 logger = logging.getLogger(__name__)
 
