@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from arguments import RewardTokenMode
+from descore.format_prompt import FormatPrompt
 from model_qwen3 import (
     EMBEDDING_MODULE,
     PEFT_PREFIX,
@@ -67,22 +68,37 @@ class RewardConfig:
 
     @classmethod
     def load(cls, folder: Path) -> "RewardConfig":
-        values = json.loads((folder / CONFIG_FILE).read_text())
+        values = _read_config(folder)
+        if values is None:
+            raise ValueError(f"{folder} is not a reward checkpoint: it holds no {CONFIG_FILE}")
         return cls(**{**values, "video": VideoBudget(**values["video"])})
+
+
+def _read_config(folder: Path) -> dict | None:
+    """The values of a folder's `reward_config.json`; None where there is none. Raises ValueError naming the file."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}. Copy the checkpoint again.") from error
+    FormatPrompt(values.get("format_prompt", DEFAULT_FORMAT_PROMPT), source=str(file))
+    return values
 
 
 def stored_video_budget(path: str) -> VideoBudget | None:
     """The budget that a base model or checkpoint folder was made for; None where it names none."""
-    file = Path(path) / CONFIG_FILE
-    return VideoBudget(**json.loads(file.read_text())["video"]) if file.is_file() else None
+    values = _read_config(Path(path))
+    return None if values is None else VideoBudget(**values["video"])
 
 
 def choose_format_prompt(path: str, given: str | None = None) -> str:
     """The format prompt for a model: `given`, else the one it was made for, else the default. Warns of an override."""
-    file = Path(path) / CONFIG_FILE
-    stored = json.loads(file.read_text()).get("format_prompt") if file.is_file() else None
+    stored = (_read_config(Path(path)) or {}).get("format_prompt")
     if given is None:
         return DEFAULT_FORMAT_PROMPT if stored is None else stored
+    FormatPrompt(given, source="--format_prompt")
     if stored not in (None, given):
         logger.warning("flags override the format prompt of %s: %r becomes %r", path, stored, given)
     return given
@@ -107,7 +123,16 @@ def save_reward_files(
     if isinstance(model.backbone, PeftModel):
         _save_adapter(folder, model.backbone, weights, processor)
     processor.save_pretrained(folder)
+    _apply_umask(folder)
     config.save(folder)
+
+
+def _apply_umask(folder: Path) -> None:
+    """safetensors makes files that only their owner can read; give them the mode of any other new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
 
 
 def _save_adapter(folder: Path, backbone: PeftModel, weights: dict[str, torch.Tensor], processor) -> None:
@@ -140,9 +165,9 @@ def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
             f"{path}: no {' or '.join(HEAD_KEYS)} in it, only a {type(state).__name__}; "
             f'save it as {{"{HEAD_KEY}": weight}}'
         )
-    for candidate in (state, state.get("model", {})):
-        for key in HEAD_KEYS:
-            if key in candidate:
+    for candidate in (state, state.get("model")):
+        for key in HEAD_KEYS if isinstance(candidate, Mapping) else ():
+            if isinstance(candidate.get(key), torch.Tensor):
                 weight = candidate[key].float()
                 if weight.shape != (1, hidden_size):
                     raise ValueError(f"{path}: head of shape {tuple(weight.shape)}, not (1, {hidden_size}) as needed")
@@ -199,9 +224,8 @@ def load_reward_model(
     `base_model` overrides where the base is looked for. Raises ValueError naming what is missing.
     """
     folder = Path(path)
-    for name in (HEAD_FILE, CONFIG_FILE):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not a reward checkpoint: it holds no {name}")
+    if not (folder / HEAD_FILE).is_file():
+        raise ValueError(f"{folder} is not a reward checkpoint: it holds no {HEAD_FILE}")
     config = RewardConfig.load(folder)
     source = str(folder) if config.base_model is None else _find_base(base_model or config.base_model, folder)
     processor = AutoProcessor.from_pretrained(folder)
@@ -232,6 +256,7 @@ def save_merged(folder: Path, loaded: LoadedReward) -> None:
     with torch.no_grad():
         rows[loaded.builder.reward_token_id] = loaded.model.reward_embedding.to(rows.dtype)
     loaded.model.generator.save_pretrained(folder)
+    _apply_umask(folder)
     loaded.builder.processor.save_pretrained(folder)
     save_head(folder / HEAD_FILE, loaded.model.rm_head.weight)
     dataclasses.replace(loaded.config, base_model=None).save(folder)

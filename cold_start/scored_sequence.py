@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import jinja2
 import torch
 from transformers.video_utils import VideoMetadata
 
 from descore.checked import digest
+from descore.format_prompt import FormatPrompt
 from vision_process import VideoBudget, VideoFrames, VideoHeader, budgeted_size, num_sampled_frames
 
 REWARD_TOKEN = "<Reward>"
@@ -130,12 +130,7 @@ class SequenceBuilder:
     def __init__(self, processor, *, format_prompt: str = DEFAULT_FORMAT_PROMPT) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.format_prompt = format_prompt
-        try:
-            self.template = jinja2.Template(format_prompt, undefined=jinja2.StrictUndefined)
-            self.template.render(content="")
-        except jinja2.TemplateError as error:
-            raise ValueError(f"format prompt {format_prompt!r} does not render: {error}") from error
+        self.format_prompt = FormatPrompt(format_prompt)
         self.reward_token_id = reward_token_id(self.tokenizer)
 
     @cached_property
@@ -143,7 +138,7 @@ class SequenceBuilder:
         """Changes with everything that the tokens of a text and a video's header depend on."""
         frames = (self.size_factor, self.processor.video_processor.temporal_patch_size)
         tokenizer = self.tokenizer.backend_tokenizer.to_str()
-        return digest(tokenizer, self.processor.chat_template, self.format_prompt, frames)
+        return digest(tokenizer, self.processor.chat_template, self.format_prompt.text, frames)
 
     @cached_property
     def _reserved_texts(self) -> tuple[str, ...]:
@@ -163,7 +158,7 @@ class SequenceBuilder:
 
     def user_blocks(self, problem: str) -> list[dict[str, str]]:
         """The user turn: one block `{"type": "video"}`, and `{"type": "text", "text": ...}` before and after it."""
-        content = self.template.render(content=problem)
+        content = self.format_prompt.render(problem)
         self.check_text(content, "problem")
         parts = content.split(VIDEO_PLACEHOLDER)
         if len(parts) > 2:

@@ -1,6 +1,7 @@
 """Checkpoint files: what is written is what is loaded, by this project and by PEFT alone."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from arguments import ModelArguments
 from checkpoint import (
     RewardConfig,
     build_reward_model,
+    choose_format_prompt,
     load_head,
     load_reward_model,
     require_trainable_base,
@@ -70,6 +72,10 @@ def test_saved_loaded_and_merged_models_give_the_same_rewards(tmp_path, sequence
     assert loaded.config.video == SMALL_BUDGET
 
     save_merged(tmp_path / "merged", loaded)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.glob("[cm]*/*") if path.is_file()}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert modes == {0o666 & ~umask}
     merged = load_reward_model(tmp_path / "merged")
     torch.testing.assert_close(rewards_of(merged.model, sequences), expected, **TOLERANCE)
     assert expected.std() > 1e-3
@@ -122,6 +128,11 @@ def test_unusable_heads_are_errors_never_a_random_head(tmp_path):
     with pytest.raises(ValueError, match="no reward head at"):
         load_head(tmp_path / "none.pth", hidden_size=4)
     torch.save(torch.randn(1, 4), tmp_path / "bare.pth")
+    torch.save({"model": torch.randn(1, 4)}, tmp_path / "nested.pth")
+    torch.save({"rm_head.weight": [1.0]}, tmp_path / "list.pth")
+    for name in ("nested", "list"):
+        with pytest.raises(ValueError, match=rf"{name}\.pth: no rm_head\.weight"):
+            load_head(tmp_path / f"{name}.pth", hidden_size=4)
     with pytest.raises(ValueError, match=r"bare\.pth: no rm_head\.weight .*only a Tensor; save it as"):
         load_head(tmp_path / "bare.pth", hidden_size=4)
 
@@ -131,6 +142,22 @@ def test_file_that_is_no_head_is_named_with_the_remedy(tmp_path, content):
     (tmp_path / "rm_head.pth").write_bytes(content)
     with pytest.raises(ValueError, match=r"rm_head\.pth: no head that torch can load: .*copy the checkpoint again"):
         load_head(tmp_path / "rm_head.pth", hidden_size=4)
+
+
+def test_a_format_prompt_cannot_run_code(small_base, tmp_path):
+    model, processor = make_trained(small_base, {})
+    trace = tmp_path / "trace"
+    config = RewardConfig(
+        str(small_base), format_prompt=f"{{{{ cycler.__init__.__globals__.os.system('touch {trace}') }}}}"
+    )
+    weights = dict(model.trainable_parameters())
+    save_reward_files(tmp_path / "checkpoint-1", model=model, weights=weights, processor=processor, config=config)
+    for load in (load_reward_model, stored_video_budget, choose_format_prompt):
+        with pytest.raises(ValueError, match=r"checkpoint-1/reward_config\.json: the format prompt does not render"):
+            load(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match="--format_prompt: the format prompt does not render"):
+        choose_format_prompt(str(small_base), config.format_prompt)
+    assert not trace.exists()
 
 
 def test_incomplete_checkpoints_are_named(tmp_path):

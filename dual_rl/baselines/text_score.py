@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from descore.answers import extract_overall
 from verl.inference.accuracy import Estimate, compute_pair_accuracy
-from verl.inference.bench_csv import BENCH_FORMATS, BLANK, CsvError, iterate_cells, read_columns
+from verl.inference.bench_csv import BENCH_FORMATS, CsvError, LabelReader, iterate_cells, read_columns
 
 COT_COLUMNS = ("CoT_A", "CoT_B")
 
@@ -36,21 +36,22 @@ def read_text_margins(path: str, bench_type: str, *, by: str | None = None) -> d
     """
     form = BENCH_FORMATS[bench_type]
     columns = read_columns(path)
-    labels = form.find_labels(columns)
     missing = [column for column in (*COT_COLUMNS, *([by] if by else [])) if column not in columns]
-    if missing or not labels:
+    if missing or not form.find_labels(columns):
         needed = ", ".join(missing) or " or ".join(form.label_columns) or "labels"
         raise CsvError(path, [f"it has no {needed}: name a benchmark of pairs as inference.py wrote it"])
+    reader, rows = LabelReader(form, columns), []
+    for number, cells in enumerate(iterate_cells(path), start=1):
+        if all(cells[f"Reward_{side}"] for side in "AB"):
+            margin = compute_text_margin(*(cells[column] for column in COT_COLUMNS))
+            rows.append((margin, cells.get(by), reader.read((number, 0), cells)))
+    if faults := reader.find_faults():
+        raise CsvError(path, [f"row {number}: {fault}" for (number, _), fault in faults])
     pairs = defaultdict(list)
-    for cells in iterate_cells(path):
-        if not all(cells[f"Reward_{side}"] for side in "AB"):
-            continue
-        margin = compute_text_margin(*(cells[column] for column in COT_COLUMNS))
-        for name in labels:
-            text = cells[name].strip()
-            label = None if text.lower() in BLANK else form.parse(text)
-            if label is not None:
-                pairs[(name, cells[by]) if by else (name,)].append((margin, label))
+    for name, index in reader.find_columns().items():
+        for margin, group, found in rows:
+            if found[index] is not None:
+                pairs[(name, group) if by else (name,)].append((margin, found[index]))
     return pairs
 
 

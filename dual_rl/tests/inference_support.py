@@ -138,7 +138,7 @@ def assert_same(scored: Scored, whole: Scored) -> None:
 
 def assert_tidy(scored: Scored) -> None:
     """Nothing on the console but the run's own lines: no library has anything to tell its users' users."""
-    own = ("inference: ", "tabench: ", "24 rows, ", "mean reward ", "label ", "answer ", "pairs: ", "95% ", "a tie, ")
+    own = ("inference: ", "tabench: ", "24 rows, ", "mean reward ", "label ", "answer ", "95% ", "the best ")
     foreign = [line for line in scored.output.splitlines() if line.strip() and not line.startswith(own)]
     assert not foreign, scored.output
 

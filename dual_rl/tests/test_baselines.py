@@ -3,14 +3,12 @@
 import csv
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from baselines.misattached_reward import RULE, compute_sources
-from baselines.text_score import compute_text_margin, read_text_margins
+from baselines.text_score import compute_text_margin, main, read_text_margins
 from descore.answers import extract_overall
 from verl.reward.function import load_reward_function, score_responses
 from verl.types import PairRollout, PreferencePair, Response, ResponseKey
@@ -155,14 +153,19 @@ def test_margins_of_texts_are_grouped_by_a_column(tmp_path):
     }
 
 
-def test_command_prints_accuracies_in_which_equal_scores_are_wrong(tmp_path):
-    command = [sys.executable, str(BASELINES / "text_score.py"), str(write_scored(tmp_path / "scored.csv"))]
-    result = subprocess.run([*command, "--bench_type", "tabench"], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "0.333" in result.stdout
-    assert "3 + 1" in result.stdout
-    failed = subprocess.run(
-        [*command, "--bench_type", "tabench", "--by", "sett"], capture_output=True, text=True, check=False
-    )
-    assert failed.returncode == 1
-    assert "it has no sett" in failed.stderr
+def test_reasoning_columns_of_react_files_are_not_labels(tmp_path):
+    columns = ["path_A", "path_B", "prompt", "GSB_MQ", "GSB_MQ_A_reasoning", "Reward_A", "Reward_B", "CoT_A", "CoT_B"]
+    with (tmp_path / "scored.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([columns, ["a", "b", "p", "A", "it is blurred", 1, 2, judgement(3), judgement(2)]])
+    assert read_text_margins(str(tmp_path / "scored.csv"), "react") == {("GSB_MQ",): [(1.0, 1)]}
+
+
+def test_command_prints_accuracies_in_which_equal_scores_are_wrong(tmp_path, capsys):
+    arguments = [str(write_scored(tmp_path / "scored.csv")), "--bench_type", "tabench"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "0.333" in shown
+    assert "3 + 1" in shown
+    assert main([*arguments, "--by", "sett"]) == 1
+    assert "it has no sett" in capsys.readouterr().err

@@ -87,6 +87,19 @@ def test_columns_may_be_absent_or_beside_the_matter(tmp_path):
     assert [row.models for row in bench.rows] == [("sora", "kling"), None, None]
 
 
+def test_a_react_column_without_any_label_is_not_a_label_column(tmp_path, caplog):
+    caplog.set_level("INFO")
+    base = {**GOOD["react"], "GSB_MQ": "B", "GSB_MQ_A_reasoning": "A is blurred", "GSB_empty": ""}
+    rows = [base, {**base, "GSB_overall": "same", "GSB_MQ_A_reasoning": ""}]
+    bench = read_bench(write_bench(tmp_path, rows), "react")
+    assert bench.label_columns == ("GSB_overall", "GSB_MQ", "GSB_empty")
+    assert [row.labels for row in bench.rows] == [(1, -1, None), (0, -1, None)]
+    assert caplog.text.count("no label in GSB_MQ_A_reasoning") == 1
+    reasoning_only = [{**GOOD["react"], "GSB_overall": "A is blurred"}]
+    with pytest.raises(CsvError, match=r"row 1 .*GSB_overall: 'A is blurred' is not a label"):
+        read_bench(write_bench(tmp_path, reasoning_only), "react")
+
+
 def test_problem_takes_the_place_of_the_judge_prompt_where_it_stands(tmp_path):
     rows = [{**TABENCH, "problem": "<video> Judge."}, {**TABENCH, "problem": " "}]
     bench = read_bench(write_bench(tmp_path, rows), "tabench")
@@ -235,16 +248,16 @@ def test_cells_come_again_as_they_are_in_the_order_of_the_rows(tmp_path):
 
 
 def test_large_files_take_little_memory(tmp_path):
-    videos = [f"videos/{index}.mp4" for index in range(5000)]
+    videos = [f"videos/{index}.mp4" for index in range(500)]
     rows, note = [], "x" * 2000  # ten videos share a prompt
-    for index in range(20_000):
-        first = index % 5000
-        paths = {"path_A": videos[first], "path_B": videos[first - first % 10 + index // 5000]}
+    for index in range(2000):
+        first = index % 500
+        paths = {"path_A": videos[first], "path_B": videos[first - first % 10 + index // 500]}
         rows.append({**paths, "prompt": str(first // 10) * 100, "GSB_overall": "A", "note": note})
     path = write_bench(tmp_path, rows, videos=videos)
     tracemalloc.start()
     bench = read_bench(path, "react")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (len(bench.rows), len(bench.items)) == (20_000, 5000)
-    assert peak < 32 * 2**20  # the cells are 46 MB
+    assert (len(bench.rows), len(bench.items)) == (2000, 500)
+    assert peak < 3 * 2**20  # the cells are 4.6 MB

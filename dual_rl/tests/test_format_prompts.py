@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import jinja2
 import pytest
 
+from descore.format_prompt import FormatPrompt
 from verl.data.scored_sequence import DEFAULT_FORMAT_PROMPT, REWARD_TOKEN, VIDEO_PLACEHOLDER, judge_problem
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "format_prompt"
@@ -13,8 +13,7 @@ PROBLEM = "  <video>\nDoes it show {a red circle}? 100%\n"
 
 
 def render(name: str, content: str) -> str:
-    text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-    return jinja2.Template(text, undefined=jinja2.StrictUndefined).render(content=content)
+    return FormatPrompt((FOLDER / f"{name}.jinja").read_text(encoding="utf-8")).render(content)
 
 
 def test_four_prompts_are_shipped():
@@ -22,7 +21,7 @@ def test_four_prompts_are_shipped():
 
 
 def test_content_is_the_default():
-    assert render("content", PROBLEM) == jinja2.Template(DEFAULT_FORMAT_PROMPT).render(content=PROBLEM)
+    assert render("content", PROBLEM) == FormatPrompt(DEFAULT_FORMAT_PROMPT).render(PROBLEM)
 
 
 def test_judge_is_the_built_in_judge_prompt():
@@ -43,3 +42,15 @@ def test_rendered_text_holds_no_comment_and_one_video(name):
     assert "{#" not in text
     assert "data." not in text
     assert REWARD_TOKEN not in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{% if %}", "{{ contents }}", "{{ 1 / 0 }}", "{{ content + 1 }}", "{{ ''.__class__.__mro__ }}", 3,
+     "{% for _ in range(10 ** 9) %}{% endfor %}"],
+)  # fmt: skip
+def test_a_prompt_that_does_not_render_is_one_error_that_names_its_source(text):
+    with pytest.raises(ValueError, match=r"^mine\.jinja: the format prompt "):
+        FormatPrompt(text, source="mine.jinja")
+    with pytest.raises(ValueError, match=r"^mine\.jinja: the format prompt "):
+        FormatPrompt("{% if content %}{{ cycler.__init__.__globals__ }}{% endif %}", source="mine.jinja").render("x")

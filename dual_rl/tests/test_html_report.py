@@ -15,10 +15,7 @@ import pytest
 
 from report_support import DATA, fill_journal, make_result, read_data
 from toy_world.tables import write_table
-from verl.data.scored_sequence import judge_problem
 from verl.inference.bench_csv import Bench, read_bench
-from verl.inference.bench_page import judge_row, read_scores, unwrap_prompt
-from verl.inference.html_page import embed_json, merge_scores
 from verl.inference.html_report import write_report
 from verl.inference.journal import Journal
 from verl.inference.report import summarise
@@ -99,7 +96,7 @@ def test_the_page_says_what_was_scored(tmp_path):
     assert notes["a.mp4"] == ""
     table = data["tables"][0]
     assert [row[0] for row in table["rows"]] == ["TA", "Overall"]
-    assert table["rows"][1][5:] == ["2", "1", "1"]
+    assert table["rows"][1][5:] == ["2 + 1", "1"]
     assert data["views"][1]["tables"][0]["rows"][0][:2] == ["kling", "2"]
 
 
@@ -108,7 +105,7 @@ def test_rewards_are_on_the_scale_of_the_run_and_probabilities_are_not(tmp_path)
     data = read_data(report(tmp_path, make_bench(tmp_path), scale=scale))
     assert data["rows"][0]["numbers"] == [1.0, 1.0, 1.0, 0.0]
     assert data["rows"][0]["summary"] == "margin +1.0000, P(A is better) 0.881"
-    assert dict(data["facts"])["rewards are in"].endswith("1.0000 +- 2.0000 on 9 videos of val.csv")
+    assert dict(data["facts"])["rewards are in"].endswith("9 videos of val.csv, 1.0000 +- 2.0000")
     calibration = data["views"][1]["charts"][1]
     assert calibration["points"][-1]["x"] == sigmoid(2.0)
 
@@ -123,8 +120,6 @@ def test_hostile_text_comes_back_as_it_was_and_makes_no_element(tmp_path):
     assert data["rows"][5]["scores"][0][:2] == ["<b>", "nan"]
     assert Tags(page).found == Tags(harmless).found
     assert "<" not in DATA.search(page)[1]
-    with pytest.raises(ValueError, match="Out of range float"):
-        embed_json({"reward": float("nan")})
 
 
 def test_the_page_names_nothing_outside_and_its_policy_lets_only_its_own_script_run(tmp_path):
@@ -176,33 +171,21 @@ def test_single_videos_have_no_sides_and_no_labels(tmp_path):
 @pytest.mark.parametrize(
     ("thought", "scores"),
     [
-        (None, {}),
-        ("no JSON at all", {}),
-        ('<answer>{"overall_score": 2}</answer>', {}),
-        ('<answer>{"dimensional_scores": [1]}</answer>', {}),
-        ('<answer>{"dimensional_scores": null, "overall_score": 2}</answer>', {"overall": "2"}),
+        ("no JSON at all", []),
+        ('<answer>{"overall_score": 2}</answer>', []),
+        ('<answer>{"dimensional_scores": [1]}</answer>', []),
+        ('<answer>{"dimensional_scores": null, "overall_score": 2}</answer>', [["overall", "2", "2"]]),
         (
-            '<answer>```json\n{"dimensional_scores": {"a": 2, "b": "N/A"}, "overall_score": 3.5}\n```</answer>',
-            {"a": "2", "b": "N/A", "overall": "3.5"},
+            '<answer>```json\n{"dimensional_scores": {"a": 2, "b": "N/A"}}\n```</answer>',
+            [["a", "2", "2"], ["b", "N/A", "N/A"]],
         ),
-        (f'<answer>{{"dimensional_scores": {{"a": "{"x" * 999}", "b": {{}}}}}}</answer>', {"a": "x" * 80, "b": "{}"}),
+        (f'<answer>{{"dimensional_scores": {{"a": "{"x" * 999}"}}}}</answer>', [["a", "x" * 80, "x" * 80]]),
     ],
 )
-def test_thoughts_need_no_scores(thought, scores):
-    assert read_scores(thought) == scores
-
-
-def test_small_rules_by_hand():
-    assert merge_scores([{"subject": "2"}, {"style": "0", "subject": "1"}]) == (
-        ("subject", "2", "1"),
-        ("style", "-", "0"),
-    )
-    assert unwrap_prompt(judge_problem("a {cat}\nruns")) == "a {cat}\nruns"
-    assert unwrap_prompt("Rate <video>") == "Rate <video>"
-    verdicts = [judge_row(is_scored=True, margin=margin, label=label) for margin in (1.0, 0.0) for label in (1, -1, 0)]
-    assert verdicts == ["right", "wrong", "tie", "wrong", "wrong", "tie"]
-    assert judge_row(is_scored=True, margin=None, label=None) == "unlabelled"
-    assert judge_row(is_scored=False, margin=None, label=1) == "unscored"
+def test_thoughts_need_no_scores(tmp_path, thought, scores):
+    data = read_data(report(tmp_path, make_bench(tmp_path), thoughts=(thought,)))
+    assert data["rows"][0]["scores"] == scores
+    assert data["rows"][0]["score_columns"] == (["A", "B"] if scores else [])
 
 
 def test_a_thousand_pairs_are_light_and_quick(tmp_path):

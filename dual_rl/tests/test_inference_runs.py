@@ -12,7 +12,6 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import psutil
 import pytest
@@ -39,10 +38,10 @@ from test_faults import assert_one_message
 from toy_world.tables import read_table
 from training_support import wait_until_gone
 from verl.inference import benchmark
-from verl.inference.bench_csv import BENCH_FORMATS, BenchType, read_bench
+from verl.inference.bench_csv import BENCH_FORMATS, read_bench
 from verl.inference.report import added_columns, format_table
 
-NUM_KILLS = 10
+NUM_KILLS = 4
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 
@@ -72,7 +71,7 @@ def finished(whole, desk, tmp_path) -> str:
     return str(tmp_path / "finished" / "scores.csv")
 
 
-@pytest.mark.parametrize("bench_type", get_args(BenchType))
+@pytest.mark.parametrize("bench_type", ["videoalign", "videofeedback"])  # test_bench_csv.py reads the others
 def test_every_format_is_scored_once_a_video_and_reported(desk, bench_type):
     pairs = all_pairs(PROMPTS[::2])
     path = desk.write([*pairs, *pairs[:4]], bench_type, name=bench_type)
@@ -231,17 +230,14 @@ MISTAKES = [
     (r"\n  it has the column\(s\) Reward_A already; rename them$", {"Reward_A": "1"}, {}),
     (r"--output is \S+scores.txt; name a .csv file", {}, {"output": "scores.txt"}),
     (r"--output is the benchmark itself, \S+bench.csv; name another file", {}, {"output": "bench.csv"}),
-    ("--output is the benchmark itself", {}, {"output": "link/bench.csv"}),
     ("max_new_tokens=9000 leaves -?[0-9]+ of 8192 positions", {}, {"max_new_tokens": 9000}),
     ("batch_size is 0; it must be at least 1", {}, {"batch_size": 0}),
-    ("num_workers is -1; it must be at least 1", {}, {"num_workers": -1}),
+    ("repetition_penalty is 0.0; it must be positive", {}, {"repetition_penalty": 0}),
     ("save_every is 0; it must be at least 1", {}, {"save_every": 0}),
     ("video fps must be positive", {}, {"video_fps": 0}),
     ("seed is -1; it must not be negative", {}, {"seed": -1}),
     (r"no model folder at /no/such/model$", {}, {"model_ckpt": "/no/such/model"}),
-    ("holds no processor that loads", {}, {"model_ckpt": VIDEOS}),
     ("no reward head at .*: name the rm_head.pth", {}, {"rm_ckpt": VIDEOS}),
-    ("example_0_a.mp4: ", {}, {"rm_ckpt": VIDEOS / CLIPS[0]}),
     ("exclude each other: give one of --fresh_head and", {}, {"rm_ckpt": VIDEOS, "fresh_head": True}),
 ]
 
@@ -250,7 +246,6 @@ MISTAKES = [
 def test_mistakes_are_told_before_an_engine_is_started(tmp_path, small_model, pattern, cells, options):
     desk = Desk(tmp_path, small_model)
     bench = desk.write_rows([make_row("tabench", (*CLIPS[:2], "a cat"), 0) | cells])
-    (tmp_path / "link").symlink_to(tmp_path)
     content = bench.read_bytes()
     scored = desk.run(bench, **{"output": "out/scores.csv", **options})
     assert_one_message(scored, pattern)

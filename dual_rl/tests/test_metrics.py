@@ -58,7 +58,8 @@ def test_groups_of_equal_scores_are_counted():
     by_response = {
         ResponseKey(*video, sample): score for video, group in scores.items() for sample, score in enumerate(group)
     }
-    assert group_metrics(by_response) == {"group/zero_variance": 0.75, "group/std": 0.125}
+    assert group_metrics(by_response) == pytest.approx({"group/zero_variance": 0.75, "group/std": 0.5**0.5 / 4})
+    assert group_metrics({ResponseKey(0, "A", 0): 0.5}) == {"group/zero_variance": 1.0, "group/std": 0.0}
 
 
 def test_lengths_leave_eos_out_and_cut_responses_are_counted():

@@ -1,10 +1,7 @@
 """What is written about a benchmark: rewards in their rows, counts and accuracies worked out by hand, whole files."""
 
-import csv
 import json
-import random
 import re
-import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -207,36 +204,5 @@ def test_without_rewards_there_is_a_table_all_the_same(bench, journal):
     lines = describe_result(result).splitlines()
     assert lines[:2] == ["failed: a is broken", "failed: b is broken"]
     assert lines[10] == "... and 2 more, see the JSON"
-    assert cells_of(lines[-5])[0] == "Overall"
-    assert cells_of(lines[-5])[1:] == ["-", "-", "none", "-", "0 + 0", "5"]
-
-
-@pytest.mark.slow
-def test_large_benchmarks_take_little_memory(tmp_path, journal):
-    rng, note = random.Random(0), "x" * 1000
-    rows = [
-        {
-            "path_A": f"{index % 5000}.mp4",
-            "path_B": f"{(index * 7 + 1) % 5000}.mp4",
-            "A_model": f"model {index % 20}",
-            "B_model": f"model {index % 19}",
-            "Overall": rng.choice(("A", "B", "same")),
-            "note": note,
-        }
-        for index in range(20_000)
-    ]
-    path = write_bench(tmp_path, rows)
-    del rows
-    tracemalloc.start()
-    bench = read_bench(path, "videoalign")
-    for name in bench.items:
-        journal.add(ScoredVideo(name, rng.gauss(0, 1), "thinking " * 100, 200, True))
-    table = format_table(summarise(bench, journal, seed=0))
-    write_csv(tmp_path / "scores.csv", bench, journal)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert table.startswith("20000 rows, 5000 videos: 5000 scored, 0 failed")
-    assert (tmp_path / "scores.csv").stat().st_size > 50 * 2**20
-    with (tmp_path / "scores.csv").open(newline="") as file:
-        assert sum(1 for row in csv.DictReader(file) if row["Reward_A"] and row["Reward_B"]) == 20_000
-    assert peak < 32 * 2**20
+    assert cells_of(lines[-4])[0] == "Overall"
+    assert cells_of(lines[-4])[1:] == ["-", "-", "none", "-", "0 + 0", "5"]

@@ -1,6 +1,7 @@
 """Checkpoints between the stages: what stage 1 wrote scores the same here, and what is written here scores there."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -115,6 +116,9 @@ def test_saved_policy_scores_the_same_in_both_stages(tmp_path, tied, shard_bytes
     )
     assert (saved / "model.safetensors.index.json").exists() == (shard_bytes < 10**9)
     assert not list(saved.glob("*.tmp"))
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in saved.iterdir()} == {0o666 & ~umask}
     again = load_checkpoint(saved, with_weights=True)
     expected = rewards_here(again)
     torch.testing.assert_close(rewards_in_stage_1(saved, again), expected, rtol=1e-5, atol=1e-5)
@@ -167,12 +171,25 @@ def test_heads_are_read_in_every_layout(tmp_path, key, nested):
     weight = torch.randn(1, 4)
     torch.save({"model": {key: weight}} if nested else {key: weight}, tmp_path / "rm_head.pth")
     assert torch.equal(load_head(tmp_path / "rm_head.pth", hidden_size=4), weight)
-    torch.save({"other": weight}, tmp_path / "rm_head.pth")
-    with pytest.raises(ValueError, match=r"no rm_head\.weight"):
-        load_head(tmp_path / "rm_head.pth", hidden_size=4)
+    for content in ({"other": weight}, {"model": weight}, {"rm_head.weight": [1.0]}):
+        torch.save(content, tmp_path / "rm_head.pth")
+        with pytest.raises(ValueError, match=r"no rm_head\.weight"):
+            load_head(tmp_path / "rm_head.pth", hidden_size=4)
     torch.save(weight, tmp_path / "rm_head.pth")
     with pytest.raises(ValueError, match=r"rm_head\.pth: no rm_head\.weight .* in it, only a Tensor"):
         load_head(tmp_path / "rm_head.pth", hidden_size=4)
+
+
+def test_a_format_prompt_cannot_run_code(tmp_path):
+    folder, trace = write_small_model(tmp_path / "model"), tmp_path / "trace"
+    values = json.loads((folder / "reward_config.json").read_text())
+    values["format_prompt"] = f"{{{{ cycler.__init__.__globals__.os.system('touch {trace}') }}}}"
+    (folder / "reward_config.json").write_text(json.dumps(values))
+    with pytest.raises(
+        ValueError, match=r"model/reward_config\.json: the format prompt does not render: SecurityError"
+    ):
+        load_checkpoint(folder, with_weights=False)
+    assert not trace.exists()
 
 
 def test_a_base_that_is_gone_is_named(tmp_path):

@@ -97,12 +97,6 @@ def test_reserved_texts_are_errors_in_both_stages(builders, text):
     assert messages[0] == messages[1]
 
 
-@pytest.mark.parametrize("template", ["{{ contents }}", "{% if %}"])
-def test_format_prompt_that_does_not_render_is_an_error(processor, template):
-    with pytest.raises(ValueError, match="does not render"):
-        stage2.SequenceBuilder(processor, format_prompt=template)
-
-
 def test_a_processor_without_the_reward_token_is_an_error():
     with pytest.raises(ValueError, match="not a reward checkpoint"):
         stage2.SequenceBuilder(AutoProcessor.from_pretrained(TINY_BASE))

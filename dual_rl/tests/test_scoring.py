@@ -57,7 +57,7 @@ def models() -> Iterator[dict[str, RewardModel]]:
         model.close()
 
 
-@pytest.fixture(params=["hf", pytest.param("vllm", marks=needs_vllm)])
+@pytest.fixture(params=["hf", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])])
 def model(request, models) -> RewardModel:
     return models[request.param]
 
@@ -160,7 +160,7 @@ def test_backends_write_and_score_alike(models, clips):
 def test_company_does_not_change_a_score(model, clips):
     together = model.score(clips, PROMPTS)
     assert all(math.isfinite(reward) for reward in together.rewards)
-    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2], [0, 3]):
+    for order in ([3, 1, 0, 2], [2], [0, 1, 2, 3, 3, 2, 1, 0]):  # the last are more than fit
         scores = model.score([clips[n] for n in order], [PROMPTS[n] for n in order])
         assert scores.cots == [together.cots[n] for n in order]
         assert scores.rewards == pytest.approx([together.rewards[n] for n in order], abs=TOLERANCE)
@@ -181,14 +181,6 @@ def test_an_interrupted_call_leaves_nothing_in_the_next_one(model, monkeypatch):
     assert scores.cots == expected.cots
     assert scores.rewards == pytest.approx(expected.rewards, abs=TOLERANCE)
     assert model.num_pending == 0
-
-
-def test_more_videos_than_fit_come_back_in_order(model):
-    clips, prompts = TOY_CLIPS * 4, PROMPTS * 3 + ["another"] * 4
-    scores = model.score(clips, prompts)
-    assert model.num_pending == 0
-    assert scores.rewards[:4] == pytest.approx(scores.rewards[4:8], abs=TOLERANCE)
-    assert scores.rewards[:4] == pytest.approx(model.score(TOY_CLIPS, PROMPTS).rewards, abs=TOLERANCE)
 
 
 @needs_vllm
@@ -241,14 +233,8 @@ def test_frames_in_memory_score_as_their_file(model):
 
 @pytest.mark.parametrize(
     "frames",
-    [
-        np.zeros((8, 64, 64, 3)),
-        np.zeros((8, 3, 64, 64), np.uint8),
-        torch.zeros(8, 64, 64, 3, dtype=torch.uint8),
-        np.zeros((64, 64, 3), np.uint8),
-        np.zeros((2, 64, 64, 3), np.uint8),
-    ],
-    ids=["floats", "channels first", "channels last", "one frame", "too few"],
+    [np.zeros((8, 64, 64, 3)), np.zeros((8, 3, 64, 64), np.uint8), np.zeros((2, 64, 64, 3), np.uint8)],
+    ids=["floats", "channels first", "too few"],
 )
 def test_frames_that_are_no_clip_are_refused(frames):
     with pytest.raises(VideoError, match=r"give a uint8 array|at least 4"):
@@ -342,21 +328,3 @@ def test_tied_embeddings_are_scored_alike(tmp_path):
             scores[backend] = think_and_score(model, encode(model, TOY_CLIPS))
     assert [s.cot_ids for s in scores["vllm"]] == [s.cot_ids for s in scores["hf"]]
     assert [s.reward for s in scores["vllm"]] == pytest.approx([s.reward for s in scores["hf"]], abs=TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"repetition_penalty": 0.0}, "must be positive, 1 for none"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(changes, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        ScoringSettings(**changes)
-
-
-def test_lengths_that_exceed_the_model_are_refused():
-    with pytest.raises(ValueError, match=r"leaves 190 of 8192 positions to the prompt.*lower max_new_tokens"):
-        load_tiny("hf", max_new_tokens=8000, max_prompt_length=300)

@@ -12,11 +12,11 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-import jinja2
 import torch
 from transformers.video_utils import VideoMetadata
 
 from descore.checked import digest
+from descore.format_prompt import FormatPrompt
 from verl.data.vision_process import VideoBudget, VideoFrames, VideoHeader, budgeted_size, num_sampled_frames
 from verl.types import VideoKey, VideoPrompt
 
@@ -70,12 +70,7 @@ class SequenceBuilder:
     def __init__(self, processor, *, format_prompt: str = DEFAULT_FORMAT_PROMPT) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.format_prompt = format_prompt
-        try:
-            self.template = jinja2.Template(format_prompt, undefined=jinja2.StrictUndefined)
-            self.template.render(content="")
-        except jinja2.TemplateError as error:
-            raise ValueError(f"format prompt {format_prompt!r} does not render: {error}") from error
+        self.format_prompt = FormatPrompt(format_prompt)
         self.reward_token_id = reward_token_id(self.tokenizer)
 
     @cached_property
@@ -93,7 +88,7 @@ class SequenceBuilder:
         """Changes with everything that the tokens of a text and a video's header depend on."""
         frames = (self.size_factor, self.processor.video_processor.temporal_patch_size)
         tokenizer = self.tokenizer.backend_tokenizer.to_str()
-        return digest(tokenizer, self.processor.chat_template, self.format_prompt, frames)
+        return digest(tokenizer, self.processor.chat_template, self.format_prompt.text, frames)
 
     @cached_property
     def _reserved_texts(self) -> tuple[str, ...]:
@@ -110,7 +105,7 @@ class SequenceBuilder:
 
         Raises ValueError when the problem contains a reserved token or more than one `<video>`.
         """
-        content = self.template.render(content=problem)
+        content = self.format_prompt.render(problem)
         for reserved in self._reserved_texts:
             if reserved in content:
                 raise ValueError(f"problem contains the reserved token {reserved!r}; remove it")

@@ -123,20 +123,18 @@ def calibrate_threshold(margins: Sequence[float], labels: Sequence[int]) -> tupl
 
 
 def compute_sweep_accuracy(margins: Sequence[float], labels: Sequence[int]) -> float:
-    """The best accuracy met while one pair at a time, by |margin|, is turned into a tie, beginning with none.
+    """The best accuracy met while one pair at a time, by rising |margin|, is turned into a tie, as published tables
+    compute accuracy with ties (VideoAlign's calc_accuracy.py, used for VideoGen-RewardBench).
 
-    This is how published tables compute accuracy with ties. Among equal |margin|, in file order, it may stop between
-    pairs that no threshold can tell apart: it depends on that order and is never below `calibrate_threshold`'s
-    accuracy, but above it where rewards are coarse. The two are the same when all |margin| differ. VideoAlign's
-    calc_accuracy.py, where this comes from, looks only after the first step: up to 1/n lower where no tie is best.
-    Fails without pairs.
+    The state before the first step, where no pair is a tie, does not count: where no tie is best, the figure is up to
+    1/n below `calibrate_threshold`'s. Among equal |margin|, in file order, the sweep may stop between pairs that no
+    threshold can tell apart: where rewards are coarse, it depends on that order and may be above. Fails without pairs.
 
-    Example: margins (3, -2, 0.5, 0.5), labels (1, 1, 0, 1): without a tie 2/4; after the third pair, now a tie, 3/4.
-    The threshold 0.5 would take the fourth along: 2/4.
+    Example: margins (3, -2, 0.5, 0.5), labels (1, 1, 0, 1): after the third pair, now a tie, 3/4. The threshold 0.5
+    would take the fourth along: 2/4.
     """
     pairs = _sort_pairs(*_check_pairs(margins, labels))
-    best_gain = max(0, int(np.cumsum(pairs.gains).max()))
-    return (int(pairs.is_correct.sum()) + best_gain) / len(pairs.gains)
+    return (int(pairs.is_correct.sum()) + int(np.cumsum(pairs.gains).max())) / len(pairs.gains)
 
 
 def compute_model_table(

@@ -5,10 +5,11 @@ rows name it; rows hold ids of items. Cells are not kept: `iterate_cells` stream
 """
 
 import csv
+import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from hashlib import blake2b
 from itertools import islice
@@ -20,6 +21,8 @@ from descore.answers import parse_annotation, parse_label
 from verl.data.pair_csv import BARE_PROMPT_COLUMN, CsvError
 from verl.data.scored_sequence import judge_problem
 
+Place = tuple[int, int]  # row, from 1 without the header, and line
+Fault = tuple[Place, str]
 BenchType = Literal["tabench", "videoalign", "genai", "react", "videofeedback"]
 PROBLEM_COLUMN = "problem"  # where a row has it, it takes the place of the judge prompt around `prompt`
 VOTES = {"leftvote": "A", "rightvote": "B", "tievote": "same", "bothbad_vote": "same"}
@@ -27,6 +30,8 @@ BLANK = ("", "nan")
 MAX_CELL_CHARS = 2**31 - 1  # Python's own limit is 131072
 RAGGED = "not as many cells as the header line has; quote cells that hold commas or line breaks"
 _NO_TEXT = re.compile(r"[\0\udc80-\udcff]")  # NUL, and what surrogateescape makes of bytes that are not UTF-8
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class BenchFormat:
     parse: Callable[[str], int | None] = parse_label
 
     def find_labels(self, columns: Sequence[str]) -> tuple[str, ...]:
-        """The label columns among `columns`, in their order."""
+        """The columns among `columns` that have the name of a label column, in their order."""
         return tuple(name for name in columns if any(fnmatchcase(name, label) for label in self.label_columns))
 
     def find_missing(self, columns: Sequence[str]) -> list[str]:
@@ -69,6 +74,47 @@ BENCH_FORMATS: dict[BenchType, BenchFormat] = {
     "react": BenchFormat(("path_A", "path_B"), ("A_model", "B_model"), ("GSB_*",)),
     "videofeedback": BenchFormat(("video_path",)),  # not video_fps: clips are sampled by the checkpoint's own budget
 }
+
+
+class LabelReader:
+    """Reads the labels of a file, row by row, and finds out which columns hold labels.
+
+    A column that only matches a pattern with `*`, such as GSB_MQ_A_reasoning, and holds text but no label is not a
+    label column. Anywhere else a cell that is not a label is a fault.
+    """
+
+    def __init__(self, bench_format: BenchFormat, columns: Sequence[str]) -> None:
+        self._format, self.names = bench_format, bench_format.find_labels(columns)
+        self._faults: dict[str, list[Fault]] = {name: [] for name in self.names}
+        self._has_labels = dict.fromkeys(self.names, False)
+
+    def read(self, place: Place, cells: Mapping[str, str]) -> tuple[int | None, ...]:
+        """A label for each candidate column of a row; None for `invalid`, a blank or a faulty cell."""
+        return tuple(self._read_cell(place, name, cells[name].strip()) for name in self.names)
+
+    def _read_cell(self, place: Place, name: str, text: str) -> int | None:
+        if text.lower() in BLANK:
+            return None
+        try:
+            label = self._format.parse(text)
+        except ValueError as error:
+            self._faults[name].append((place, f"{name}: {error}"))
+            return None
+        self._has_labels[name] = True
+        return label
+
+    def find_columns(self) -> dict[str, int]:
+        """After the last row: name -> index in what `read` returns, of the columns that are label columns."""
+        is_fixed = self._format.label_columns
+        return {
+            name: index
+            for index, name in enumerate(self.names)
+            if name in is_fixed or self._has_labels[name] or not self._faults[name]
+        }
+
+    def find_faults(self) -> list[Fault]:
+        """After the last row: the cells of label columns that are not labels."""
+        return [fault for name in self.find_columns() or self.names for fault in self._faults[name]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +180,10 @@ def read_bench(path: str | os.PathLike, bench_type: BenchType, *, video_root: st
     columns = tuple(next(table)[1])
     _require_columns(path, columns, bench_type)
     builder = _BenchBuilder(BENCH_FORMATS[bench_type], columns, root)
-    problems: list[str] = []
     for number, (line, cells) in enumerate(table, start=1):
-        problems += [f"row {number} (line {line}): {fault}" for fault in builder.add_row(cells)]
+        builder.add_row((number, line), cells)
+    label_columns, faults = builder.finish(path)
+    problems = [f"row {number} (line {line}): {fault}" for (number, line), fault in faults]
     items, rows = builder.items, builder.rows
     if not rows and not problems:
         problems.append("no rows; add at least one")
@@ -147,7 +194,7 @@ def read_bench(path: str | os.PathLike, bench_type: BenchType, *, video_root: st
     if problems:
         raise CsvError(path, problems)
     num_duplicate_rows = len(rows) - len({(row.item_ids, row.labels) for row in rows})
-    return Bench(str(path), bench_type, builder.label_columns, items, rows, num_duplicate_rows, missing)
+    return Bench(str(path), bench_type, label_columns, items, rows, num_duplicate_rows, missing)
 
 
 def read_columns(path: str | os.PathLike) -> tuple[str, ...]:
@@ -168,14 +215,16 @@ class _BenchBuilder:
 
     def __init__(self, bench_format: BenchFormat, columns: Sequence[str], root: Path) -> None:
         self.format, self.root = bench_format, root
-        self.label_columns = bench_format.find_labels(columns)
         self.items: dict[str, BenchItem] = {}
         self.rows: list[BenchRow] = []
+        self._labels = LabelReader(bench_format, columns)
+        self._faults: list[Fault] = []
 
-    def add_row(self, cells: dict[str, str] | None) -> list[str]:
-        """Keeps a row, or returns its faults. `cells` is None for a ragged row."""
+    def add_row(self, place: Place, cells: dict[str, str] | None) -> None:
+        """Keeps a row or its faults. `cells` is None for a ragged row."""
         if cells is None:
-            return [RAGGED]
+            self._faults.append((place, RAGGED))
+            return
         videos = {column: cells[column].strip() for column in self.format.video_columns}
         faults = [f"{column} is empty; write the path of a video" for column, video in videos.items() if not video]
         problem, prompt = cells.get(PROBLEM_COLUMN, ""), cells.get(BARE_PROMPT_COLUMN, "")
@@ -183,17 +232,21 @@ class _BenchBuilder:
             problem = judge_problem(prompt)
             if not prompt.strip():
                 faults.append(f"{BARE_PROMPT_COLUMN} is empty; write the text that the video was made from")
-        labels = []
-        for column in self.label_columns:
-            text = cells[column].strip()
-            try:
-                labels.append(None if text.lower() in BLANK else self.format.parse(text))
-            except ValueError as error:
-                faults.append(f"{column}: {error}")
+        labels = self._labels.read(place, cells)
+        self._faults += [(place, fault) for fault in faults]
         if not faults:
             item_ids = tuple(self._add_item(video, problem) for video in videos.values())
-            self.rows.append(BenchRow(item_ids, tuple(labels), self._read_models(cells)))
-        return faults
+            self.rows.append(BenchRow(item_ids, labels, self._read_models(cells)))
+
+    def finish(self, path: str | os.PathLike) -> tuple[tuple[str, ...], list[Fault]]:
+        """The label columns, to which the rows' labels are cut, and all faults with their rows, in order."""
+        kept, names = self._labels.find_columns(), self._labels.names
+        faults = sorted([*self._faults, *self._labels.find_faults()], key=lambda fault: fault[0])
+        if len(kept) < len(names):
+            left_out = ", ".join(name for name in names if name not in kept)
+            logger.info("%s: no label in %s; these are not label columns", path, left_out)
+            self.rows = [replace(row, labels=tuple(row.labels[index] for index in kept.values())) for row in self.rows]
+        return tuple(kept), faults
 
     def _add_item(self, video: str, problem: str) -> str:
         item_id, path = compute_item_id(video, problem=problem), os.path.normpath(self.root / video)

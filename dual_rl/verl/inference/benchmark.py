@@ -22,21 +22,21 @@ from tqdm import tqdm
 from verl.data.pair_csv import CsvError
 from verl.inference.bench_csv import Bench, BenchType, read_bench, read_columns
 from verl.inference.fleet import ModelSource, score_tasks
-from verl.inference.html_page import check_page_path
-from verl.inference.html_report import write_report
+from verl.inference.html_report import check_page_path, write_report
 from verl.inference.journal import Journal
 from verl.inference.report import added_columns, format_table, summarise, write_csv, write_json
 from verl.inference.scale import RewardScale, compute_scale, save_scale
 from verl.inference.scoring import Outcome, VideoTask
 from verl.inference.source import (
     choose_budget,
+    choose_device,
     choose_prompt_length,
     find_model,
     load_model_scale,
     read_checkpoint,
-    resolve_dtype,
 )
 from verl.model.fingerprint import fingerprint
+from verl.model.precision import resolve_precision
 from verl.model.reward_files import PolicyCheckpoint, find_folder
 
 JOURNAL_SUFFIX = ".rewards.jsonl"
@@ -165,7 +165,7 @@ def describe_run(run: BenchmarkRun, checkpoint: PolicyCheckpoint) -> dict[str, o
         "video": asdict(choose_budget(checkpoint, source.settings)),
         "format_prompt": checkpoint.format_prompt,
         **source.settings.affecting_rewards(),
-        "precision": str(resolve_dtype(source.settings)).removeprefix("torch."),
+        "precision": str(resolve_precision(source.settings.precision, choose_device())).removeprefix("torch."),
     }
 
 

@@ -3,14 +3,15 @@
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TextIO
+from typing import Any, TextIO
 
-from verl.inference.accuracy import Estimate, ModelRow, compute_model_table, compute_pair_accuracy
+from verl.inference.accuracy import compute_model_table, compute_pair_accuracy
 from verl.inference.bench_csv import Bench, iterate_cells, read_columns
 from verl.inference.journal import Journal
 from verl.inference.scale import RewardScale
@@ -18,7 +19,14 @@ from verl.inference.scale import RewardScale
 PAIR_COLUMNS = ("Reward_A", "Reward_B", "CoT_A", "CoT_B")
 SINGLE_COLUMNS = ("Reward", "CoT")
 MAIN_LABELS = ("Overall", "GSB_overall")
-"""The label by which generator models are shown, where a file has it; else its first."""
+NOTE_WIDTH = 119
+ACCURACY_COLUMNS = (
+    "label", "accuracy without ties", "with ties, calibrated", "tie up to", "one at a time", "pairs", "unscored",
+)  # fmt: skip
+ACCURACY_NOTE = (
+    "95% bootstrap intervals; chance without ties is 0.5. With ties: margins up to the one named count as a tie, "
+    "chosen for the best accuracy; one at a time: the sweep behind published tables. Pairs: with a preference + ties."
+)
 
 
 def added_columns(bench: Bench) -> tuple[str, ...]:
@@ -98,62 +106,84 @@ def _summarise_label(bench: Bench, rewards: Mapping[str, float], column: int, *,
     }
 
 
-def format_table(summary: Mapping[str, object]) -> str:
+@dataclass(frozen=True)
+class Table:
+    """Text in rows and columns, for the console and for the page; `note` says how to read it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def format(self) -> list[str]:
+        """Lines of text, the first column aligned to the left and the others to the right."""
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        lines = [
+            "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
+            for cells in (tuple(zip(line, widths, strict=True)) for line in (self.columns, *self.rows))
+        ]
+        return lines + (["", *textwrap.wrap(self.note, NOTE_WIDTH)] if self.note else [])
+
+
+def choose_main_label(labels: Iterable[str]) -> str | None:
+    """The label by which generator models are shown, where a file has it; else its first."""
+    labels = tuple(labels)
+    return next((name for name in MAIN_LABELS if name in labels), next(iter(labels), None))
+
+
+def format_table(summary: Mapping[str, Any]) -> str:
     """The summary as text."""
     lines = [
         f"{summary['num_rows']} rows, {summary['num_videos']} videos: {summary['num_scored']} scored, "
         f"{len(summary['failures'])} failed, {summary['num_cut']} thoughts cut at the length limit"
     ]
     if summary["mean_reward"] is not None:
-        lines.append(f"mean reward {summary['mean_reward']:.4f}{_describe_scale(summary['scale'])}")
+        unit = describe_scale(summary["scale"])
+        lines.append(f"mean reward {summary['mean_reward']:.4f}" + (f", in {unit}" if unit else ""))
     labels = summary["labels"]
     if labels:
-        lines += ["", *_accuracy_lines(labels), ""]
-        lines.append(
-            "95% bootstrap intervals; chance without ties is 0.5. With ties: margins up to the one named count as"
-        )
-        lines.append("a tie, chosen for the best accuracy; one at a time: the sweep behind published tables.")
-    main = next((name for name in MAIN_LABELS if name in labels), next(iter(labels), None))
+        lines += ["", *build_accuracy_table(labels).format()]
+    main = choose_main_label(labels)
     if main is not None and labels[main]["models"]:
-        lines += ["", *_model_lines(main, [ModelRow(**model) for model in labels[main]["models"]])]
+        lines += ["", *build_model_table(main, labels[main]["models"]).format()]
     return "\n".join(lines)
 
 
-def _describe_scale(scale: Mapping[str, object] | None) -> str:
+def describe_scale(scale: Mapping[str, Any] | None) -> str | None:
+    """What rewards are given in; None for the head's own."""
     if scale is None:
-        return ""
+        return None
     unit = f"{scale['num_videos']} videos of {scale['data']}, {scale['mean']:.4f} +- {scale['std']:.4f}"
-    return f", in standard deviations from the mean of {unit}"
+    return f"standard deviations from the mean of {unit}"
 
 
-def _accuracy_lines(labels: Mapping[str, Mapping[str, object]]) -> list[str]:
-    titles = ("accuracy without ties", "with ties, calibrated", "tie up to", "one at a time", "pairs", "unscored")
-    width = max(map(len, ("label", *labels)))
-    lines = [f"{'label':<{width}}  {titles[0]:>22}  {titles[1]:>22}  {titles[2]:>9}  {titles[3]:>13}"
-             f"  {titles[4]:>11}  {titles[5]:>8}"]  # fmt: skip
-    for name, values in labels.items():
-        sweep = "-" if values["sweep"] is None else f"{values['sweep']:.3f}"
-        threshold = "none" if values["threshold"] is None else f"{values['threshold']:.4f}"
-        pairs = f"{values['num_decided']} + {values['num_ties']}"
-        lines.append(
-            f"{name:<{width}}  {_interval(values['without_ties']):>22}  {_interval(values['with_ties']):>22}"
-            f"  {threshold:>9}  {sweep:>13}  {pairs:>11}  {values['num_unscored']:>8}"
+def build_accuracy_table(labels: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for each label column."""
+    rows = tuple(
+        (
+            name,
+            _show_interval(values["without_ties"]),
+            _show_interval(values["with_ties"]),
+            "none" if values["threshold"] is None else f"{values['threshold']:.4f}",
+            _show(values["sweep"]),
+            f"{values['num_decided']} + {values['num_ties']}",
+            str(values["num_unscored"]),
         )
-    return [*lines, "pairs: with a preference + ties"]
+        for name, values in labels.items()
+    )
+    return Table("Agreement with people", ACCURACY_COLUMNS, rows, ACCURACY_NOTE)
 
 
-def _interval(estimate: Mapping[str, float] | None) -> str:
-    if estimate is None:
-        return "-"
-    values = Estimate(**estimate)
-    return f"{values.value:.3f} [{values.low:.3f}, {values.high:.3f}]"
+def build_model_table(label: str, models: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each generator model, under one label."""
+    shares = ("accuracy", "human_win_rate", "reward_win_rate")
+    rows = tuple((row["model"], str(row["num_decided"]), *(_show(row[name]) for name in shares)) for row in models)
+    return Table("Generator models", (label, "pairs", "accuracy", "people prefer it", "the reward does"), rows)
 
 
-def _model_lines(label: str, models: Sequence[ModelRow]) -> list[str]:
-    width = max(len(label), *(len(model.model) for model in models))
-    lines = [f"{label:<{width}}  pairs  accuracy  people prefer it  the reward does"]
-    for model in models:
-        shares = (model.accuracy, model.human_win_rate, model.reward_win_rate)
-        accuracy, human, reward = ("-" if share is None else f"{share:.3f}" for share in shares)
-        lines.append(f"{model.model:<{width}}  {model.num_decided:>5}  {accuracy:>8}  {human:>16}  {reward:>15}")
-    return lines
+def _show_interval(estimate: Mapping[str, float] | None) -> str:
+    return "-" if estimate is None else f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+
+def _show(share: float | None) -> str:
+    return "-" if share is None else f"{share:.3f}"

@@ -1,10 +1,9 @@
 """Numbers of the charts on the page of a report. Pure; the page draws them, see html_report.js."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Literal
+from typing import Any
 
 NUM_BARS = 20
 NUM_CALIBRATION_BINS = 10
@@ -12,42 +11,13 @@ NORMAL_QUANTILE = 1.959964
 """Of a 95% interval."""
 
 
-@dataclass(frozen=True)
-class Bars:
-    """Stacked bars. `edges`: n + 1 rising numbers; bar i holds its lower edge, the last its upper one too.
+Chart = dict[str, Any]
+"""What the page draws.
 
-    `series`: name of a group -> its count in each of the n bars, in the order in which they are stacked.
-    """
-
-    title: str
-    x_label: str
-    edges: tuple[float, ...]
-    series: Mapping[str, tuple[int, ...]]
-    kind: Literal["bars"] = "bars"
-
-
-@dataclass(frozen=True)
-class Point:
-    """(`x`, `y`) from `count` observations; `low` and `high`: 95% interval of `y`, None where none is given."""
-
-    x: float
-    y: float
-    count: int
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
-class Points:
-    """A curve through `points`. `is_share`: both axes run from 0 to 1, and the diagonal is drawn."""
-
-    title: str
-    x_label: str
-    y_label: str
-    points: tuple[Point, ...]
-    note: str
-    is_share: bool = False
-    kind: Literal["points"] = "points"
+`kind` bars: `edges`, n + 1 rising numbers (bar i holds its lower edge, the last its upper one too), and `series`, name
+of a group -> its count in each bar, in the order in which they are stacked. `kind` points: `points`, each (`x`, `y`)
+from `count` observations with the 95% interval `low`, `high` of y or None; `is_share`: both axes run from 0 to 1.
+"""
 
 
 def sigmoid(margin: float) -> float:
@@ -70,7 +40,7 @@ def choose_width(span: float) -> float:
     return next((factor * power for factor in (1, 2, 5) if factor * power >= least), 10 * power)
 
 
-def build_histogram(title: str, x_label: str, values: Sequence[float], groups: Sequence[str]) -> Bars | None:
+def build_histogram(title: str, x_label: str, values: Sequence[float], groups: Sequence[str]) -> Chart | None:
     """How the values of each group spread; None without values. `groups`: of each value; stacked by name.
 
     Edges are multiples of the width, so that 0 is one if it is within. Example: values (-1, 0, 9) have edges -1, -0.5,
@@ -84,11 +54,11 @@ def build_histogram(title: str, x_label: str, values: Sequence[float], groups: S
     series = {name: [0] * num_bars for name in sorted(set(groups))}
     for value, group in zip(values, groups, strict=True):
         series[group][min(math.floor(value / width) - first, num_bars - 1)] += 1
-    edges = tuple((first + place) * width for place in range(num_bars + 1))
-    return Bars(title, x_label, edges, {name: tuple(counts) for name, counts in series.items()})
+    edges = [(first + index) * width for index in range(num_bars + 1)]
+    return {"kind": "bars", "title": title, "x_label": x_label, "edges": edges, "series": series}
 
 
-def build_calibration(margins: Sequence[float], labels: Sequence[int]) -> Points | None:
+def build_calibration(margins: Sequence[float], labels: Sequence[int]) -> Chart | None:
     """Probability that A is better, as Bradley-Terry has it, against the share of people's decisions; None without.
 
     `margins`: unscaled, reward of A less that of B. `labels`: +1, -1 and 0, a tie, which is left out. Bins of equal
@@ -102,23 +72,26 @@ def build_calibration(margins: Sequence[float], labels: Sequence[int]) -> Points
         bins.setdefault(min(int(probability * NUM_CALIBRATION_BINS), NUM_CALIBRATION_BINS - 1), []).append(
             (probability, is_a)
         )
-    points = tuple(_calibration_point(members) for _, members in sorted(bins.items()))
-    error = sum(point.count * abs(point.y - point.x) for point in points) / len(decided)
-    return Points(
-        "Calibration",
-        "probability of A by the rewards, sigmoid(margin)",
-        "share in which people prefer A",
-        points,
-        f"{len(decided)} pairs with a preference, ties left out; expected calibration error {error:.3f}; bars are 95% "
-        "intervals, and a calibrated reward lies on the diagonal",
-        is_share=True,
-    )
+    points = []
+    for _, members in sorted(bins.items()):
+        share = fmean(is_a for _, is_a in members)
+        low, high = compute_wilson(share, len(members))
+        points.append(_point(fmean(probability for probability, _ in members), share, len(members), low, high))
+    error = sum(point["count"] * abs(point["y"] - point["x"]) for point in points) / len(decided)
+    return {
+        "kind": "points",
+        "title": "Calibration",
+        "x_label": "probability of A by the rewards, sigmoid(margin)",
+        "y_label": "share in which people prefer A",
+        "points": points,
+        "note": f"{len(decided)} pairs with a preference, ties left out; expected calibration error {error:.3f}; bars "
+        "are 95% intervals, and a calibrated reward lies on the diagonal",
+        "is_share": True,
+    }
 
 
-def _calibration_point(members: Sequence[tuple[float, bool]]) -> Point:
-    count, share = len(members), fmean(is_a for _, is_a in members)
-    low, high = compute_wilson(share, count)
-    return Point(fmean(probability for probability, _ in members), share, count, low, high)
+def _point(x: float, y: float, count: int, low: float | None = None, high: float | None = None) -> Chart:
+    return {"x": x, "y": y, "count": count, "low": low, "high": high}
 
 
 def compute_wilson(share: float, count: int) -> tuple[float, float]:
@@ -129,7 +102,7 @@ def compute_wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def build_means(title: str, y_label: str, steps: Sequence[int], values: Sequence[float | None]) -> Points | None:
+def build_means(title: str, y_label: str, steps: Sequence[int], values: Sequence[float | None]) -> Chart | None:
     """Mean of the values at each step; None without values, which are left out where they are None."""
     by_step: dict[int, list[float]] = {}
     for step, value in zip(steps, values, strict=True):
@@ -137,5 +110,6 @@ def build_means(title: str, y_label: str, steps: Sequence[int], values: Sequence
             by_step.setdefault(step, []).append(value)
     if not by_step:
         return None
-    points = tuple(Point(step, fmean(found), len(found)) for step, found in sorted(by_step.items()))
-    return Points(title, "step", y_label, points, "means over the generations that were logged")
+    points = [_point(step, fmean(found), len(found)) for step, found in sorted(by_step.items())]
+    labels = {"title": title, "x_label": "step", "y_label": y_label}
+    return {"kind": "points", **labels, "points": points, "note": "means over the generations that were logged"}

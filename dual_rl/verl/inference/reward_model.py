@@ -38,14 +38,15 @@ from verl.inference.scoring import (
 )
 from verl.inference.source import (
     NUM_TOKENS_AFTER_COT,
-    build_engine,
+    build_scoring_engine,
     choose_budget,
+    choose_device,
     choose_prompt_length,
     find_model,
     load_model_scale,
     read_checkpoint,
-    resolve_dtype,
 )
+from verl.model.precision import resolve_precision
 from verl.model.reward_files import PolicyCheckpoint, stream_weights
 from verl.temporary import temporary_folder
 from verl.types import VideoKey, VideoPrompt
@@ -111,15 +112,15 @@ class RewardModel:
         `load_scale` do.
         """
         settings = settings or ScoringSettings()
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = choose_device(device)
         checkpoint = read_checkpoint(model_ckpt, rm_ckpt, fresh_head_seed=fresh_head_seed)
         settings = dataclasses.replace(settings, max_prompt_length=choose_prompt_length(checkpoint, settings))
         scale = load_model_scale(model_ckpt, checkpoint, settings) if normalize else None
         model_len = settings.max_prompt_length + settings.max_new_tokens + NUM_TOKENS_AFTER_COT
         with ExitStack() as files:
             folder = files.enter_context(temporary_folder("engine"))
-            engine = build_engine(folder, checkpoint, settings, max_model_len=model_len, device=device)
-            dtype = resolve_dtype(settings, device)
+            engine = build_scoring_engine(folder, checkpoint, settings, max_model_len=model_len, device=device)
+            dtype = resolve_precision(settings.precision, device)
             engine.load_weights(stream_weights(find_model(model_ckpt), checkpoint, dtype=dtype))
             files = files.pop_all()
         budget = choose_budget(checkpoint, settings)

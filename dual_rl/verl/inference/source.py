@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids
+from verl.data.scored_sequence import forbidden_token_ids, reward_token_id
 from verl.data.vision_process import VideoBudget
 from verl.inference.scale import RewardScale, load_scale
-from verl.inference.scoring import MAX_PROMPT_LENGTH, ScoringSettings
+from verl.inference.scoring import MAX_PROMPT_LENGTH, ScoringEngine, ScoringSettings
 from verl.model.fingerprint import fingerprint
+from verl.model.precision import resolve_precision
 from verl.model.reward_files import (
     PolicyCheckpoint,
     find_folder,
@@ -19,8 +20,6 @@ from verl.model.reward_files import (
     load_checkpoint,
     save_engine_folder,
 )
-from verl.rollout.engine import engine_dtype
-from verl.trainer.config import RolloutConfig
 
 NUM_TOKENS_AFTER_COT = 2
 """`<Reward>`, and one that vLLM writes after it."""
@@ -65,10 +64,9 @@ def choose_prompt_length(checkpoint: PolicyCheckpoint, settings: ScoringSettings
     return length
 
 
-def resolve_dtype(settings: ScoringSettings, device: torch.device | None = None) -> torch.dtype:
-    """Precision of the engine's weights on a device, by default on the GPU if there is one."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return engine_dtype(RolloutConfig(precision=settings.precision), device)
+def choose_device(device: torch.device | str | None = None) -> torch.device:
+    """The device named, by default the GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def choose_budget(checkpoint: PolicyCheckpoint, settings: ScoringSettings) -> VideoBudget:
@@ -88,28 +86,26 @@ def load_model_scale(
     return scale
 
 
-def build_engine(
+def build_scoring_engine(
     folder: Path,
     checkpoint: PolicyCheckpoint,
     settings: ScoringSettings,
     *,
     max_model_len: int,
     device: torch.device,
-):
+) -> ScoringEngine:
     """The engine that `settings.backend` asks for, without weights; `folder` takes its files."""
     if settings.backend == "vllm":
         from verl.inference.vllm_scorer import VllmScorer as Engine
     else:
         from verl.inference.hf_scorer import HfScorer as Engine
-    dtype = resolve_dtype(settings, device)
-    save_engine_folder(folder, checkpoint, dtype=dtype)
-    builder = SequenceBuilder(checkpoint.processor)
+    save_engine_folder(folder, checkpoint, dtype=resolve_precision(settings.precision, device))
     return Engine(
         folder,
         checkpoint,
         settings,
         forbidden_token_ids=forbidden_token_ids(checkpoint.processor, checkpoint.config.text_config.vocab_size),
-        reward_token_id=builder.reward_token_id,
+        reward_token_id=reward_token_id(checkpoint.processor.tokenizer),
         max_model_len=max_model_len,
         device=device,
     )

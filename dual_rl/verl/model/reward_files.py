@@ -23,6 +23,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from descore.format_prompt import FormatPrompt
 from verl.data.scored_sequence import DEFAULT_FORMAT_PROMPT, REWARD_TOKEN, reward_token_id
 from verl.data.vision_process import VideoBudget
 from verl.model.weight_shards import (
@@ -183,6 +184,7 @@ def _read_reward_config(folder: Path) -> dict:
         values = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}; copy the checkpoint again") from error
+    FormatPrompt(values.get("format_prompt", DEFAULT_FORMAT_PROMPT), source=str(file))
     mode = values.get("reward_token", "special")
     if mode != "special":
         raise ValueError(
@@ -242,9 +244,9 @@ def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
         raise ValueError(f"{path}: no head that torch can load: {str(error).splitlines()[0][:200]}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: no {' or '.join(HEAD_KEYS)} in it, only a {type(state).__name__}")
-    for candidate in (state, state.get("model", {})):
-        for key in HEAD_KEYS:
-            if key in candidate:
+    for candidate in (state, state.get("model")):
+        for key in HEAD_KEYS if isinstance(candidate, Mapping) else ():
+            if isinstance(candidate.get(key), torch.Tensor):
                 weight = candidate[key].float()
                 if weight.shape != (1, hidden_size):
                     raise ValueError(

@@ -1,6 +1,7 @@
 """Hugging Face safetensors, written and read weight by weight without all of them ever being in memory together."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -41,7 +42,10 @@ def save_shards(folder: Path, weights: Iterable[tuple[str, torch.Tensor]], *, sh
         if len(shards) == 1
         else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
+    umask = os.umask(0)  # safetensors makes files that only their owner can read
+    os.umask(umask)
     for i, name in enumerate(names):
+        (folder / f"shard-{i}.tmp").chmod(0o666 & ~umask)
         (folder / f"shard-{i}.tmp").rename(folder / name)
     if len(shards) > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}

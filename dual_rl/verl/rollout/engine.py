@@ -90,13 +90,6 @@ def response_seed(sampling: Sampling, key: ResponseKey) -> int:
     return video_seed(sampling, key.video) + key.sample
 
 
-def engine_dtype(config: RolloutConfig, device: torch.device) -> torch.dtype:
-    """Precision of the engine's weights."""
-    if config.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
-
-
 def check_lengths(prompts: Sequence[VideoPrompt], sampling: Sampling, max_model_len: int) -> None:
     """Raise ValueError unless each prompt and its response fit into the engine together."""
     for prompt in prompts:

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from verl.data.scored_sequence import SequenceBuilder
-from verl.rollout.engine import check_lengths, engine_dtype, response_seed
+from verl.model.precision import resolve_precision
+from verl.rollout.engine import check_lengths, response_seed
 from verl.trainer.config import RolloutConfig
 from verl.types import Response, ResponseKey, Sampling, VideoPrompt
 
@@ -45,7 +46,7 @@ class HfEngine:
         self.max_model_len = max_model_len
         self.eos_token_id = eos_token_id
         self.device = device
-        self.dtype = engine_dtype(config, device)
+        self.dtype = resolve_precision(config.precision, device)
         self.max_num_rows = config.max_num_seqs
         self.forbidden_token_ids = torch.tensor(list(forbidden_token_ids), dtype=torch.long, device=device)
         self.builder = SequenceBuilder(AutoProcessor.from_pretrained(folder))

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from verl.rollout.engine import engine_dtype
+from verl.model.precision import resolve_precision
 from verl.trainer.config import RolloutConfig
 
 NO_WEIGHTS = "no_weights"
@@ -71,7 +71,7 @@ def start_llm(
     arguments: dict[str, object] = {
         "model": str(folder),
         "load_format": NO_WEIGHTS,
-        "dtype": engine_dtype(config, device),
+        "dtype": resolve_precision(config.precision, device),
         "seed": config.seed,
         "max_model_len": max_model_len,
         "max_num_seqs": config.max_num_seqs,

@@ -38,7 +38,7 @@ def group_metrics(scores: Mapping[ResponseKey, float]) -> dict[str, float]:
     """How far scores spread within the groups, which are the responses to one video each.
 
     `group/zero_variance`: share of groups whose scores are all equal and which therefore teach nothing.
-    `group/std`: mean over groups of the scores' standard deviation.
+    `group/std`: mean over groups of the scores' unbiased standard deviation, by which advantages are divided.
     """
     groups: dict[VideoKey, list[float]] = defaultdict(list)
     for key, score in scores.items():
@@ -46,7 +46,7 @@ def group_metrics(scores: Mapping[ResponseKey, float]) -> dict[str, float]:
     assert groups, "no groups to describe"
     return {
         "group/zero_variance": sum(min(group) == max(group) for group in groups.values()) / len(groups),
-        "group/std": float(np.mean([np.std(group) for group in groups.values()])),
+        "group/std": float(np.mean([np.std(group, ddof=1) if len(group) > 1 else 0.0 for group in groups.values()])),
     }
 
 

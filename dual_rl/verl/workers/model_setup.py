@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
+from descore.format_prompt import FormatPrompt
 from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids
 from verl.model.building import build_policy, initial_state
 from verl.model.policy import PolicyModel
+from verl.model.precision import resolve_precision
 from verl.model.recompute import ActivationPlan
 from verl.model.reward_files import (
     HEAD_FILE,
@@ -26,7 +28,7 @@ from verl.rollout.engine import RolloutEngine, build_engine
 from verl.trainer.config import Config, FsdpConfig, ModelConfig
 from verl.types import VideoPrompt
 from verl.workers.optimizer import build_optimizer
-from verl.workers.parallel import Rank, iterate_weights, materialize, resolve_precision, shard_model
+from verl.workers.parallel import Rank, iterate_weights, materialize, shard_model
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ def read_checkpoint(config: Config, *, with_weights: bool) -> PolicyCheckpoint:
     format_prompt = checkpoint.format_prompt
     if data.format_prompt is not None:
         format_prompt = Path(data.format_prompt).read_text()
+        FormatPrompt(format_prompt, source=data.format_prompt)
     if not with_weights:  # the driver's copy: one warning is enough
         if budget != checkpoint.video_budget:
             logger.warning("the model was trained with %s, this run uses %s", checkpoint.video_budget, budget)

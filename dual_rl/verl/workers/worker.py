@@ -11,13 +11,14 @@ from pathlib import Path
 import ray
 import torch
 
+from verl.model.precision import resolve_precision
 from verl.temporary import temporary_folder
 from verl.trainer.config import Config
 from verl.types import SIDES, PairRollout, PreferencePair, ResponseKey, Sampling, VideoKey, VideoPrompt
 from verl.workers.experience import ExperienceMaker, sum_kl_by_response
 from verl.workers.model_setup import build_rollout_engine, build_runtime, save_actor
 from verl.workers.offload import WeightOffload
-from verl.workers.parallel import iterate_weights, join_process_group, resolve_precision
+from verl.workers.parallel import iterate_weights, join_process_group
 from verl.workers.shard import Shard
 from verl.workers.state import load_training_state, save_training_state
 from verl.workers.updater import Updater

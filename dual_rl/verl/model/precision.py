@@ -1,0 +1,12 @@
+"""In which precision weights are held and multiplied."""
+
+import torch
+
+from verl.trainer.config import Precision
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products, and of an engine's weights: `auto` is bf16 on GPUs and fp32 on CPUs."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
