@@ -73,6 +73,7 @@ def test_setup_with_the_systems_python_starts_again_after_an_interruption(tmp_pa
     assert run_setup(venv, STAGES="cold_start").stdout == ""  # nothing left to do
 
 
+@pytest.mark.slow
 def test_setup_with_uv_needs_no_python_on_the_path(tmp_path):
     commands = tmp_path / "bin"
     commands.mkdir()
