@@ -16,7 +16,6 @@ the row by the rules of `cot_selection`.
 """
 
 import argparse
-import ast
 import csv
 import hashlib
 import json
@@ -31,7 +30,7 @@ from pathlib import Path
 from transformers import AutoProcessor
 
 from checkpoint import choose_format_prompt, stored_video_budget
-from descore.csv_table import CsvTable
+from descore.csv_table import CsvTable, parse_two_paths
 from descore.progress import progress
 from fingerprint import fingerprint_weights
 from infer_utils.cot_endpoint import VIDEO_FORMS, EndpointEngine
@@ -81,7 +80,7 @@ def sample_missing(engine: CotEngine, jobs: Sequence[VideoJob], journal: CotJour
     missing = [job for job in missing if job.keys]
     total = sum(len(job.keys) for job in missing)
     failures = []
-    for result in progress(engine.generate(missing) if missing else (), total=total, description="CoTs"):
+    for result in progress(engine.generate(missing) if missing else (), total=total, description="CoTs", unit="CoT"):
         if isinstance(result, Sample):
             journal.add(result)
         else:
@@ -195,7 +194,7 @@ def check_output(options: argparse.Namespace, rows: Rows) -> Path:
         raise ValueError(f"{name} is in a folder that does not exist. Make it, or choose another.")
     if output.exists() and not output.with_suffix(JOURNAL_SUFFIX).exists() and not options.overwrite:
         raise ValueError(f"{name} exists, and no run of this wrote it. Choose another name, or add --overwrite.")
-    has_relative = any(not os.path.isabs(v) for cells in rows for v in ast.literal_eval(cells["videos"]))
+    has_relative = any(not os.path.isabs(v) for cells in rows for v in parse_two_paths(cells["videos"], "videos"))
     if output.parent != source.parent and has_relative:
         raise ValueError(f"{name} is not in {source.parent}, which the video paths are relative to. Put it there.")
     return output
