@@ -1,7 +1,6 @@
 """The preference CSV: reading it, and every check that can be made before a model is loaded."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,11 +129,6 @@ def _parse_score(text: str, side: str, needs: CsvNeeds) -> float:
     if not LOWEST_SCORE <= score <= HIGHEST_SCORE:
         raise ValueError(f"{name} is {shorten(text)!r}; write a number from 1 to 5, or leave it empty")
     return score
-
-
-def row_of(problem: str) -> int:
-    """The row that a fault found by `scan_videos` or `scan_sequences` names."""
-    return int(re.match(r"row (\d+)", problem)[1])
 
 
 def scan_videos(

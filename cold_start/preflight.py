@@ -8,13 +8,13 @@ from pathlib import Path
 
 from arguments import DataArguments, ModelArguments, TrainingArguments
 from checkpoint import STATE_FILE, RewardConfig, choose_format_prompt, stored_video_budget
+from descore.csv_table import row_of
 from descore.run_lock import lock_folder
 from preference_csv import (
     CsvNeeds,
     PreferencePair,
     read_pairs,
     require_clean,
-    row_of,
     scan_sequences,
     scan_videos,
 )

@@ -17,8 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from descore.answers import extract_overall
+from descore.csv_table import CsvError
 from verl.inference.accuracy import Estimate, compute_pair_accuracy
-from verl.inference.bench_csv import BENCH_FORMATS, CsvError, LabelReader, iterate_cells, read_columns
+from verl.inference.bench_csv import BENCH_FORMATS, LabelReader, iterate_rows, read_columns
 
 COT_COLUMNS = ("CoT_A", "CoT_B")
 
@@ -41,12 +42,13 @@ def read_text_margins(path: str, bench_type: str, *, by: str | None = None) -> d
         needed = ", ".join(missing) or " or ".join(form.label_columns) or "labels"
         raise CsvError(path, [f"it has no {needed}: name a benchmark of pairs as inference.py wrote it"])
     reader, rows = LabelReader(form, columns), []
-    for number, cells in enumerate(iterate_cells(path), start=1):
+    for row in iterate_rows(path):
+        cells = row.cells
         if all(cells[f"Reward_{side}"] for side in "AB"):
             margin = compute_text_margin(*(cells[column] for column in COT_COLUMNS))
-            rows.append((margin, cells.get(by), reader.read((number, 0), cells)))
+            rows.append((margin, cells.get(by), reader.read(row)))
     if faults := reader.find_faults():
-        raise CsvError(path, [f"row {number}: {fault}" for (number, _), fault in faults])
+        raise CsvError(path, [f"{row.name}: {fault}" for row, fault in faults])
     pairs = defaultdict(list)
     for name, index in reader.find_columns().items():
         for margin, group, found in rows:

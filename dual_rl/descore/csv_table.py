@@ -121,6 +121,12 @@ class CsvTable:
             yield line
 
 
+def row_of(problem: str) -> int:
+    """The row that a fault names, 0 for the whole file: for putting faults in order."""
+    match = re.match(r"row (\d+)", problem)
+    return int(match[1]) if match else 0
+
+
 def _require_text_file(path: str | os.PathLike) -> None:
     if not Path(path).is_file():
         raise CsvError(path, ["file not found; give the path of a CSV"])

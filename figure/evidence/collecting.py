@@ -26,7 +26,7 @@ from descore.answers import JUDGEMENT_KEY, NOT_ASKED, extract_judgement, parse_a
 from evidence.plan import MASKED, OWN, Plan, Scoring
 from evidence.running import REPOSITORY
 from verl.inference.accuracy import compute_pair_accuracy
-from verl.inference.bench_csv import iterate_cells
+from verl.inference.bench_csv import iterate_rows
 
 TEXT = "text"
 CURVES = {
@@ -78,7 +78,7 @@ def collect(plan: Plan, work: Path, *, name: str) -> dict[str, object]:
 def summarise_scored(path: Path, scoring: Scoring) -> list[dict[str, object]]:
     """Records of a CSV that inference.py wrote: for each set one by the head and, with thoughts, one by the text."""
     sets: dict[str, _Set] = defaultdict(_Set)
-    for cells in iterate_cells(path):
+    for cells in (row.cells for row in iterate_rows(path)):
         _add_row(sets[cells["set"]], cells, has_thoughts=scoring.read == OWN)
     records = []
     for name, group in sets.items():

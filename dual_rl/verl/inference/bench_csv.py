@@ -1,35 +1,29 @@
 """Benchmark CSVs: the pairs (or single videos) that inference scores, in the columns that each benchmark came with.
 
 Everything is read and checked before a model is loaded. Each distinct (video, problem) becomes one item, however many
-rows name it; rows hold ids of items. Cells are not kept: `iterate_cells` streams them again for the file of results.
+rows name it; rows hold ids of items. Cells are not kept: `iterate_rows` streams them again for the file of results.
 """
 
-import csv
 import logging
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 from sys import intern
 from typing import Literal
 
 from descore.answers import parse_annotation, parse_label
-from verl.data.pair_csv import BARE_PROMPT_COLUMN, CsvError
+from descore.csv_table import CsvError, CsvRow, CsvTable, row_of
+from verl.data.pair_csv import BARE_PROMPT_COLUMN
 from verl.data.scored_sequence import judge_problem
 
-Place = tuple[int, int]  # row, from 1 without the header, and line
-Fault = tuple[Place, str]
+Fault = tuple[CsvRow, str]
 BenchType = Literal["tabench", "videoalign", "genai", "react", "videofeedback"]
 PROBLEM_COLUMN = "problem"  # where a row has it, it takes the place of the judge prompt around `prompt`
 VOTES = {"leftvote": "A", "rightvote": "B", "tievote": "same", "bothbad_vote": "same"}
 BLANK = ("", "nan")
-MAX_CELL_CHARS = 2**31 - 1  # Python's own limit is 131072
-RAGGED = "not as many cells as the header line has; quote cells that hold commas or line breaks"
-_NO_TEXT = re.compile(r"[\0\udc80-\udcff]")  # NUL, and what surrogateescape makes of bytes that are not UTF-8
 
 logger = logging.getLogger(__name__)
 
@@ -88,17 +82,18 @@ class LabelReader:
         self._faults: dict[str, list[Fault]] = {name: [] for name in self.names}
         self._has_labels = dict.fromkeys(self.names, False)
 
-    def read(self, place: Place, cells: Mapping[str, str]) -> tuple[int | None, ...]:
+    def read(self, row: CsvRow) -> tuple[int | None, ...]:
         """A label for each candidate column of a row; None for `invalid`, a blank or a faulty cell."""
-        return tuple(self._read_cell(place, name, cells[name].strip()) for name in self.names)
+        return tuple(self._read_cell(row, name) for name in self.names)
 
-    def _read_cell(self, place: Place, name: str, text: str) -> int | None:
+    def _read_cell(self, row: CsvRow, name: str) -> int | None:
+        text = row.cells[name].strip()
         if text.lower() in BLANK:
             return None
         try:
             label = self._format.parse(text)
         except ValueError as error:
-            self._faults[name].append((place, f"{name}: {error}"))
+            self._faults[name].append((row, f"{name}: {error}"))
             return None
         self._has_labels[name] = True
         return label
@@ -141,7 +136,7 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark file. `rows` and `iterate_cells(path)` have the same order; `items` has that of first mention.
+    """A benchmark file. `rows` and `iterate_rows(path)` have the same order; `items` has that of first mention.
 
     `num_duplicate_rows`: rows with the items and labels of an earlier one; they stay in `rows`. `missing`: item_id ->
     "video not found: PATH" for items that cannot be scored.
@@ -176,17 +171,14 @@ def read_bench(path: str | os.PathLike, bench_type: BenchType, *, video_root: st
     if video_root and not Path(video_root).is_dir():
         raise CsvError(path, [f"video_root {video_root} is no folder; give the one that video paths start from"])
     root = Path(video_root or Path(path).parent).resolve()
-    table = _read_table(path)
-    columns = tuple(next(table)[1])
-    _require_columns(path, columns, bench_type)
-    builder = _BenchBuilder(BENCH_FORMATS[bench_type], columns, root)
-    for number, (line, cells) in enumerate(table, start=1):
-        builder.add_row((number, line), cells)
+    table = CsvTable(path)
+    _require_columns(path, table.columns, bench_type)
+    builder = _BenchBuilder(BENCH_FORMATS[bench_type], table.columns, root)
+    for row in table.rows():
+        builder.add_row(row)
     label_columns, faults = builder.finish(path)
-    problems = [f"row {number} (line {line}): {fault}" for (number, line), fault in faults]
+    problems = sorted([*table.problems, *(f"{row.name}: {fault}" for row, fault in faults)], key=row_of)
     items, rows = builder.items, builder.rows
-    if not rows and not problems:
-        problems.append("no rows; add at least one")
     absent = {video for video in {item.video for item in items.values()} if not os.path.isfile(video)}
     missing = {item.item_id: f"video not found: {item.video}" for item in items.values() if item.video in absent}
     if items and len(missing) == len(items):
@@ -199,15 +191,16 @@ def read_bench(path: str | os.PathLike, bench_type: BenchType, *, video_root: st
 
 def read_columns(path: str | os.PathLike) -> tuple[str, ...]:
     """The names in the header line. Raises CsvError when there is none or one stands twice."""
-    return tuple(next(_read_table(path))[1])
+    return CsvTable(path).columns
 
 
-def iterate_cells(path: str | os.PathLike) -> Iterator[dict[str, str]]:
-    """Column -> cell of every row, as in the file and in its order. Raises CsvError at a row that cannot be read."""
-    for line, cells in islice(_read_table(path), 1, None):
-        if cells is None:
-            raise CsvError(path, [f"line {line}: {RAGGED}"])
-        yield cells
+def iterate_rows(path: str | os.PathLike) -> Iterator[CsvRow]:
+    """Every row, as in the file and in its order. Raises CsvError at a row that cannot be read."""
+    table = CsvTable(path)
+    for row in table.rows():
+        table.require_clean()
+        yield row
+    table.require_clean()
 
 
 class _BenchBuilder:
@@ -220,11 +213,9 @@ class _BenchBuilder:
         self._labels = LabelReader(bench_format, columns)
         self._faults: list[Fault] = []
 
-    def add_row(self, place: Place, cells: dict[str, str] | None) -> None:
-        """Keeps a row or its faults. `cells` is None for a ragged row."""
-        if cells is None:
-            self._faults.append((place, RAGGED))
-            return
+    def add_row(self, row: CsvRow) -> None:
+        """Keeps a row or its faults."""
+        cells = row.cells
         videos = {column: cells[column].strip() for column in self.format.video_columns}
         faults = [f"{column} is empty; write the path of a video" for column, video in videos.items() if not video]
         problem, prompt = cells.get(PROBLEM_COLUMN, ""), cells.get(BARE_PROMPT_COLUMN, "")
@@ -232,16 +223,16 @@ class _BenchBuilder:
             problem = judge_problem(prompt)
             if not prompt.strip():
                 faults.append(f"{BARE_PROMPT_COLUMN} is empty; write the text that the video was made from")
-        labels = self._labels.read(place, cells)
-        self._faults += [(place, fault) for fault in faults]
+        labels = self._labels.read(row)
+        self._faults += [(row, fault) for fault in faults]
         if not faults:
             item_ids = tuple(self._add_item(video, problem) for video in videos.values())
             self.rows.append(BenchRow(item_ids, labels, self._read_models(cells)))
 
     def finish(self, path: str | os.PathLike) -> tuple[tuple[str, ...], list[Fault]]:
-        """The label columns, to which the rows' labels are cut, and all faults with their rows, in order."""
+        """The label columns, to which the rows' labels are cut, and all faults with their rows."""
         kept, names = self._labels.find_columns(), self._labels.names
-        faults = sorted([*self._faults, *self._labels.find_faults()], key=lambda fault: fault[0])
+        faults = [*self._faults, *self._labels.find_faults()]
         if len(kept) < len(names):
             left_out = ", ".join(name for name in names if name not in kept)
             logger.info("%s: no label in %s; these are not label columns", path, left_out)
@@ -266,38 +257,3 @@ def _require_columns(path: str | os.PathLike, columns: Sequence[str], bench_type
         remedy = f"it looks like --bench_type {' or '.join(fitting)}" if fitting else "add them to its header line"
         has = ", ".join(columns)[:400]
         raise CsvError(path, [f"{bench_type} needs {', '.join(missing)}; the file has {has}: {remedy}"])
-
-
-def _read_table(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, str] | None]]:
-    """First line and cells of the header (each name under itself) and of every row (None: ragged), no blank lines."""
-    if not Path(path).is_file():
-        raise CsvError(path, ["file not found; give the path of a CSV"])
-    columns: list[str] = []
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.reader(_check_lines(path, file), strict=True)
-        while True:
-            line = reader.line_num + 1
-            previous_limit = csv.field_size_limit(MAX_CELL_CHARS)  # the process has one limit: put it back every time
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                raise CsvError(path, [f"line {line}: no readable CSV from here on: {error}; save it again"]) from error
-            finally:
-                csv.field_size_limit(previous_limit)
-            if cells is None:
-                break
-            columns = columns or cells
-            if len(set(columns)) < len(columns):
-                raise CsvError(path, [f"two columns have one name in {', '.join(columns)}; rename or remove one"])
-            if cells:
-                yield line, dict(zip(columns, cells, strict=True)) if len(cells) == len(columns) else None
-    if not columns:
-        raise CsvError(path, ["no header line, the file is empty; begin with a line that names the columns"])
-
-
-def _check_lines(path: str | os.PathLike, lines: Iterable[str]) -> Iterator[str]:
-    """The same lines. Raises CsvError at the first that holds a byte that is no text."""
-    for number, line in enumerate(lines, start=1):
-        if bad := _NO_TEXT.search(line):
-            raise CsvError(path, [f"line {number}: byte {ord(bad[0]) & 0xFF:#04x} is no UTF-8 text; save it as UTF-8"])
-        yield line

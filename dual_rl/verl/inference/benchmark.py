@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from verl.data.pair_csv import CsvError
+from descore.csv_table import CsvError
 from verl.inference.bench_csv import Bench, BenchType, read_bench, read_columns
 from verl.inference.fleet import ModelSource, score_tasks
 from verl.inference.html_report import check_page_path, write_report

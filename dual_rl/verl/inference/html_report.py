@@ -24,7 +24,8 @@ from typing import Any
 from urllib.parse import quote
 
 from descore.answers import JUDGEMENT_KEY, OVERALL_KEY, SCORE_KEYS, extract_judgement, parse_annotation
-from verl.data.pair_csv import CsvError, read_pairs
+from descore.csv_table import CsvError
+from verl.data.pair_csv import read_pairs
 from verl.data.scored_sequence import JUDGE_PROMPT
 from verl.inference.bench_csv import Bench, BenchRow
 from verl.inference.journal import Journal

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, TextIO
 
 from verl.inference.accuracy import compute_model_table, compute_pair_accuracy
-from verl.inference.bench_csv import Bench, iterate_cells, read_columns
+from verl.inference.bench_csv import Bench, iterate_rows, read_columns
 from verl.inference.journal import Journal
 from verl.inference.scale import RewardScale
 
@@ -39,11 +39,11 @@ def write_csv(path: Path, bench: Bench, journal: Journal, *, scale: RewardScale 
     with _replacing(path) as file:
         writer = csv.DictWriter(file, fieldnames=[*read_columns(bench.path), *added_columns(bench)])
         writer.writeheader()
-        for row, cells in zip(bench.rows, iterate_cells(bench.path), strict=True):
+        for row, source in zip(bench.rows, iterate_rows(bench.path), strict=True):
             scored = [journal.read(item) if item in journal.rewards else None for item in row.item_ids]
             rewards = ["" if video is None else repr(_on_scale(video.reward, scale)) for video in scored]
             cots = ["" if video is None else video.cot for video in scored]
-            writer.writerow(cells | dict(zip(added_columns(bench), rewards + cots, strict=True)))
+            writer.writerow(source.cells | dict(zip(added_columns(bench), rewards + cots, strict=True)))
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
