@@ -109,9 +109,11 @@ install_requirements() {
     "$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python" "${arguments[@]}"
 }
 
+start() { "$VENV/bin/python" "$@" 2>&1 9<&-; }
+
 check() { # what must start, and the arguments of Python that start it
-    local output
-    output="$("$VENV/bin/python" "${@:2}" 2>&1 9<&-)" || die "$1 does not start from $VENV:"$'\n'"$output"
+    local output # a first start compiles bytecode: on a busy machine Ray gives up waiting, and a second try decides
+    output="$(start "${@:2}")" || output="$(start "${@:2}")" || die "$1 does not start from $VENV:"$'\n'"$output"
 }
 
 main() {
