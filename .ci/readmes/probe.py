@@ -167,7 +167,7 @@ def _refuse(message: str) -> None:
 
 @cache
 def _setting_keys() -> dict[str, object]:
-    return dict(importlib.import_module("verl.trainer.settings").leaf_types())
+    return dict(importlib.import_module("verl.config_loading").leaf_types())
 
 
 def _check_setting(argument: str) -> list[str]:
@@ -175,7 +175,7 @@ def _check_setting(argument: str) -> list[str]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from verl.trainer.config import Config
+    from verl.config import Config
 
     key, separator, _ = argument.partition("=")
     if not separator:

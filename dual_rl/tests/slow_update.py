@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 
 from model_support import make_builder, small_checkpoint
+from slow_path import compute_log_distributions, compute_reward, load_policy
 from update_support import TEMPERATURE, Case, Tensors, advantages_of, batch_of, make_config, shift_weights, trained
-from verl.model.building import load_policy
 from verl.model.policy import PolicyModel
-from verl.model.reference import compute_log_distributions, compute_reward
 from verl.types import PairRollout, Response, ResponseKey
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from verl.trainer.config import Config
+from verl.config import Config
 from verl.trainer.tracking import GenerationSample, Tracker
 from verl.types import ResponseKey
 
@@ -139,7 +139,7 @@ def test_a_terminal_shows_a_bar_with_the_step_and_the_phase(config, monkeypatch)
 
 WANDB_PROGRAM = """
 import sys
-from verl.trainer.config import Config
+from verl.config import Config
 from verl.trainer.tracking import GenerationSample, Tracker
 from verl.types import ResponseKey
 

@@ -53,6 +53,8 @@ CASES = {
     "lora": Case({**KL, **LORA}),
     "tuned": Case(TUNED),
     "full_kl": Case(FULL_KL),
+    "rank_without_pairs": Case({**KL, MICRO: 1}, order=(0,), has_old=True),
+    "mini_batch_without_pairs": Case({**KL, **SEVERAL_STEPS, MICRO: 1}, has_old=True),
     "ulysses": Case({MICRO: 2}),
     "ulysses_lora": Case({**KL, **LORA}),
 }

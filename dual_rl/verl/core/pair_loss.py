@@ -7,6 +7,7 @@ leave sum and count alike; a sum without pairs is a zero that is still attached 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,7 @@ import torch.nn.functional as F
 from verl.types import ResponseKey
 
 
-@dataclass(frozen=True)
-class PairIndex:
+class PairIndex(NamedTuple):
     """Which of R responses form pairs, for P = R / 2 pairs.
 
     `a`, `b`: int64 [P], places of A_i and B_i among the responses. `pair_ids`: the preference pair of each.

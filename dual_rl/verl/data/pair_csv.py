@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from verl.config import DataConfig
 from verl.data.answers import parse_annotation
 from verl.data.scored_sequence import judge_problem
-from verl.trainer.config import DataConfig
 from verl.types import PreferencePair
 
 BARE_PROMPT_COLUMN = "prompt"  # a file with it and without the problem column gets the built-in judge prompt

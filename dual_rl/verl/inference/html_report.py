@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from verl.config import DataConfig
 from verl.data.answers import SCORE_KEYS, extract_judgement, parse_annotation
 from verl.data.pair_csv import CsvError, read_pairs
 from verl.inference.bench_csv import Bench
@@ -21,7 +22,6 @@ from verl.inference.bench_page import build_bench_page, read_scores, unwrap_prom
 from verl.inference.html_page import Item, Page, Row, View, merge_scores, quote_path, relative_path, write_page
 from verl.inference.journal import Journal
 from verl.inference.report_charts import build_histogram, build_means
-from verl.trainer.config import DataConfig
 from verl.types import PreferencePair
 
 WELL_FORMED, MALFORMED = VERDICTS = ("well-formed", "malformed")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from verl.config import RolloutConfig
 from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids
 from verl.data.vision_process import VideoBudget
 from verl.inference.scale import RewardScale, load_scale
@@ -20,7 +21,6 @@ from verl.model.reward_files import (
     save_engine_folder,
 )
 from verl.rollout.engine import engine_dtype
-from verl.trainer.config import RolloutConfig
 
 NUM_TOKENS_AFTER_COT = 2
 """`<Reward>`, and one that vLLM writes after it."""

@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Qwen3VLForConditionalGeneration
 
+from verl.core.objective import PolicyOutput
 from verl.core.packing import PackedGroups
 from verl.core.token_log_probs import Distributions, compute_token_log_probs
 from verl.model.attention import compile_around_attention
@@ -68,21 +69,6 @@ class VisionFeatures(NamedTuple):
             tuple(torch.cat(layer) for layer in zip(*deepstack, strict=True)),
             tuple(count for counts in num_tokens for count in counts),
         )
-
-
-class PolicyOutput(NamedTuple):
-    """What one packed forward gives, fp32: of R responses `rewards`, of L labels `log_probs` and `entropy`, [L].
-
-    `entropy`, in nats, has no gradient. `full_kl`: [L], KL(policy || reference) over the whole vocabulary, where the
-    reference's distributions were given. `distributions`: this model's own, where asked for (in a sequence group: of
-    the labels that this rank's tokens predict). Else None.
-    """
-
-    rewards: torch.Tensor
-    log_probs: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    full_kl: torch.Tensor | None = None
-    distributions: Distributions | None = None
 
 
 class PolicyModel(nn.Module):

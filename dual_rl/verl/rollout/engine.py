@@ -11,7 +11,8 @@ from typing import Protocol
 
 import torch
 
-from verl.trainer.config import RolloutConfig
+from verl.config import RolloutConfig
+from verl.model.building import resolve_precision
 from verl.types import Response, ResponseKey, Sampling, VideoKey, VideoPrompt
 
 SEED_BITS = 62  # leaves room to add the sample's number within a signed 64-bit integer
@@ -92,9 +93,7 @@ def response_seed(sampling: Sampling, key: ResponseKey) -> int:
 
 def engine_dtype(config: RolloutConfig, device: torch.device) -> torch.dtype:
     """Precision of the engine's weights."""
-    if config.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+    return resolve_precision(config.precision, device)
 
 
 def check_lengths(prompts: Sequence[VideoPrompt], sampling: Sampling, max_model_len: int) -> None:

@@ -21,9 +21,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from verl.config import RolloutConfig
 from verl.data.scored_sequence import SequenceBuilder
 from verl.rollout.engine import check_lengths, engine_dtype, response_seed
-from verl.trainer.config import RolloutConfig
 from verl.types import Response, ResponseKey, Sampling, VideoPrompt
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from verl.config import RolloutConfig
 from verl.rollout.engine import engine_dtype
-from verl.trainer.config import RolloutConfig
 
 NO_WEIGHTS = "no_weights"
 """Name of our vLLM load format."""

@@ -11,14 +11,15 @@ import textwrap
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from verl.config import Config
+from verl.config_loading import to_yaml
 from verl.trainer.checkpoints import write_atomically
-from verl.trainer.config import Config
 
 METRICS_FILE = "train_log.jsonl"
 GENERATIONS_FILE = "generations.jsonl"
@@ -123,7 +124,7 @@ class TensorboardSink(Sink):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
-        self.writer.add_text("config", f"```yaml\n{_yaml(config)}```", start_step)
+        self.writer.add_text("config", f"```yaml\n{to_yaml(config)}```", start_step)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -154,7 +155,7 @@ class WandbSink(Sink):
         self.run = wandb.init(
             project=config.trainer.project_name,
             name=config.trainer.experiment_name,
-            config=OmegaConf.to_container(OmegaConf.structured(config)),
+            config=asdict(config),
             dir=str(folder),
             id=run_id,
             resume="allow",
@@ -194,7 +195,3 @@ def _finite_or_null(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))

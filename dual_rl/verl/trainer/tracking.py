@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from verl.trainer.config import Config
-from verl.trainer.settings import output_folder
+from verl.config import Config
 from verl.trainer.sinks import ConsoleSink, FileSink, Sink, TensorboardSink, WandbSink
 from verl.types import ResponseKey
 
@@ -49,7 +48,7 @@ class Tracker:
 
         `num_steps`: the last step of the run, for the progress bar.
         """
-        folder = output_folder(config.trainer)
+        folder = config.trainer.output_folder
         folder.mkdir(parents=True, exist_ok=True)
         builders: dict[str, Callable[[], Sink]] = {
             "console": lambda: ConsoleSink(start_step, num_steps),

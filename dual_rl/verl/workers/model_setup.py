@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from verl.config import Config, FsdpConfig, ModelConfig
 from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids
-from verl.model.building import build_policy, initial_state
+from verl.model.building import build_policy, initial_state, resolve_precision
 from verl.model.policy import PolicyModel
 from verl.model.recompute import ActivationPlan
 from verl.model.reward_files import (
@@ -23,10 +24,9 @@ from verl.model.reward_files import (
 )
 from verl.model.ulysses import SequenceGroup, build_sequence_group
 from verl.rollout.engine import RolloutEngine, build_engine
-from verl.trainer.config import Config, FsdpConfig, ModelConfig
 from verl.types import VideoPrompt
 from verl.workers.optimizer import build_optimizer
-from verl.workers.parallel import Rank, iterate_weights, materialize, resolve_precision, shard_model
+from verl.workers.parallel import Rank, iterate_weights, materialize, shard_model
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ import math
 
 import torch
 
+from verl.config import OptimConfig
 from verl.model.policy import PolicyModel
-from verl.trainer.config import OptimConfig
 
 
 def build_optimizer(model: PolicyModel, settings: OptimConfig) -> torch.optim.AdamW:

@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from verl.config import FsdpConfig
+from verl.model.building import resolve_precision
 from verl.model.policy import PolicyModel
-from verl.trainer.config import FsdpConfig, Precision
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)  # a rank may wait for another's long responses
 
@@ -45,13 +46,6 @@ def join_process_group(*, index: int, world_size: int, address: str, port: int) 
         "cpu:gloo,cuda:nccl" if has_gpu else "gloo", rank=index, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
     )
     return Rank(index, world_size, device)
-
-
-def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products: `auto` is bf16 on GPUs and fp32 on CPUs."""
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
 def build_mesh(fsdp_size: int, rank: Rank) -> DeviceMesh:
