@@ -144,8 +144,6 @@ def test_adapter_disabled_is_the_model_before_lora(checkpoint, builder, groups):
     assert torch.equal(found.rewards, expected.rewards)
     assert (changed.log_probs - expected.log_probs).abs().max() > 0.1
     assert all(p.requires_grad == ("lora_" in n) for n, p in adapted.backbone.named_parameters())
-    with pytest.raises(ValueError, match="no adapter"), plain.adapter_disabled():
-        pass
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -197,11 +195,6 @@ def test_what_is_trained_follows_the_settings(checkpoint):
     layers = checkpoint.config.text_config.num_hidden_layers
     assert len(lora) == 2 * 7 * layers + 2
     assert {"reward_embedding", "rm_head.weight"} < lora
-
-
-def test_a_forward_without_video_is_an_error(checkpoint, builder, groups):
-    with pytest.raises(ValueError, match="vision features or pixel values"):
-        make_policy(checkpoint)(pack_groups(groups, builder), temperature=1.0)
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def dual_loss(
     loss = loss + actor.bt_weight * metrics["bt/loss"]
     difference = (old - rollout).abs()
     is_beyond = difference > config.worker.rollout.log_prob_bound
-    metrics |= {f"actor/{name}": policy.sums[name] / num_tokens for name in policy.sums if name != "num_tokens"}
+    metrics |= {f"actor/{name}": value / num_tokens for name, value in policy.sums.items()}
     metrics |= {f"bt/{name}": pairs.sums[name] / num_pairs for name in ("chosen_reward", "rejected_reward")}
     metrics |= {
         "actor/loss": loss,

@@ -22,7 +22,7 @@ LOG_RATIO_BOUND = 20.0
 class PolicyLoss:
     """`loss`: scalar, sum of weighted token losses. `sums`: float64 scalars over the L tokens, without gradient.
 
-    `num_tokens`; `ratio`, r as the loss uses it; `approx_kl`, r_t - 1 - log r_t >= 0, an estimate of KL(old || new)
+    `ratio`, r as the loss uses it; `approx_kl`, r_t - 1 - log r_t >= 0, an estimate of KL(old || new)
     (Schulman 2020); `clip_high`, `clip_low`, `clip_dual`, tokens at which a bound took hold. Divided by the number of
     tokens over all micro-batches and ranks they are means and shares.
     """
@@ -99,7 +99,7 @@ def compute_policy_loss(
     with torch.no_grad():
         token_log_ratio = (log_probs - old_log_probs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
         approx_kl = token_log_ratio.expm1() - token_log_ratio
-        values = {"num_tokens": torch.ones_like(ratio), "ratio": ratio, "approx_kl": approx_kl, **active}
+        values = {"ratio": ratio, "approx_kl": approx_kl, **active}
         sums = {name: value.double().sum() for name, value in values.items()}
     return PolicyLoss(loss=(losses * weights).sum(), sums=sums)
 

@@ -53,13 +53,6 @@ class VisionFeatures(NamedTuple):
         deepstack = tuple(layer.index_select(0, tokens) for layer in self.deepstack)
         return VisionFeatures(self.embeddings.index_select(0, tokens), deepstack, (len(tokens),))
 
-    def to(self, device: torch.device | str) -> "VisionFeatures":
-        """A copy on `device`."""
-        embeddings, *deepstack = (
-            tensor.to(device, non_blocking=True) for tensor in (self.embeddings, *self.deepstack)
-        )
-        return VisionFeatures(embeddings, tuple(deepstack), self.num_tokens)
-
     @staticmethod
     def concatenate(features: Iterable["VisionFeatures"]) -> "VisionFeatures":
         """Features of several videos in one, in their order."""
@@ -134,8 +127,7 @@ class PolicyModel(nn.Module):
         gives rewards only. `ref_distributions`: of the same row, adds the full KL.
         """
         if vision is None:
-            if pixel_values is None:
-                raise ValueError("the forward needs vision features or pixel values")
+            assert pixel_values is not None, "the forward needs vision features or pixel values"
             vision = self.encode_videos(pixel_values, torch.tensor(batch.grid_thw))
         options = {
             "temperature": temperature,
@@ -230,10 +222,9 @@ class PolicyModel(nn.Module):
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
-        """Within it the model is the reference: LoRA off. Raises ValueError for a model without LoRA."""
+        """Within it the model is the reference: LoRA off."""
         layers = list(self.adapters.values())
-        if not layers:
-            raise ValueError("the model has no adapter; full fine-tuning needs a reference model of its own")
+        assert layers, "a model without an adapter needs a reference model of its own"
         # peft's enable_adapters also changes requires_grad, which FSDP2 has already read.
         for layer in layers:
             layer._disable_adapters = True
