@@ -20,7 +20,6 @@ IN_A_STEP = {
 }
 QUICK = ("kill_worker", "raise")
 AT_THE_START = [
-    ({"worker.rollout.nn": 2}, r"unknown key worker.rollout.nn; did you mean worker.rollout.n"),
     ({"data.max_response_length": 8000}, r"together exceed the model's 8192 positions"),
     ({"trainer.n_gpus_per_node": 1}, r"asks for 1 node\(s\) with 1 GPU\(s\) each, but the Ray cluster has .* 0 GPU"),
     ({"trainer.nnodes": 2}, r"no Ray cluster to join, RAY_ADDRESS is not set: start it with"),
