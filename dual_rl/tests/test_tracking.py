@@ -87,12 +87,6 @@ def test_file_drops_what_came_after_the_checkpoint_resumed_from(config, tmp_path
     assert [line["step"] for line in lines(tmp_path / "generations.jsonl")] == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_fresh_run_starts_an_empty_log(config, tmp_path):
-    write_steps(config, 0, range(3))
-    write_steps(config, 0, range(2))
-    assert [line["step"] for line in lines(tmp_path / "train_log.jsonl")] == [0, 1]
-
-
 def test_tensorboard_shows_a_resumed_run_as_one_curve(config, tmp_path):
     config.trainer.logger = ["tensorboard"]
     write_steps(config, 0, range(6))
