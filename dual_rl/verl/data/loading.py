@@ -125,9 +125,7 @@ class PairLoader(VideoLoader):
         return loaded
 
     def describe_dropped(self) -> str:
-        """What was dropped so far, one line per pair; empty when nothing was."""
-        if not self.dropped:
-            return ""
+        """What was dropped so far, one line per pair."""
         heading = f"{self.source}: {len(self.dropped)} of {self.num_pairs} pairs dropped"
         return "\n".join([heading, *(f"  {self.dropped[pair_id]}" for pair_id in sorted(self.dropped))])
 

@@ -41,6 +41,7 @@ def run(config: Config) -> None:
             logger.info("continuing from %s", checkpoint)
             trainer.resume(checkpoint)
         trainer.fit()
+        trainer.list_dropped()
     finally:
         trainer.close()
 

@@ -175,15 +175,19 @@ class DualTrainer:
         self.inputs.train.loader.dropped.update(state.get("dropped", ()))
         self.workers.call("load", str(checkpoint))
 
+    def list_dropped(self) -> None:
+        """Say once more which pairs were dropped, for whoever reads the end of the log."""
+        for pair_set in filter(None, (self.inputs.train, self.inputs.val)):
+            if pair_set.loader.dropped:
+                logger.warning("%s", pair_set.loader.describe_dropped())
+
     def close(self) -> None:
-        """List the pairs that were dropped, and end loaders, workers and loggers."""
+        """End loaders, workers and loggers."""
         with ExitStack() as stack:
             stack.callback(self.tracker.close)
             stack.callback(self.workers.stop)
             for pair_set in filter(None, (self.inputs.train, self.inputs.val)):
                 stack.callback(pair_set.loader.close)
-                if pair_set.loader.dropped:
-                    logger.warning("%s", pair_set.loader.describe_dropped())
 
     @contextmanager
     def _phase(self, name: str, watch: Stopwatch) -> Iterator[None]:
