@@ -172,18 +172,15 @@ def _setting_keys() -> dict[str, object]:
 
 def _check_setting(argument: str) -> list[str]:
     """`key`, which may be a group of settings, or `key=value`, whose value must be of the key's type."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from verl.config import Config
+    from verl.config_loading import parse_config
 
     key, separator, _ = argument.partition("=")
     if not separator:
         is_known = any(name == key or name.startswith(f"{key}.") for name in _setting_keys())
         return [] if is_known else [f"{key}: no such setting"]
     try:
-        OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.from_dotlist([argument]))
-    except OmegaConfBaseException as error:
+        parse_config([argument])
+    except ValueError as error:
         return [f"{argument}: {str(error).splitlines()[0]}"]
     return []
 
