@@ -68,16 +68,9 @@ class SlowUpdate:
     def _kl(self, response: Response, distribution: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             ref_distribution, ref_log_probs = self.distributions(self.reference, response)
-        gap = log_probs - ref_log_probs
-        match self.config.algorithm.kl_penalty:
-            case "kl":
-                return gap
-            case "abs":
-                return gap.abs()
-            case "mse":
-                return gap.square() / 2
-            case "low_var_kl":
-                return (-gap).exp() + gap - 1
+        if self.config.algorithm.kl_penalty == "low_var_kl":
+            gap = log_probs - ref_log_probs
+            return (-gap).exp() + gap - 1
         gaps = torch.where(distribution.isinf(), 0.0, distribution - ref_distribution)
         return (distribution.exp() * gaps).sum(dim=1)
 
