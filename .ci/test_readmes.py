@@ -24,7 +24,7 @@ WRONG = {
     "flag of the other stage": ("dual_rl", "with `--tie_margin`", "no program of dual_rl knows --tie_margin"),
     "key": ("dual_rl", "set `worker.rollout.m=4`", "worker.rollout.m=4: unknown key worker.rollout.m"),
     "key without a value": ("dual_rl", "see `worker.rolout.n`", "worker.rolout.n: no such setting"),
-    "value of a key": ("dual_rl", "    bash examples/train.sh worker.rollout.n=many", "n=many must be a valid integer"),
+    "value of a key": ("dual_rl", "    bash examples/train.sh worker.rollout.n=many", "must be a valid integer"),
     "file of a key": ("dual_rl", "    worker.reward.reward_function=examples/x.py:f", "examples/x.py:f: no such file"),
     "key given to make": (".", "`make quickstart ARGS=trainer.steps=20`", "20: unknown key trainer.steps"),
     "script": ("cold_start", "    bash trian.sh", "bash trian.sh: no such script in cold_start"),
