@@ -47,7 +47,7 @@ def help_of() -> dict[str, str]:
 def setting_names() -> set[str]:
     """Every setting of stage 2, as `worker.rollout.n`, and every group of settings."""
     sys.path.insert(0, str(ROOT / "dual_rl"))
-    from verl.trainer.config import Config
+    from verl.config import Config
 
     def names(group: type, prefix: str) -> Iterator[str]:
         for name, kind in typing.get_type_hints(group).items():

@@ -31,7 +31,7 @@ from verl.data.loading import check_pairs
 from verl.data.pair_csv import read_pairs
 from verl.data.scored_sequence import SequenceBuilder
 from verl.data.vision_process import VideoBudget
-from verl.trainer.config import DataConfig
+from verl.config import DataConfig
 
 path = sys.argv[1] + "/pairs.csv"
 processor = AutoProcessor.from_pretrained(sys.argv[2])

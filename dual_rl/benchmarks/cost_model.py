@@ -30,8 +30,8 @@ from transformers import Qwen3VLConfig
 
 from pairs import WorkShape
 from shapes import TERA, RowFlops, count_flops, count_vision_flops, linear_weights
+from verl.config import RolloutConfig
 from verl.model.recompute import WORKING_LAYERS
-from verl.trainer.config import RolloutConfig
 
 GIB, GIGA, BF16_BYTES, LORA_RANK = 2**30, 1e9, 2, 64
 GATHERS = {"vision": 0, "reference": 1, "update": 3}

@@ -30,6 +30,7 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from result_file import write_result
+from verl.config import DataConfig, RolloutConfig
 from verl.data.loading import VideoLoader
 from verl.data.pair_csv import read_pairs
 from verl.data.scored_sequence import SequenceBuilder
@@ -40,7 +41,6 @@ from verl.inference.vllm_scorer import VllmScorer
 from verl.model.reward_files import load_checkpoint, save_engine_folder, stream_weights
 from verl.rollout.vllm_prompts import PromptForm
 from verl.rollout.vllm_start import prepare_environment, start_llm
-from verl.trainer.config import DataConfig, RolloutConfig
 from verl.types import VideoKey
 
 GIB = 2**30

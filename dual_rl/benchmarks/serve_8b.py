@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from result_file import write_result
 from reward_client import RewardClient, ServerPath
+from verl.config import DataConfig
 from verl.data.pair_csv import read_pairs
-from verl.trainer.config import DataConfig
 
 DUAL_RL = Path(__file__).resolve().parents[1]
 WARMUP_VIDEOS = 4

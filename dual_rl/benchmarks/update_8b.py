@@ -6,7 +6,7 @@ Both get the same pairs (benchmarks/pairs.py) and weights, train LoRA and do all
 features, old and reference log-probs, forward, backward; ours its optimizer step as well. Each runs in a process of
 its own. `--tiny --layers 2 --pairs 2` tries the script on a CPU.
 
-- ours: `ExperienceMaker` and `Updater`, as the trainer runs them.
+- ours: `ExperienceMaker` and `Learner`, as the trainer runs them.
 - original: benchmarks/original.py.
 - check: both again with few text layers, and the original in fp32: how far the gradients of each are from that.
 
@@ -31,17 +31,17 @@ from original import LossSettings, OriginalUpdate
 from pairs import Work, WorkShape, make_work
 from result_file import write_result
 from shapes import DEVICE, TERA, build_checkpoint, build_config, count_row_flops, count_vision_flops, measure_ceilings
+from verl.config import Config
 from verl.data.scored_sequence import SequenceBuilder
 from verl.model.building import build_policy
 from verl.model.flash_kernels import choose_kernels
 from verl.model.policy import PolicyModel
 from verl.model.reward_files import PolicyCheckpoint
-from verl.trainer.config import Config
 from verl.workers.experience import ExperienceMaker
+from verl.workers.learner import Learner
 from verl.workers.model_setup import PolicyRuntime, assemble_runtime
 from verl.workers.parallel import join_process_group
-from verl.workers.shard import Shard, split_into_micro_batches
-from verl.workers.updater import Updater
+from verl.workers.rank_batch import RankBatch
 
 GIB = 2**30
 ADAPTER_STD = 0.01
@@ -91,19 +91,19 @@ class Ours:
         fill_adapters(self.runtime.actor)
         micro_batch_size = config.worker.actor.micro_batch_size_per_device_for_experience
         self.experience = ExperienceMaker(self.runtime, micro_batch_size=micro_batch_size, temperature=1.0)
-        self.updater = Updater(self.runtime, self.experience, config)
+        self.learner = Learner(self.runtime, self.experience, config)
         self.gradients: dict[str, torch.Tensor] = {}
 
     def run(self, work: Work) -> dict[str, float]:
         """One step; seconds by phase, and the update's metrics."""
-        shard = Shard((work.rollouts,), dict(work.prompts))
+        batch = RankBatch((work.rollouts,), work.rollouts[0], dict(work.prompts))
         watch = PhaseWatch()
         with watch("vision"):
-            self.experience.encode_vision(shard)
+            self.experience.encode_vision(batch)
         with watch("reference"):
-            shard.ref_log_probs = self.experience.ref_log_probs(shard)
+            batch.ref_log_probs = self.experience.ref_log_probs(batch)
         with watch("update"):
-            metrics = self.updater.update(shard, work.advantages, step=1, lr_factor=1.0)
+            metrics = self.learner.learn(batch, work.advantages, step=1, lr_factor=1.0)
         kept = self.runtime.activations.num_kept
         return {**watch.seconds, "loss": metrics["actor/loss"], "bt": metrics["bt/loss"], "kept_layers": kept}
 
@@ -128,12 +128,12 @@ class Ours:
     def row_flops(self, work: Work) -> dict[str, float]:
         """Operations of a step: executed ones by phase, and those of the update that are needed or are attention."""
         totals = dict.fromkeys(("vision", "reference", "update", "update_needed", "update_attention"), 0.0)
-        config, rank = self.runtime.checkpoint.config, self.updater.actor_config.model.lora.rank
-        shard = Shard((work.rollouts,), dict(work.prompts))
+        config, rank = self.runtime.checkpoint.config, self.learner.config.worker.actor.model.lora.rank
+        batch = RankBatch((work.rollouts,), work.rollouts[0], dict(work.prompts))
         num_layers = config.text_config.num_hidden_layers
         recomputed = 1 - self.runtime.activations.num_kept / num_layers
-        for micro_batch in split_into_micro_batches(work.rollouts, 1, count=len(work.rollouts)):
-            packed = shard.pack(micro_batch, self.runtime.builder, torch.device("cpu"))
+        for micro_batch in batch.split(work.rollouts, 1, count=len(work.rollouts)):
+            packed = batch.pack(micro_batch, self.runtime.builder, torch.device("cpu"))
             flops = count_row_flops(packed, config, lora_rank=rank)
             totals["vision"] += sum(count_vision_flops(config, grid) for grid in packed.grid_thw)
             totals["reference"] += count_row_flops(packed, config).forward()

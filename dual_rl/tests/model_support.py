@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from slow_path import load_policy
+from verl.config import LoraConfig, ModelConfig
 from verl.data.scored_sequence import REWARD_TOKEN, SequenceBuilder, judge_problem
 from verl.data.vision_process import VideoBudget, VideoFrames
-from verl.model.building import load_policy
 from verl.model.policy import PolicyModel
 from verl.model.reward_files import PolicyCheckpoint, load_checkpoint, save_head
-from verl.trainer.config import LoraConfig, ModelConfig
 from verl.types import Response, ResponseKey, VideoKey, VideoPrompt
 
 TINY_BASE = Path(__file__).resolve().parents[2] / "cold_start" / "model" / "tiny_base"
@@ -71,7 +71,7 @@ def make_policy(
         model_path="",
         freeze_vision_tower=freeze_vision_tower,
         enable_gradient_checkpointing=gradient_checkpointing,
-        lora=LoraConfig(rank=lora_rank, alpha=2 * lora_rank),
+        lora=LoraConfig(rank=lora_rank, alpha=2 * lora_rank or 1),
     )
     model = load_policy(checkpoint, settings)
     with torch.no_grad():

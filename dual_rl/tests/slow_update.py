@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 
 from model_support import make_builder, small_checkpoint
+from slow_path import compute_log_distributions, compute_reward, load_policy
 from update_support import TEMPERATURE, Case, Tensors, advantages_of, batch_of, make_config, shift_weights, trained
-from verl.model.building import load_policy
 from verl.model.policy import PolicyModel
-from verl.model.reference import compute_log_distributions, compute_reward
 from verl.types import PairRollout, Response, ResponseKey
 
 
@@ -69,16 +68,9 @@ class SlowUpdate:
     def _kl(self, response: Response, distribution: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             ref_distribution, ref_log_probs = self.distributions(self.reference, response)
-        gap = log_probs - ref_log_probs
-        match self.config.algorithm.kl_penalty:
-            case "kl":
-                return gap
-            case "abs":
-                return gap.abs()
-            case "mse":
-                return gap.square() / 2
-            case "low_var_kl":
-                return (-gap).exp() + gap - 1
+        if self.config.algorithm.kl_penalty == "low_var_kl":
+            gap = log_probs - ref_log_probs
+            return (-gap).exp() + gap - 1
         gaps = torch.where(distribution.isinf(), 0.0, distribution - ref_distribution)
         return (distribution.exp() * gaps).sum(dim=1)
 

@@ -3,7 +3,7 @@
 `fault`: a file that holds a word and the number of the call, from 1, in which it happens; no file, no fault.
     kill_run    SIGKILL to this very process, whose children's ids are left in the file `<fault>.children`
     kill_worker SIGKILL to one of the run's ranks
-    remove      every video of the folder `videos`
+    remove      every video of the folder `videos`; `remove:a.mp4` one of them
     raise, short, nan  what a plug-in can do wrong
 """
 
@@ -37,8 +37,8 @@ def _fail(name: str, scores: list[dict], *, fault: Path, videos: Path) -> list[d
         os.kill(os.getpid(), signal.SIGKILL)
     elif name == "kill_worker":
         _find_ranks()[-1].kill()
-    elif name == "remove":
-        for path in videos.iterdir():
+    elif name.startswith("remove"):
+        for path in videos.glob(name.partition(":")[2] or "*"):
             path.unlink()
     elif name == "raise":
         raise KeyError("no such dimension")

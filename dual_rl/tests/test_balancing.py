@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from verl.core.balancing import balance_pairs, imbalance
+from verl.core.balancing import balance_pairs
 
 
 def heaviest(num_tokens, partition) -> int:
@@ -38,7 +38,7 @@ def test_loads_are_within_a_tenth_of_the_best(num_ranks):
 
 def test_many_pairs_balance_almost_perfectly():
     num_tokens = np.random.default_rng(1).integers(2000, 12000, 128).tolist()
-    assert imbalance(num_tokens, balance_pairs(num_tokens, 8)) < 1.005
+    assert heaviest(num_tokens, balance_pairs(num_tokens, 8)) < 1.005 * sum(num_tokens) / 8
 
 
 def test_equal_pairs_are_dealt_out_equally():
@@ -51,13 +51,3 @@ def test_no_rank_is_empty_beside_one_huge_pair():
 
 def test_example_of_the_docstring():
     assert balance_pairs((8, 7, 6, 5, 4), 2) == [[0, 2], [1, 3, 4]]
-
-
-def test_imbalance_is_the_heaviest_over_the_mean():
-    assert imbalance([4, 1, 1], [[0], [1, 2]]) == pytest.approx(4 / 3)
-    assert imbalance([], [[], []]) == 1.0
-
-
-def test_no_ranks_is_an_error():
-    with pytest.raises(ValueError, match="at least one rank"):
-        balance_pairs([1], 0)

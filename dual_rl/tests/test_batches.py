@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import replace
 
 import pytest
 
@@ -66,27 +65,6 @@ def test_state_says_where_the_stream_stands():
     assert (stream.epoch, stream.batch_in_epoch) == (2, 1)
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"batch_size": 5}, "batch_size"),
-        ({"seed": 2}, "seed"),
-        ({"shuffle": False}, "shuffle"),
-        ({"pairs": PAIRS[:9]}, "fingerprint"),
-        ({"pairs": [*PAIRS[:9], replace(PAIRS[9], answer="B")]}, "fingerprint"),
-        ({"pairs": PAIRS[::-1]}, "fingerprint"),
-    ],
-)
-def test_state_of_other_data_is_refused(change, named):
-    with pytest.raises(ValueError, match=f"another {named} of the training data: resume with the same"):
-        make_stream(**change).load_state_dict(make_stream().state_dict())
-
-
-def test_moved_videos_are_the_same_data():
-    moved = [replace(pair, videos=("/new/a.mp4", "/new/b.mp4")) for pair in PAIRS]
-    make_stream(pairs=moved).load_state_dict(make_stream().state_dict())
-
-
 def test_left_out_pairs_are_said_once(caplog):
     with caplog.at_level(logging.INFO):
         draw(make_stream(), 9)
@@ -97,7 +75,5 @@ def test_left_out_pairs_are_said_once(caplog):
 
 
 def test_too_few_pairs_are_an_error():
-    with pytest.raises(ValueError, match=r"10 pairs do not fill a batch of 11: lower data\.rollout_batch_size"):
+    with pytest.raises(ValueError, match=r"10 pairs do not fill a batch of 11\. Lower data\.rollout_batch_size"):
         make_stream(batch_size=11)
-    with pytest.raises(ValueError, match="at least one pair"):
-        make_stream(batch_size=0)

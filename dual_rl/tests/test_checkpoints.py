@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from verl.config import TrainerConfig
 from verl.trainer.checkpoints import TRACKER_FILE, CheckpointFolder, find_resume, load_state, step_of, write_atomically
-from verl.trainer.config import TrainerConfig
 
 FILES = {"actor/huggingface/model.safetensors": 3000, "actor/rm_head.pth": 100, "config.yaml": 10}
 STAGE_DIR = Path(__file__).resolve().parents[1]
@@ -186,15 +186,13 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(folder):
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as first:
         try:
             assert first.stdout.readline() == "locked\n"
-            with pytest.raises(ValueError, match="another run is writing into"):
+            with pytest.raises(ValueError, match="another run writes into"):
                 folder.lock()
         finally:
             first.send_signal(signal.SIGKILL)
     folder.lock()
-    with pytest.raises(ValueError, match="another run is writing into"):
+    with pytest.raises(ValueError, match="another run writes into"):
         CheckpointFolder(folder.root).lock()
-    folder.unlock()
-    CheckpointFolder(folder.root).lock()
 
 
 def test_resume_point_follows_the_settings(folder, tmp_path):
@@ -202,7 +200,7 @@ def test_resume_point_follows_the_settings(folder, tmp_path):
     save(folder, 1)
     save(folder, 2)
     assert find_resume(folder, TrainerConfig()) == folder.path_of(2)
-    with pytest.raises(ValueError, match="already holds global_step_2: continue it"):
+    with pytest.raises(ValueError, match=r"already holds global_step_2\. Continue it"):
         find_resume(folder, TrainerConfig(find_last_checkpoint=False))
     with pytest.raises(ValueError, match=r"already holds global_step_2, which .*global_step_1 would mix"):
         find_resume(folder, TrainerConfig(load_checkpoint_path=str(folder.path_of(1))))

@@ -1,5 +1,6 @@
 """What goes wrong ends in exit status 1 and one clear message, without a hang; the last checkpoint stays whole."""
 
+import csv
 import re
 import shutil
 import socket
@@ -11,16 +12,15 @@ from model_support import write_small_model
 from training_support import Run, free_port, largest_difference
 
 IN_A_STEP = {
-    "kill_worker": r"rank 0 died in prepare_step\(\): its process was killed, or crashed",
+    "kill_worker": r"rank 0 died in prepare\(\): its process was killed, or crashed",
     "raise": r"reward function .*spying_reward.py:compute_score raised KeyError: 'no such dimension'",
-    "short": r"reward function .* returned 15 items for 16 responses; return one dict per response",
-    "nan": r"reward function .*, item 0: 'overall' is nan; return finite numbers only",
-    "remove": r"videos could not be loaded; replace the files, .*\nrow \d, video [AB]: video not found",
+    "short": r"reward function .* returned 15 items for 16 responses. Return a list with one dict",
+    "nan": r"reward function .*, item 0: 'overall' is nan. Return finite numbers only",
+    "remove": r"pairs\.csv: \d of 6 pairs dropped(\n  row \d, video [AB]: video not found.*)+\nMore than data\.",
 }
 QUICK = ("kill_worker", "raise")
 AT_THE_START = [
-    ({"worker.rollout.nn": 2}, r"unknown key worker.rollout.nn; did you mean worker.rollout.n"),
-    ({"data.max_response_length": 8000}, r"exceed together the 8192 positions that the model was made for"),
+    ({"data.max_response_length": 8000}, r"together exceed the model's 8192 positions"),
     ({"trainer.n_gpus_per_node": 1}, r"asks for 1 node\(s\) with 1 GPU\(s\) each, but the Ray cluster has .* 0 GPU"),
     ({"trainer.nnodes": 2}, r"no Ray cluster to join, RAY_ADDRESS is not set: start it with"),
 ]
@@ -42,13 +42,47 @@ def test_a_fault_in_a_step_leaves_the_last_checkpoint_whole(fault, uninterrupted
     folder = workplace.root / "run"
     shutil.copytree(reference.folder / "global_step_2", folder / "global_step_2")
     workplace.fault.write_text(f"{fault} 1")
-    run = workplace.run(settings={"trainer.max_steps": 5})
+    (workplace.root / "tmp").mkdir()
+    run = workplace.run(settings={"trainer.max_steps": 5}, TMPDIR=str(workplace.root / "tmp"), RAY_TMPDIR="/tmp")
     assert_one_message(run, IN_A_STEP[fault])
+    assert fault == "kill_worker" or not list((workplace.root / "tmp").glob("descore_engine_*"))
     # Videos of the next two steps were decoded before they were gone.
     assert run.checkpoints[0] == "global_step_2"
     assert not list(folder.glob("*.tmp"))
     assert (run.checkpoints == ["global_step_2"]) == (fault != "remove")
     assert largest_difference(run.weights(2), reference.weights(2)) == 0.0
+
+
+def test_a_video_that_breaks_after_the_check_costs_its_pair_only(workplace):
+    """Validation before training is the moment at which it breaks; two ranks then share three pairs."""
+    with (workplace.root / "pairs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    shutil.copy(workplace.root / "videos" / "example_3_a.mp4", workplace.root / "videos" / "own.mp4")
+    rows[3]["videos"] = str(["videos/own.mp4", "videos/example_3_b.mp4"])
+    for name, kept in (("four", rows[:4]), ("three", rows[:3]), ("val", rows[:1])):
+        with (workplace.root / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(kept)
+    workplace.fault.write_text("remove:own.mp4 1")
+    settings = {
+        "data.val_files": workplace.root / "val.csv",
+        "data.shuffle": False,
+        "data.max_dropped_share": 0.25,
+        "trainer.max_steps": 1,
+        "trainer.n_cpu_ranks_per_node": 2,
+    }
+    runs = {}
+    for name, size in (("four", 4), ("three", 3)):
+        sizes = {"data.rollout_batch_size": size, "worker.actor.global_batch_size": size}
+        files = {"data.train_files": workplace.root / f"{name}.csv"}
+        runs[name] = workplace.run(name, {**settings, **sizes, **files})
+        assert runs[name].code == 0, runs[name].output
+    assert runs["four"].output.count("four.csv: pair dropped: row 4, video A: video not found") == 1
+    assert re.search(r"four\.csv: 1 of 4 pairs dropped\n  row 4, video A: video not found", runs["four"].output)
+    assert "dropped" not in runs["three"].output
+    assert runs["four"].repeatable_log == runs["three"].repeatable_log
+    assert largest_difference(runs["four"].weights(1), runs["three"].weights(1)) == 0.0
 
 
 @pytest.mark.slow
@@ -68,7 +102,7 @@ def test_a_run_continues_after_every_fault(uninterrupted, workplace):
 @pytest.mark.parametrize(
     ("settings", "fault", "pattern"),
     [
-        ({}, "kill_worker 1", r"rank [01] died in prepare_step\(\): its process was killed"),
+        ({}, "kill_worker 1", r"rank [01] died in prepare\(\): its process was killed"),
         ({"worker.actor.optim.lr": 1e30}, "", r"rank [01]: step 1: loss .* stopped before the weights were changed"),
     ],
     ids=["a rank dies", "the loss is not finite"],

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoProcessor
 
 from descore.csv_table import CsvError
+from verl.config import DataConfig
 from verl.data.loading import PairLoader, check_pairs
 from verl.data.pair_csv import read_pairs
 from verl.data.scored_sequence import REWARD_TOKEN, SequenceBuilder
 from verl.data.vision_process import VideoBudget, VideoError, load_video
-from verl.trainer.config import DataConfig
 from verl.types import PreferencePair, VideoKey
 
 DUAL_RL = Path(__file__).resolve().parents[1]
@@ -36,8 +36,13 @@ def pairs() -> list[PreferencePair]:
 
 @pytest.fixture
 def loader(builder):
-    with PairLoader(builder, BUDGET, num_threads=3) as loader:
+    with make_loader(builder) as loader:
         yield loader
+
+
+def make_loader(builder, *, num_pairs=4, max_dropped_share=0.0) -> PairLoader:
+    limits = {"num_pairs": num_pairs, "max_dropped_share": max_dropped_share}
+    return PairLoader(builder, BUDGET, source="some.csv", num_threads=3, **limits)
 
 
 def assert_same_prompt(found, expected):
@@ -58,19 +63,9 @@ def test_prompts_are_those_of_each_pair_in_order(loader, builder, pairs, is_ahea
     order = [pairs[2], pairs[0], pairs[3]]
     if is_ahead:
         loader.prefetch(pairs)
-    found = loader.get(order)
-    for pair, prompts in zip(order, found, strict=True):
-        for side, path, prompt in zip("AB", pair.videos, prompts, strict=True):
-            expected = builder.encode_prompt(VideoKey(pair.pair_id, side), pair.problem, load_video(path, BUDGET))
-            assert_same_prompt(prompt, expected)
-
-
-def test_rows_of_the_same_number_in_two_files_are_not_mixed_up(loader, builder, pairs):
-    """Training fetches ahead, then validation asks for rows that have the same numbers."""
-    train, val = pairs[0], replace(pairs[1], pair_id=pairs[0].pair_id)
-    loader.prefetch([train])
-    for pair in (val, train):
-        (prompts,) = loader.get([pair])
+    found = loader.load(order)
+    assert [pair for pair, _ in found] == order
+    for pair, prompts in found:
         for side, path, prompt in zip("AB", pair.videos, prompts, strict=True):
             expected = builder.encode_prompt(VideoKey(pair.pair_id, side), pair.problem, load_video(path, BUDGET))
             assert_same_prompt(prompt, expected)
@@ -82,9 +77,9 @@ def test_what_was_fetched_is_decoded_once_and_not_kept(loader, builder, pairs, m
     monkeypatch.setattr(builder, "encode_prompt", lambda *arguments: seen.append(arguments[0]) or encode(*arguments))
     loader.prefetch(pairs[:2])
     loader.prefetch(pairs[:2])
-    loader.get(pairs[:2])
+    loader.load(pairs[:2])
     assert sorted(seen) == [(0, "A"), (0, "B"), (1, "A"), (1, "B")]
-    loader.get(pairs[:1])
+    loader.load(pairs[:1])
     assert len(seen) == 6
 
 
@@ -101,26 +96,43 @@ def test_tokenizing_never_runs_in_two_threads_at_a_time(loader, builder, pairs, 
             running.pop()
 
     monkeypatch.setattr(builder, "encode_prompt", watched)
-    loader.get(pairs)
+    loader.load(pairs)
     assert most == [1] * 8
 
 
-def test_every_video_that_fails_is_named_with_its_row_and_the_loader_goes_on(loader, pairs, tmp_path):
+@pytest.fixture
+def half_gone(pairs, tmp_path) -> list[PreferencePair]:
+    """Four pairs, of which two have a video that was there and is damaged or gone."""
     gone = replace(pairs[1], videos=(str(tmp_path / "gone.mp4"), pairs[1].videos[1]))
-    cut = broken_pair(pairs[2], tmp_path, pair_id=7)
-    with pytest.raises(VideoError) as raised:
-        loader.get([pairs[0], gone, cut])
-    message = str(raised.value)
-    assert f"row 2, video A: video not found: {tmp_path / 'gone.mp4'}" in message
-    assert f"row 8, video B: video does not decode (truncated or damaged?): {tmp_path / 'cut_7.mp4'}" in message
-    assert "replace the files, the same command then continues" in message
-    assert len(message.splitlines()) == 3
-    assert len(loader.get([pairs[0], pairs[1]])) == 2
+    return [pairs[0], gone, broken_pair(pairs[2], tmp_path, pair_id=7), pairs[3]]
+
+
+def test_pair_with_a_video_that_fails_is_dropped_whole_and_said_once(builder, half_gone, tmp_path, caplog):
+    with make_loader(builder, max_dropped_share=0.5) as loader, caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            loaded = loader.load(half_gone)
+            assert [pair for pair, _ in loaded] == [half_gone[0], half_gone[3]]
+        cut = f"row 8, video B: video does not decode (truncated or damaged?): {tmp_path / 'cut_7.mp4'}"
+        said = [record.getMessage() for record in caplog.records]
+        assert said[0] == f"some.csv: pair dropped: row 2, video A: video not found: {tmp_path / 'gone.mp4'}"
+        assert said[1].startswith(f"some.csv: pair dropped: {cut}")
+        assert len(said) == 2
+        heading, first, second = loader.describe_dropped().splitlines()
+        assert heading == "some.csv: 2 of 4 pairs dropped"
+        assert first.startswith("  row 2, video A")
+        assert second.startswith("  row 8, video B")
+
+
+def test_more_dropped_pairs_than_the_share_are_an_error_that_lists_them(builder, half_gone):
+    with make_loader(builder, max_dropped_share=0.3) as loader:
+        loader.load(half_gone[:2])
+        with pytest.raises(VideoError, match=r"(?s)2 of 4 pairs dropped.*row 2.*row 8.*data\.max_dropped_share=0\.3"):
+            loader.load(half_gone[2:])
 
 
 def test_other_errors_are_not_hidden(loader, pairs):
     with pytest.raises(ValueError, match="reserved token"):
-        loader.get([replace(pairs[0], problem="<Reward>")])
+        loader.load([replace(pairs[0], problem="<Reward>")])
 
 
 def check(pairs, builder, *, max_prompt_length=1000, should_filter=True):
@@ -141,7 +153,7 @@ def mixed_pairs(pairs) -> list[PreferencePair]:
 
 
 def length_of(pair, builder, loader) -> int:
-    return max(len(prompt.input_ids) for prompt in loader.get([pair])[0])
+    return max(len(prompt.input_ids) for prompt in loader.load([pair])[0][1])
 
 
 def test_overlong_prompts_are_left_out_and_counted(builder, loader, pairs, mixed_pairs, caplog):

@@ -7,11 +7,12 @@ import torch
 from transformers import AttentionInterface
 
 from model_support import Group, make_builder, make_group, make_policy, pixels_of, small_checkpoint, write_small_model
+from slow_path import compute_log_distributions, compute_separately
+from verl.core.objective import PolicyOutput
 from verl.core.packing import pack_groups, split_labels
 from verl.data.scored_sequence import SequenceBuilder
 from verl.model.attention import SHARED_PROMPT_ATTENTION, shared_prompt_attention
-from verl.model.policy import PolicyModel, PolicyOutput, VisionFeatures
-from verl.model.reference import compute_log_distributions, compute_separately
+from verl.model.policy import PolicyModel, VisionFeatures
 from verl.model.reward_files import PolicyCheckpoint
 
 TEMPERATURE = 0.8
@@ -143,8 +144,6 @@ def test_adapter_disabled_is_the_model_before_lora(checkpoint, builder, groups):
     assert torch.equal(found.rewards, expected.rewards)
     assert (changed.log_probs - expected.log_probs).abs().max() > 0.1
     assert all(p.requires_grad == ("lora_" in n) for n, p in adapted.backbone.named_parameters())
-    with pytest.raises(ValueError, match="no adapter"), plain.adapter_disabled():
-        pass
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -196,13 +195,6 @@ def test_what_is_trained_follows_the_settings(checkpoint):
     layers = checkpoint.config.text_config.num_hidden_layers
     assert len(lora) == 2 * 7 * layers + 2
     assert {"reward_embedding", "rm_head.weight"} < lora
-    with pytest.raises(ValueError, match="freeze_vision_tower=true"):
-        make_policy(checkpoint, lora_rank=4, freeze_vision_tower=False)
-
-
-def test_a_forward_without_video_is_an_error(checkpoint, builder, groups):
-    with pytest.raises(ValueError, match="vision features or pixel values"):
-        make_policy(checkpoint)(pack_groups(groups, builder), temperature=1.0)
 
 
 @pytest.fixture

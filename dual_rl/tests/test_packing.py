@@ -83,15 +83,8 @@ def test_labels_split_by_response_and_join_again(builder, groups):
     other_order = pack_groups(groups[::-1], builder)
     again = split_labels(join_labels(pieces, other_order), other_order)
     assert all(torch.equal(again[key], pieces[key]) for key in packed.keys)
-    with pytest.raises(ValueError, match="labels, but"):
+    with pytest.raises(AssertionError, match="one value per label"):
         join_labels({**pieces, packed.keys[0]: values[:1]}, packed)
-
-
-def test_nothing_to_pack_is_an_error(builder, groups):
-    with pytest.raises(ValueError, match="no groups"):
-        pack_groups([], builder)
-    with pytest.raises(ValueError, match="no responses"):
-        pack_groups([groups[0], (groups[1][0], ())], builder)
 
 
 def test_video_tokens_are_found_in_order(builder, groups):

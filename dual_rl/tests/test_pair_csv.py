@@ -12,9 +12,9 @@ from make_toy_world import sample_example
 from scored_sequence import judge_problem as stage1_judge_problem
 from toy_world.tables import read_table, rl_row, training_row
 from toy_world.world import WorldConfig
+from verl.config import DataConfig
 from verl.data.pair_csv import read_pairs
 from verl.data.scored_sequence import judge_problem
-from verl.trainer.config import DataConfig
 
 DATA_DIR = Path(__file__).resolve().parents[1] / "data"
 STAGE1_EXAMPLE = DATA_DIR.parents[1] / "cold_start" / "datasets" / "train"

@@ -82,7 +82,7 @@ RAY = """
 import ray
 from verl.temporary import temporary_folder
 from verl.trainer.cluster import connect
-from verl.trainer.config import TrainerConfig
+from verl.config import TrainerConfig
 
 class Worker:
     def start(self):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from verl.trainer.config import Config
+from verl.config import Config
 from verl.trainer.tracking import GenerationSample, Tracker
 from verl.types import ResponseKey
 
@@ -87,12 +87,6 @@ def test_file_drops_what_came_after_the_checkpoint_resumed_from(config, tmp_path
     assert [line["step"] for line in lines(tmp_path / "generations.jsonl")] == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_fresh_run_starts_an_empty_log(config, tmp_path):
-    write_steps(config, 0, range(3))
-    write_steps(config, 0, range(2))
-    assert [line["step"] for line in lines(tmp_path / "train_log.jsonl")] == [0, 1]
-
-
 def test_tensorboard_shows_a_resumed_run_as_one_curve(config, tmp_path):
     config.trainer.logger = ["tensorboard"]
     write_steps(config, 0, range(6))
@@ -139,7 +133,7 @@ def test_a_terminal_shows_a_bar_with_the_step_and_the_phase(config, monkeypatch)
 
 WANDB_PROGRAM = """
 import sys
-from verl.trainer.config import Config
+from verl.config import Config
 from verl.trainer.tracking import GenerationSample, Tracker
 from verl.types import ResponseKey
 

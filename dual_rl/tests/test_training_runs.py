@@ -70,7 +70,7 @@ def test_a_killed_run_continues_to_what_an_uninterrupted_one_reaches(background_
 
     refused = workplace.run(settings={"data.video_fps": 1.0, "trainer.max_steps": 4})
     assert refused.code == 1
-    assert "global_step_3 was trained from another model (other frames) than this run starts from" in refused.output
+    assert "global_step_3 belongs to another run: other frames." in refused.output
 
 
 def test_two_ranks_train_as_one(uninterrupted, workplace):

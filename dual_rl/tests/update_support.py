@@ -1,6 +1,6 @@
 """What the tests of the update share: batches of pairs, and whole updates of them on any number of ranks.
 
-An update runs through the real runtime, experience maker and updater.
+An update runs through the real runtime, experience maker and learner.
 """
 
 import dataclasses
@@ -14,18 +14,18 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model_support import make_group, problem_of
+from verl.config import Config
 from verl.core.balancing import distribute_pairs
 from verl.data.scored_sequence import SequenceBuilder
 from verl.model.policy import PolicyModel
-from verl.trainer.config import Config
 from verl.types import PairRollout, PreferencePair, Response, ResponseKey, VideoKey, VideoPrompt
 from verl.workers.experience import ExperienceMaker
+from verl.workers.learner import Learner
 from verl.workers.model_setup import PolicyRuntime, build_runtime
 from verl.workers.offload import WeightOffload, local_part
 from verl.workers.parallel import Rank, gather_tensor
-from verl.workers.shard import Shard
+from verl.workers.rank_batch import RankBatch
 from verl.workers.state import load_training_state, save_training_state
-from verl.workers.updater import Updater
 
 TEMPERATURE = 0.8
 STEP = 7
@@ -225,43 +225,42 @@ class Bench:
         """What `old_log_probs`, `ref_log_probs` or `rewards` of the ExperienceMaker gives."""
         config = make_config(self.model, case.settings)
         runtime = self._runtime(config, case)
-        experience, shard = self._prepare(case, config, runtime)
-        return {key: torch.as_tensor(value) for key, value in getattr(experience, name)(shard).items()}
+        experience, batch = self._prepare(case, config, runtime)
+        return {key: torch.as_tensor(value) for key, value in getattr(experience, name)(batch).items()}
 
-    def _prepare(self, case: Case, config: Config, runtime: PolicyRuntime) -> tuple[ExperienceMaker, Shard]:
+    def _prepare(self, case: Case, config: Config, runtime: PolicyRuntime) -> tuple[ExperienceMaker, RankBatch]:
         actor = config.worker.actor
-        batch = batch_of(case, runtime.builder)
-        shards = distribute_pairs(
-            batch.rollouts,
+        step = batch_of(case, runtime.builder)
+        mini_batches = distribute_pairs(
+            step.rollouts,
             mini_batch_size=actor.global_batch_size,
             num_ranks=self.rank.world_size,
             ulysses_size=actor.ulysses_size,
         )
-        shard = Shard(tuple(tuple(mini_batch) for mini_batch in shards[self.rank.index]), batch.prompts)
+        batch = RankBatch(mini_batches[self.rank.index], step.rollouts[0], step.prompts)
         experience = ExperienceMaker(
             runtime,
             micro_batch_size=actor.micro_batch_size_per_device_for_experience,
             temperature=config.worker.rollout.temperature,
         )
         if actor.model.freeze_vision_tower:
-            experience.encode_vision(shard)
-        return experience, shard
+            experience.encode_vision(batch)
+        return experience, batch
 
     def _update(self, case: Case, config: Config, runtime: PolicyRuntime) -> dict[str, float]:
-        experience, shard = self._prepare(case, config, runtime)
+        experience, batch = self._prepare(case, config, runtime)
         if case.has_old:
-            shard.old_log_probs = experience.old_log_probs(shard)
+            batch.old_log_probs = experience.old_log_probs(batch)
         if not config.algorithm.disable_kl and config.algorithm.kl_penalty != "full":
-            shard.ref_log_probs = experience.ref_log_probs(shard)
+            batch.ref_log_probs = experience.ref_log_probs(batch)
         if case.is_moved:
             for model in filter(None, (runtime.actor, runtime.reference)):
                 offload = WeightOffload(model.parameters())
                 offload.release()
                 assert all(local_part(p.detach()).untyped_storage().nbytes() == 0 for p in model.parameters())
                 offload.restore()
-        updater = Updater(runtime, experience, config)
-        batch = batch_of(case, runtime.builder)
-        return updater.update(shard, advantages_of(case, batch), step=STEP, lr_factor=1.0)
+        advantages = advantages_of(case, batch_of(case, runtime.builder))
+        return Learner(runtime, experience, config).learn(batch, advantages, step=STEP, lr_factor=1.0)
 
     def _runtime(self, config: Config, case: Case) -> PolicyRuntime:
         """A runtime as it is at the start, with shifted weights."""

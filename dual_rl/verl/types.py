@@ -6,11 +6,14 @@ their place in a list.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
 from verl.data.vision_process import VideoFrames
+
+if TYPE_CHECKING:
+    import ray
 
 Side = Literal["A", "B"]
 SIDES: tuple[Side, Side] = ("A", "B")
@@ -107,12 +110,17 @@ class Response:
 
 @dataclass(frozen=True)
 class PairRollout:
-    """A pair with the responses for both videos, n each, in order of `sample`."""
+    """A pair with the responses for both videos, n each, in order of `sample`.
+
+    `prompt_tokens`: of A's and of B's prompt. `prompts`: Ray's reference to the two `VideoPrompt`s, which stay in its
+    object store until a worker asks for them; None where no Ray takes part.
+    """
 
     pair: PreferencePair
     responses_a: tuple[Response, ...]
     responses_b: tuple[Response, ...]
     prompt_tokens: tuple[int, int]
+    prompts: "ray.ObjectRef | None" = None
 
     @property
     def responses(self) -> tuple[Response, ...]:

@@ -61,7 +61,7 @@ def test_flags_of_stage_1_are_flags(plan):
 
 
 def test_settings_of_stage_2_are_settings(plan, tmp_path, monkeypatch):
-    from verl.trainer.settings import load_config
+    from verl.config_loading import load_config
 
     monkeypatch.chdir(REPOSITORY)
     given = {

@@ -14,8 +14,6 @@ def balance_pairs(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
 
     Example: tokens (8, 7, 6, 5, 4) over two ranks give [[0, 2], [1, 3, 4]], loads 14 and 16.
     """
-    if num_ranks < 1:
-        raise ValueError(f"need at least one rank, not {num_ranks}")
     # An entry is a partition into num_ranks loads, sorted by load; the two of the largest spread are merged, the
     # heaviest part of one with the lightest of the other.
     heap: list[tuple[int, int, list[tuple[int, list[int]]]]] = []
@@ -42,18 +40,13 @@ def distribute_pairs(
 ) -> list[list[list[PairRollout]]]:
     """Every rank's pairs by mini-batch: whole pairs, balanced by tokens inside each run of `mini_batch_size` pairs.
 
-    `ulysses_size`: so many neighbouring ranks share each row and get the same pairs.
+    `ulysses_size`: so many neighbouring ranks share each row and get the same pairs. With fewer pairs than ranks a
+    mini-batch is empty on some.
     """
-    shards: list[list[list[PairRollout]]] = [[] for _ in range(num_ranks // ulysses_size)]
+    groups: list[list[list[PairRollout]]] = [[] for _ in range(num_ranks // ulysses_size)]
     for start in range(0, len(rollouts), mini_batch_size):
         mini_batch = rollouts[start : start + mini_batch_size]
-        assignment = balance_pairs([rollout.num_tokens for rollout in mini_batch], len(shards))
-        for shard, indices in zip(shards, assignment, strict=True):
-            shard.append([mini_batch[index] for index in indices])
-    return [shards[rank // ulysses_size] for rank in range(num_ranks)]
-
-
-def imbalance(num_tokens: Sequence[int], partition: Sequence[Sequence[int]]) -> float:
-    """Heaviest rank's tokens over the mean of all ranks: 1 is perfect, and the step takes that much longer."""
-    loads = [sum(num_tokens[index] for index in indices) for indices in partition]
-    return max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0
+        assignment = balance_pairs([rollout.num_tokens for rollout in mini_batch], len(groups))
+        for mini_batches, indices in zip(groups, assignment, strict=True):
+            mini_batches.append([mini_batch[index] for index in indices])
+    return [groups[rank // ulysses_size] for rank in range(num_ranks)]

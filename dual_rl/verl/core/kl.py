@@ -7,7 +7,7 @@ the reference; it is meant for the reward. `full` sums over the vocabulary.
 
 import torch
 
-from verl.trainer.config import KlPenalty
+from verl.config import KlPenalty
 
 LOG_RATIO_BOUND = 20.0  # log-ratios are clamped to +- this, as in the policy loss
 LOW_VAR_KL_BOUND = 10.0  # a single token counts no more than this
@@ -17,22 +17,19 @@ def compute_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, *, kind: Kl
     """KL estimate per token, float32 [L], from the log-probs of the drawn tokens under policy and reference, [L].
 
     With d = log pi - log pi_ref: `kl` d; `abs` |d|; `mse` d^2 / 2; `low_var_kl` exp(-d) + d - 1 with d clamped to
-    +-20 and the result to at most 10 (no gradient beyond either). Raises ValueError for `full`, which has
-    `compute_full_kl`, and for other words.
+    +-20 and the result to at most 10 (no gradient beyond either). `full` has `compute_full_kl`.
     """
     difference = log_probs - ref_log_probs.detach()
-    if kind == "kl":
-        return difference
-    if kind == "abs":
-        return difference.abs()
-    if kind == "mse":
-        return difference.square() / 2
-    if kind == "low_var_kl":
-        difference = difference.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-        return (torch.expm1(-difference) + difference).clamp(max=LOW_VAR_KL_BOUND)
-    if kind == "full":
-        raise ValueError("kl_penalty full needs whole distributions: use compute_full_kl")
-    raise ValueError(f"unknown kl_penalty {kind!r}; choose kl, abs, mse, low_var_kl or full")
+    match kind:
+        case "kl":
+            return difference
+        case "abs":
+            return difference.abs()
+        case "mse":
+            return difference.square() / 2
+    assert kind == "low_var_kl", f"{kind} needs whole distributions: use compute_full_kl"
+    difference = difference.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return (torch.expm1(-difference) + difference).clamp(max=LOW_VAR_KL_BOUND)
 
 
 def compute_full_kl(log_distribution: torch.Tensor, ref_log_distribution: torch.Tensor) -> torch.Tensor:

@@ -71,15 +71,9 @@ class PackedGroups:
 
 
 def pack_groups(groups: Sequence[tuple[VideoPrompt, Sequence[Response]]], builder: SequenceBuilder) -> PackedGroups:
-    """Lay groups into one row, on the CPU. `builder`: tells the ids of `<Reward>`, video tokens and EOS.
-
-    Raises ValueError for no groups and for a group without responses.
-    """
-    if not groups:
-        raise ValueError("nothing to pack: no groups")
-    for prompt, responses in groups:
-        if not responses:
-            raise ValueError(f"nothing to pack for {prompt.key}: it has no responses")
+    """Lay groups into one row, on the CPU. `builder`: tells the ids of `<Reward>`, video tokens and EOS."""
+    assert groups, "nothing to pack"
+    assert all(responses for _, responses in groups), "a video without responses"
     tokens = builder.sequence_tokens
     responses = [response for _, group in groups for response in group]
     layout = SharedPromptLayout(
@@ -139,10 +133,8 @@ def split_labels(values: torch.Tensor, packed: PackedGroups) -> dict[ResponseKey
 def join_labels(values: Mapping[ResponseKey, torch.Tensor], packed: PackedGroups) -> torch.Tensor:
     """The inverse of `split_labels`: values by response, [num_labels, ...] each, in the order of the row, [L, ...].
 
-    Responses that are not in the row are left out. Raises ValueError when a length is wrong.
+    Responses that are not in the row are left out.
     """
     pieces = [values[key] for key in packed.keys]
-    for key, piece, count in zip(packed.keys, pieces, packed.num_labels, strict=True):
-        if len(piece) != count:
-            raise ValueError(f"{key} has {count} labels, but {len(piece)} values were given")
+    assert tuple(map(len, pieces)) == packed.num_labels, "not one value per label"
     return torch.cat(pieces).to(packed.device)

@@ -7,6 +7,7 @@ leave sum and count alike; a sum without pairs is a zero that is still attached 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,7 @@ import torch.nn.functional as F
 from verl.types import ResponseKey
 
 
-@dataclass(frozen=True)
-class PairIndex:
+class PairIndex(NamedTuple):
     """Which of R responses form pairs, for P = R / 2 pairs.
 
     `a`, `b`: int64 [P], places of A_i and B_i among the responses. `pair_ids`: the preference pair of each.
@@ -51,7 +51,7 @@ def encode_preferences(preferences: Sequence[int | None]) -> torch.Tensor:
 class PairLoss:
     """`loss`: scalar sum over the decided pairs. `sums`: float64 scalars over these, without gradient.
 
-    `num_pairs`; `num_correct`, chosen reward strictly above the rejected one; `chosen_reward`; `rejected_reward`.
+    `num_correct`, chosen reward strictly above the rejected one; `chosen_reward`; `rejected_reward`.
     """
 
     loss: torch.Tensor
@@ -71,7 +71,6 @@ def compute_pair_loss(rewards_a: torch.Tensor, rewards_b: torch.Tensor, *, prefe
     chosen = torch.where(preferences > 0, rewards_a, rewards_b).detach().double()
     rejected = torch.where(preferences > 0, rewards_b, rewards_a).detach().double()
     values = {
-        "num_pairs": torch.ones_like(chosen),
         "num_correct": (chosen > rejected).double(),
         "chosen_reward": chosen,
         "rejected_reward": rejected,

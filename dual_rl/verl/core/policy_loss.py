@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from verl.trainer.config import ActorConfig, LossAverage, PolicyLossType
+from verl.config import ActorConfig, LossAverage, PolicyLossType
 
 LOG_RATIO_BOUND = 20.0
 
@@ -22,7 +22,7 @@ LOG_RATIO_BOUND = 20.0
 class PolicyLoss:
     """`loss`: scalar, sum of weighted token losses. `sums`: float64 scalars over the L tokens, without gradient.
 
-    `num_tokens`; `ratio`, r as the loss uses it; `approx_kl`, r_t - 1 - log r_t >= 0, an estimate of KL(old || new)
+    `ratio`, r as the loss uses it; `approx_kl`, r_t - 1 - log r_t >= 0, an estimate of KL(old || new)
     (Schulman 2020); `clip_high`, `clip_low`, `clip_dual`, tokens at which a bound took hold. Divided by the number of
     tokens over all micro-batches and ranks they are means and shares.
     """
@@ -38,15 +38,13 @@ def compute_token_weights(
 
     `token`: 1 / num_tokens, every token of the mini-batch counts alike. `seq`: 1 / (|y| * num_responses), every
     response counts alike. `num_tokens` and `num_responses` (those with a label) are counted over the global
-    mini-batch; all tokens of a response must be present. Raises ValueError for another mode.
+    mini-batch; all tokens of a response must be present.
 
     Example: owner [0, 0, 1] with 10 responses, `seq`: [0.05, 0.05, 0.1].
     """
     if mode == "token":
         return torch.full(owner.shape, 1.0 / max(num_tokens, 1), device=owner.device)
-    if mode == "seq":
-        return 1.0 / (torch.bincount(owner)[owner].float() * max(num_responses, 1))
-    raise ValueError(f"unknown loss_avg_mode {mode!r}; choose token or seq")
+    return 1.0 / (torch.bincount(owner)[owner].float() * max(num_responses, 1))
 
 
 def compute_importance_weights(
@@ -81,7 +79,6 @@ def compute_policy_loss(
         token, so that advantages may differ between tokens;
     `cispo` (MiniMax 2025, arXiv 2506.13585, section 3.1): -sg[clip(r, 1 - low, 1 + high)] A log pi(t), a gradient from
         every token, and no dual clip.
-    Raises ValueError for another loss_type.
     """
     old_log_probs = old_log_probs.detach()
     ratio = _compute_log_ratio(log_probs, old_log_probs, owner, settings.loss_type).exp()
@@ -102,7 +99,7 @@ def compute_policy_loss(
     with torch.no_grad():
         token_log_ratio = (log_probs - old_log_probs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
         approx_kl = token_log_ratio.expm1() - token_log_ratio
-        values = {"num_tokens": torch.ones_like(ratio), "ratio": ratio, "approx_kl": approx_kl, **active}
+        values = {"ratio": ratio, "approx_kl": approx_kl, **active}
         sums = {name: value.double().sum() for name, value in values.items()}
     return PolicyLoss(loss=(losses * weights).sum(), sums=sums)
 
@@ -116,8 +113,6 @@ def _compute_log_ratio(
         log_ratio = compute_response_means(log_ratio, owner)
     elif loss_type == "gspo_token":
         log_ratio = compute_response_means(log_ratio, owner).detach() + (log_probs - log_probs.detach())
-    elif loss_type not in ("default", "cispo"):
-        raise ValueError(f"unknown loss_type {loss_type!r}; choose default, gspo, gspo_token or cispo")
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 

@@ -4,10 +4,9 @@ Drawing goes on over epochs without end. The position is two numbers, so that a 
 uninterrupted one would have, on any number of ranks.
 """
 
-import hashlib
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from verl.types import PreferencePair
 
@@ -15,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class BatchStream:
-    """Batches of pairs, epoch after epoch; the last incomplete batch of an epoch is dropped.
+    """Batches of pairs, epoch after epoch; the last incomplete batch of an epoch is left out.
 
     The permutation differs between epochs, so that other pairs are left out each time. Raises ValueError when there
     are fewer pairs than a batch holds.
@@ -24,11 +23,9 @@ class BatchStream:
     """
 
     def __init__(self, pairs: Sequence[PreferencePair], *, batch_size: int, shuffle: bool, seed: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"a batch needs at least one pair, not {batch_size}; raise data.rollout_batch_size")
         if len(pairs) < batch_size:
             raise ValueError(
-                f"{len(pairs)} pairs do not fill a batch of {batch_size}: lower data.rollout_batch_size or add pairs"
+                f"{len(pairs)} pairs do not fill a batch of {batch_size}. Lower data.rollout_batch_size or add pairs."
             )
         self.pairs = tuple(pairs)
         self.batch_size = batch_size
@@ -67,28 +64,11 @@ class BatchStream:
             random.Random(f"order {self.seed} {self.epoch}").shuffle(order)
         return order
 
-    def state_dict(self) -> dict[str, int | bool | str]:
-        """Position and what it refers to; goes into JSON."""
-        return {"epoch": self.epoch, "batch_in_epoch": self.batch_in_epoch, **self._identity()}
+    def state_dict(self) -> dict[str, int]:
+        """The position; goes into JSON."""
+        return {"epoch": self.epoch, "batch_in_epoch": self.batch_in_epoch}
 
-    def load_state_dict(self, state: dict[str, int | bool | str]) -> None:
-        """Continue where `state` was taken. Raises ValueError when data, batch size, shuffling or seed differ."""
-        changed = [name for name, value in self._identity().items() if state.get(name) != value]
-        if changed:
-            raise ValueError(
-                f"the checkpoint was written with another {', '.join(changed)} of the training data: resume with the "
-                "same files and data settings, or start anew from its weights (worker.actor.model.model_path)"
-            )
-        self.epoch, self.batch_in_epoch = int(state["epoch"]), int(state["batch_in_epoch"])
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue where `state` was taken from a stream of the same pairs and settings."""
+        self.epoch, self.batch_in_epoch = state["epoch"], state["batch_in_epoch"]
         self._order = self._permute()
-
-    def _identity(self) -> dict[str, int | bool | str]:
-        digest = hashlib.sha256()
-        for pair in self.pairs:  # not the place of the videos, which may be moved between two runs
-            digest.update(repr((pair.pair_id, pair.problem, pair.answer)).encode())
-        return {
-            "fingerprint": digest.hexdigest()[:16],
-            "batch_size": self.batch_size,
-            "shuffle": self.shuffle,
-            "seed": self.seed,
-        }

@@ -1,6 +1,6 @@
 """Videos from disk: decoding ahead of the step that needs them, and the checks before training starts.
 
-A video that does not decode is an error that names its row; it is never replaced by another.
+A pair with a video that does not decode is dropped whole and listed; the video is never replaced by another.
 """
 
 import logging
@@ -55,43 +55,70 @@ class VideoLoader:
 
 
 class PairLoader(VideoLoader):
-    """Prepares pairs ahead of the step that needs them.
+    """Prepares the pairs of one CSV, ahead of the step that needs them.
 
-    `prefetch` starts the work and returns at once; `get` waits for it. What was fetched is handed over once and not
-    kept. Training and validation may share a loader: pairs are told apart by all that they are, not by their number
-    alone, which counts the rows of either CSV.
+    `prefetch` starts the work and returns at once; `load` waits for it. What was fetched is handed over once and not
+    kept. A pair with a video that no longer loads is dropped whole: `dropped` holds what was wrong, by pair_id.
+
+    `source`: the CSV, `num_pairs`: how many pairs it has, `max_dropped_share`: which share of them may be dropped.
     """
 
-    def __init__(self, builder: SequenceBuilder, budget: VideoBudget, *, num_threads: int = 4) -> None:
+    def __init__(
+        self,
+        builder: SequenceBuilder,
+        budget: VideoBudget,
+        *,
+        source: str | Path,
+        num_pairs: int,
+        max_dropped_share: float,
+        num_threads: int = 4,
+    ) -> None:
         super().__init__(builder, budget, num_threads=num_threads)
-        self._pending: dict[tuple[PreferencePair, Side], Future[VideoPrompt]] = {}
+        self.source = source
+        self.num_pairs = num_pairs
+        self.max_dropped_share = max_dropped_share
+        self.dropped: dict[int, str] = {}
+        self._pending: dict[VideoKey, Future[VideoPrompt]] = {}
 
     def prefetch(self, pairs: Sequence[PreferencePair]) -> None:
         """Start decoding what is not under way yet."""
         for pair in pairs:
             for side, path in zip(SIDES, pair.videos, strict=True):
-                if (pair, side) not in self._pending:
-                    self._pending[pair, side] = self.submit(VideoKey(pair.pair_id, side), pair.problem, path)
+                key = VideoKey(pair.pair_id, side)
+                if key not in self._pending:
+                    self._pending[key] = self.submit(key, pair.problem, path)
 
-    def get(self, pairs: Sequence[PreferencePair]) -> list[tuple[VideoPrompt, VideoPrompt]]:
-        """The two prompts of every pair, in order; decodes now what was not prefetched.
+    def load(self, pairs: Sequence[PreferencePair]) -> list[tuple[PreferencePair, tuple[VideoPrompt, VideoPrompt]]]:
+        """The pairs, in order, that load, each with its two prompts; decodes now what was not prefetched.
 
-        Raises VideoError that lists all videos of these pairs that could not be loaded, with their rows.
+        Says once of each pair that it is dropped. Raises VideoError that lists all dropped pairs of the CSV when they
+        are more than `max_dropped_share`.
         """
         self.prefetch(pairs)
-        futures = [tuple(self._pending.pop((pair, side)) for side in SIDES) for pair in pairs]
-        problems = []
-        for pair, of_pair in zip(pairs, futures, strict=True):
-            for side, future in zip(SIDES, of_pair, strict=True):
-                error = future.exception()
-                if isinstance(error, VideoError):
-                    problems.append(f"{_name_video(pair, side)}: {error}")
-                elif error is not None:
+        loaded = []
+        for pair in pairs:
+            futures = {side: self._pending.pop(VideoKey(pair.pair_id, side)) for side in SIDES}
+            errors = {side: future.exception() for side, future in futures.items()}
+            for error in errors.values():
+                if error is not None and not isinstance(error, VideoError):
                     raise error
-        if problems:
-            remedy = "videos could not be loaded; replace the files, the same command then continues"
-            raise VideoError("\n".join([remedy, *problems]))
-        return [(future_a.result(), future_b.result()) for future_a, future_b in futures]
+            problems = [f"{_name_video(pair, side)}: {error}" for side, error in errors.items() if error is not None]
+            if not problems:
+                loaded.append((pair, (futures["A"].result(), futures["B"].result())))
+            elif pair.pair_id not in self.dropped:
+                self.dropped[pair.pair_id] = "; ".join(problems)
+                logger.warning("%s: pair dropped: %s", self.source, self.dropped[pair.pair_id])
+        if len(self.dropped) > self.max_dropped_share * self.num_pairs:
+            raise VideoError(
+                f"{self.describe_dropped()}\nMore than data.max_dropped_share={self.max_dropped_share:g} of the pairs "
+                "were dropped. Replace the files and start the same command again, or raise data.max_dropped_share."
+            )
+        return loaded
+
+    def describe_dropped(self) -> str:
+        """What was dropped so far, one line per pair."""
+        heading = f"{self.source}: {len(self.dropped)} of {self.num_pairs} pairs dropped"
+        return "\n".join([heading, *(f"  {self.dropped[pair_id]}" for pair_id in sorted(self.dropped))])
 
     def close(self) -> None:
         """Drop what is pending and stop the threads."""

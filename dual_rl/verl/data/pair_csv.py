@@ -5,8 +5,8 @@ from pathlib import Path
 
 from descore.answers import parse_annotation
 from descore.csv_table import CsvError, CsvRow, CsvTable, parse_two_paths
+from verl.config import DataConfig
 from verl.data.scored_sequence import judge_problem
-from verl.trainer.config import DataConfig
 from verl.types import PreferencePair
 
 BARE_PROMPT_COLUMN = "prompt"  # a file with it and without the problem column gets the built-in judge prompt

@@ -12,10 +12,10 @@ from itertools import islice
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from verl.config import TrainerConfig
 from verl.inference.reward_model import WINDOW, RewardModel
 from verl.inference.scoring import Outcome, ScoringSettings, VideoTask
 from verl.trainer.cluster import WorkerError, connect
-from verl.trainer.config import TrainerConfig
 
 SECONDS_PER_CALL = 1.0
 """An engine works on at least so long before it reports."""

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
+from verl.config import RolloutConfig
 from verl.inference.scoring import ScoringSettings, ThoughtScore
 from verl.model.reward_files import PolicyCheckpoint
 from verl.rollout.hf_engine import HfEngine
-from verl.trainer.config import RolloutConfig
 from verl.types import Sampling, VideoPrompt
 
 

@@ -25,6 +25,7 @@ from urllib.parse import quote
 
 from descore.answers import JUDGEMENT_KEY, OVERALL_KEY, SCORE_KEYS, extract_judgement, parse_annotation
 from descore.csv_table import CsvError
+from verl.config import DataConfig
 from verl.data.pair_csv import read_pairs
 from verl.data.scored_sequence import JUDGE_PROMPT
 from verl.inference.bench_csv import Bench, BenchRow
@@ -33,7 +34,6 @@ from verl.inference.report import build_accuracy_table, build_model_table, choos
 from verl.inference.report_charts import build_calibration, build_histogram, build_means, sigmoid
 from verl.inference.scale import RewardScale
 from verl.trainer.checkpoints import write_atomically
-from verl.trainer.config import DataConfig
 from verl.types import PreferencePair
 
 TEMPLATE = Path(__file__).with_name("html_report.html")

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from verl.config import Precision
 from verl.data.vision_process import VideoFrames
-from verl.trainer.config import Precision
 from verl.types import VideoPrompt
 
 MAX_PROMPT_LENGTH = 8192

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
+from verl.config import RolloutConfig
 from verl.inference.scoring import ScoringSettings, ThoughtScore
 from verl.inference.vllm_reward import ARCHITECTURE, register_reward_model, with_head
 from verl.model.reward_files import PolicyCheckpoint
 from verl.rollout.vllm_engine import with_output_layer
 from verl.rollout.vllm_prompts import PromptForm, add_request, require_same_prompt
 from verl.rollout.vllm_start import prepare_environment, process_state_kept, start_llm
-from verl.trainer.config import RolloutConfig
 from verl.types import VideoPrompt
 
 CPU_KV_CACHE_GIB = 2

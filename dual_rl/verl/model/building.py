@@ -12,11 +12,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 
+from verl.config import ModelConfig
 from verl.data.scored_sequence import forbidden_token_ids, reward_token_id
 from verl.model.attention import use_shared_prompt_attention
 from verl.model.policy import ADAPTER, PolicyModel
 from verl.model.reward_files import PolicyCheckpoint
-from verl.trainer.config import ModelConfig
 
 LANGUAGE_LINEARS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 
@@ -26,11 +26,10 @@ def build_policy(
 ) -> PolicyModel:
     """A PolicyModel with the backbone's parameters on the meta device; everything else is real.
 
-    Trained parameters are fp32, frozen ones `frozen_dtype`. Raises ValueError for LoRA with a tuned vision tower: the
-    model with its adapter off would be no reference then.
+    Trained parameters are fp32, frozen ones `frozen_dtype`.
     """
-    if settings.lora.rank > 0 and not settings.freeze_vision_tower:
-        raise ValueError("LoRA trains the language model only; set worker.actor.model.freeze_vision_tower=true")
+    # Otherwise the model with its adapter off would not be the reference.
+    assert not settings.lora.rank or settings.freeze_vision_tower, "LoRA needs a frozen vision tower"
     with init_empty_weights(include_buffers=False):
         backbone = Qwen3VLForConditionalGeneration(copy.deepcopy(checkpoint.config))
         backbone.requires_grad_(False)
@@ -66,23 +65,6 @@ def _choose_trained(model: PolicyModel, settings: ModelConfig) -> None:
             parameter.requires_grad_(not (settings.freeze_vision_tower and name.startswith("model.visual.")))
     model.reward_embedding.requires_grad_(settings.trainable_head)
     model.rm_head.requires_grad_(settings.trainable_head)
-
-
-def load_policy(
-    checkpoint: PolicyCheckpoint, settings: ModelConfig, *, frozen_dtype: torch.dtype = torch.float32
-) -> PolicyModel:
-    """A whole, unsharded PolicyModel on the CPU; `checkpoint` must hold its weights."""
-    model = build_policy(checkpoint, settings, frozen_dtype=frozen_dtype)
-    state = initial_state(model, checkpoint)
-    fresh = {}
-    for name, parameter in model.named_parameters():
-        value = state[name].to(parameter.dtype, copy=True) if name in state else torch.empty(parameter.shape)
-        owner, _, leaf = name.rpartition(".")
-        fresh[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-        setattr(model.get_submodule(owner), leaf, fresh[name])
-    model.backbone.tie_weights()
-    model.initialize_adapters({name: fresh[name] for name in fresh if name not in state})
-    return model
 
 
 def initial_state(model: PolicyModel, checkpoint: PolicyCheckpoint) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Qwen3VLForConditionalGeneration
 
+from verl.core.objective import PolicyOutput
 from verl.core.packing import PackedGroups
 from verl.core.token_log_probs import Distributions, compute_token_log_probs
 from verl.model.attention import compile_around_attention
@@ -52,13 +53,6 @@ class VisionFeatures(NamedTuple):
         deepstack = tuple(layer.index_select(0, tokens) for layer in self.deepstack)
         return VisionFeatures(self.embeddings.index_select(0, tokens), deepstack, (len(tokens),))
 
-    def to(self, device: torch.device | str) -> "VisionFeatures":
-        """A copy on `device`."""
-        embeddings, *deepstack = (
-            tensor.to(device, non_blocking=True) for tensor in (self.embeddings, *self.deepstack)
-        )
-        return VisionFeatures(embeddings, tuple(deepstack), self.num_tokens)
-
     @staticmethod
     def concatenate(features: Iterable["VisionFeatures"]) -> "VisionFeatures":
         """Features of several videos in one, in their order."""
@@ -68,21 +62,6 @@ class VisionFeatures(NamedTuple):
             tuple(torch.cat(layer) for layer in zip(*deepstack, strict=True)),
             tuple(count for counts in num_tokens for count in counts),
         )
-
-
-class PolicyOutput(NamedTuple):
-    """What one packed forward gives, fp32: of R responses `rewards`, of L labels `log_probs` and `entropy`, [L].
-
-    `entropy`, in nats, has no gradient. `full_kl`: [L], KL(policy || reference) over the whole vocabulary, where the
-    reference's distributions were given. `distributions`: this model's own, where asked for (in a sequence group: of
-    the labels that this rank's tokens predict). Else None.
-    """
-
-    rewards: torch.Tensor
-    log_probs: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    full_kl: torch.Tensor | None = None
-    distributions: Distributions | None = None
 
 
 class PolicyModel(nn.Module):
@@ -148,8 +127,7 @@ class PolicyModel(nn.Module):
         gives rewards only. `ref_distributions`: of the same row, adds the full KL.
         """
         if vision is None:
-            if pixel_values is None:
-                raise ValueError("the forward needs vision features or pixel values")
+            assert pixel_values is not None, "the forward needs vision features or pixel values"
             vision = self.encode_videos(pixel_values, torch.tensor(batch.grid_thw))
         options = {
             "temperature": temperature,
@@ -244,10 +222,9 @@ class PolicyModel(nn.Module):
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
-        """Within it the model is the reference: LoRA off. Raises ValueError for a model without LoRA."""
+        """Within it the model is the reference: LoRA off."""
         layers = list(self.adapters.values())
-        if not layers:
-            raise ValueError("the model has no adapter; full fine-tuning needs a reference model of its own")
+        assert layers, "a model without an adapter needs a reference model of its own"
         # peft's enable_adapters also changes requires_grad, which FSDP2 has already read.
         for layer in layers:
             layer._disable_adapters = True

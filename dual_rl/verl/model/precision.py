@@ -2,7 +2,7 @@
 
 import torch
 
-from verl.trainer.config import Precision
+from verl.config import Precision
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:

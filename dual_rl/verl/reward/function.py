@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from verl.types import PairRollout, ResponseKey
@@ -43,20 +42,23 @@ class RewardFunction:
 def load_reward_function(spec: str, kwargs: Mapping[str, Any] | None = None) -> RewardFunction:
     """Load `path.py:function`; `kwargs` are passed to every call.
 
-    Raises RewardFunctionError when file or function is missing, the file does not run, or the function does not take
-    `kwargs` beside its inputs.
+    Raises RewardFunctionError when the file does not run, or has no such function that takes `kwargs` beside its
+    inputs.
     """
-    path, separator, function_name = spec.rpartition(":")
-    if not separator or not function_name.isidentifier():
-        raise RewardFunctionError(f"reward_function is {spec!r}; write path.py:function")
-    if not Path(path).is_file():
-        raise RewardFunctionError(f"reward function {spec}: no file {Path(path).absolute()}; correct reward_function")
-    function = getattr(_load_module(Path(path), spec), function_name, None)
+    path, _, name = spec.rpartition(":")
+    path, kwargs = Path(path), dict(kwargs or {})
+    module_spec = importlib.util.spec_from_file_location(f"reward_function_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise RewardFunctionError(f"reward function {spec}: {path} is not a Python file. Its name must end in .py.")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses in the file look themselves up here
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise RewardFunctionError(f"reward function {spec}: {path} does not run: {_describe(error)}") from error
+    function = getattr(module, name, None)
     if not callable(function):
-        raise RewardFunctionError(
-            f"reward function {spec}: the file has no function {function_name!r}; correct its name"
-        )
-    kwargs = dict(kwargs or {})
+        raise RewardFunctionError(f"reward function {spec}: the file has no function {name!r}. Correct its name.")
     try:
         inspect.signature(function).bind([], **kwargs)
     except TypeError as error:
@@ -64,19 +66,6 @@ def load_reward_function(spec: str, kwargs: Mapping[str, Any] | None = None) -> 
             f"reward function {spec} cannot be called with its inputs and reward_function_kwargs {kwargs}: {error}"
         ) from error
     return RewardFunction(name=spec, function=function, kwargs=kwargs)
-
-
-def _load_module(path: Path, spec: str) -> ModuleType:
-    module_spec = importlib.util.spec_from_file_location(f"reward_function_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise RewardFunctionError(f"reward function {spec}: {path} is no Python file; its name must end in .py")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses in the file look themselves up here
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise RewardFunctionError(f"reward function {spec}: {path} does not run: {_describe(error)}") from error
-    return module
 
 
 def score_responses(
@@ -105,40 +94,33 @@ def score_responses(
         scores = function(list(inputs.values()))
     except Exception as error:
         raise RewardFunctionError(f"reward function {function.name} raised {_describe(error)}") from error
-    if not isinstance(scores, list | tuple):
+    if not isinstance(scores, list | tuple) or len(scores) != len(inputs):
+        found = f"{len(scores)} items" if isinstance(scores, list | tuple) else type(scores).__name__
         raise RewardFunctionError(
-            f"reward function {function.name} returned {type(scores).__name__}; "
-            "return a list with one dict per response"
+            f"reward function {function.name} returned {found} for {len(inputs)} responses. Return a list with one "
+            "dict per response, in their order."
         )
-    if len(scores) != len(inputs):
-        raise RewardFunctionError(
-            f"reward function {function.name} returned {len(scores)} items for {len(inputs)} responses; "
-            "return one dict per response, in their order"
-        )
-    checked = [_check_item(function.name, index, item) for index, item in enumerate(scores)]
-    _require_same_names(function.name, checked)
-    return dict(zip(inputs, checked, strict=True))
-
-
-def _check_item(name: str, index: int, item: object) -> dict[str, float]:
-    where = f"reward function {name}, item {index}"
-    if not isinstance(item, Mapping):
-        raise RewardFunctionError(f"{where}: returned {item!r}; return a dict with {OVERALL!r}")
-    if OVERALL not in item:
-        raise RewardFunctionError(f"{where}: has no {OVERALL!r} among {sorted(map(str, item))}; add the total reward")
-    for key, value in item.items():
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise RewardFunctionError(f"{where}: {key!r} is {value!r}; return finite numbers only")
-    return {str(key): float(value) for key, value in item.items()}
-
-
-def _require_same_names(name: str, scores: Sequence[Mapping[str, float]]) -> None:
     for index, item in enumerate(scores):
-        if item.keys() != scores[0].keys():
-            raise RewardFunctionError(
-                f"reward function {name}, item {index}: has {sorted(item)} where item 0 has {sorted(scores[0])}; "
-                "return the same names for every response"
-            )
+        if problem := _find_problem(item, scores[0]):
+            raise RewardFunctionError(f"reward function {function.name}, item {index}: {problem}")
+    return {
+        key: {str(name): float(value) for name, value in item.items()}
+        for key, item in zip(inputs, scores, strict=True)
+    }
+
+
+def _find_problem(item: object, first: object) -> str | None:
+    """What is wrong with the scores of one response; `first`: those of the first."""
+    if not isinstance(item, Mapping):
+        return f"{item!r} is not a dict. Return a dict with {OVERALL!r}."
+    if OVERALL not in item:
+        return f"has no {OVERALL!r} among {sorted(map(str, item))}. Add the total reward."
+    for name, value in item.items():
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            return f"{name!r} is {value!r}. Return finite numbers only."
+    if item.keys() != first.keys():
+        return f"has {sorted(item)} where item 0 has {sorted(first)}. Return the same names for every response."
+    return None
 
 
 def _describe(error: Exception) -> str:

@@ -21,15 +21,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from verl.config import RolloutConfig
 from verl.data.scored_sequence import SequenceBuilder
 from verl.model.precision import resolve_precision
 from verl.rollout.engine import check_lengths, response_seed
-from verl.trainer.config import RolloutConfig
 from verl.types import Response, ResponseKey, Sampling, VideoPrompt
 
 
 class HfEngine:
-    """`RolloutEngine` with transformers; arguments as of `verl.rollout.engine.build_engine`."""
+    """`RolloutEngine` with transformers; arguments as of `verl.rollout.build.build_engine`."""
 
     def __init__(
         self,

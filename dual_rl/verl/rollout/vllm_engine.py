@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from verl.config import RolloutConfig
 from verl.rollout.engine import check_lengths, video_seed
 from verl.rollout.vllm_prompts import PromptForm, add_request, require_same_prompt
 from verl.rollout.vllm_start import prepare_environment, process_state_kept, random_state_kept, start_llm
-from verl.trainer.config import RolloutConfig
 from verl.types import Response, ResponseKey, Sampling, VideoPrompt
 
 EMBEDDING_NAME = "model.language_model.embed_tokens.weight"
@@ -23,7 +23,7 @@ DISCARD_WEIGHTS = 2
 
 
 class VllmEngine:
-    """`RolloutEngine` with vLLM; arguments as of `verl.rollout.engine.build_engine`."""
+    """`RolloutEngine` with vLLM; arguments as of `verl.rollout.build.build_engine`."""
 
     def __init__(
         self,

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from verl.config import RolloutConfig
 from verl.model.precision import resolve_precision
-from verl.trainer.config import RolloutConfig
 
 NO_WEIGHTS = "no_weights"
 """Name of our vLLM load format."""
@@ -50,7 +50,7 @@ def start_llm(
     device: torch.device,
     **overrides: object,
 ):
-    """A `vllm.LLM` whose weights are all zero; arguments as of `verl.rollout.engine.build_engine`.
+    """A `vllm.LLM` whose weights are all zero; arguments as of `verl.rollout.build.build_engine`.
 
     `overrides`: arguments of `vllm.LLM` that take the place of these.
     """

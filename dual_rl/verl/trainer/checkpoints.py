@@ -4,7 +4,7 @@
     EXP/global_step_6.tmp/         being written, or left by a run that was killed; removed by the next run
     EXP/checkpoint_tracker.json    {"last_global_step", "best_global_step", "best_val", "last_actor_path"}
 
-A folder gets its name only once everything in it is on disk. Older ones go only after that. The tracker is for
+A folder gets its name only once everything in it is written. Older ones go only after that. The tracker is for
 readers: it is made from the folders, never the other way round. Only one process, the driver, calls what is here.
 """
 
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from verl.trainer.config import TrainerConfig
+from verl.config import TrainerConfig
 
 TRACKER_FILE = "checkpoint_tracker.json"
 STATE_FILE = "state.json"
@@ -37,7 +37,6 @@ class CheckpointFolder:
     def __init__(self, root: str | os.PathLike) -> None:
         self.root = Path(root)
         self.root.mkdir(parents=True, exist_ok=True)
-        self._lock_descriptor: int | None = None
 
     def lock(self) -> None:
         """Hold the folder until this process ends. Raises ValueError if another run writes into it."""
@@ -47,26 +46,15 @@ class CheckpointFolder:
         except BlockingIOError as error:
             os.close(descriptor)
             raise ValueError(
-                f"another run is writing into {self.root}: wait for it, or choose another trainer.experiment_name"
+                f"another run writes into {self.root}. Wait for it, or choose another trainer.experiment_name."
             ) from error
         except OSError as error:  # some network file systems know no locks
-            logger.warning("%s cannot be locked (%s): start no second run in it", self.root, error)
-        self._lock_descriptor = descriptor
-
-    def unlock(self) -> None:
-        """Let another run of this process, or of others, write here."""
-        if self._lock_descriptor is not None:
-            os.close(self._lock_descriptor)
-            self._lock_descriptor = None
+            logger.warning("%s cannot be locked (%s): do not start a second run in it", self.root, error)
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, in ascending order."""
-        found = []
-        for path in self.root.iterdir():
-            match = STEP_NAME.fullmatch(path.name)
-            if match and (path / STATE_FILE).is_file():
-                found.append(int(match[1]))
-        return sorted(found)
+        paths = [path for path in self.root.iterdir() if STEP_NAME.fullmatch(path.name)]
+        return sorted(step_of(path) for path in paths if (path / STATE_FILE).is_file())
 
     def path_of(self, step: int) -> Path:
         return self.root / f"global_step_{step}"
@@ -110,13 +98,11 @@ class CheckpointFolder:
             yield temporary
             content = {"global_step": step, "val": val, "state": None if state is None else dict(state)}
             (temporary / STATE_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-            _sync_tree(temporary)
         except BaseException:
             _remove(temporary)
             raise
         _remove(final)  # if anything of that name is there, it is no complete checkpoint
         os.rename(temporary, final)
-        _sync(self.root)
         self._write_tracker()
         self.prune(save_limit)
 
@@ -155,8 +141,8 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     state = _read_state(checkpoint)["state"]
     if state is None:
         raise ValueError(
-            f"{checkpoint} was saved with trainer.save_model_only=true and cannot be continued; start a new "
-            f"trainer.experiment_name with worker.actor.model.model_path={checkpoint}/{ACTOR_FOLDER}/huggingface"
+            f"{checkpoint} was saved with trainer.save_model_only=true and cannot be continued. Start a new "
+            f"trainer.experiment_name with worker.actor.model.model_path={checkpoint}/{ACTOR_FOLDER}/huggingface."
         )
     return state
 
@@ -171,8 +157,8 @@ def find_resume(folder: CheckpointFolder, trainer: TrainerConfig) -> Path | None
     if trainer.load_checkpoint_path is None:
         if last is not None and not trainer.find_last_checkpoint:
             raise ValueError(
-                f"{folder.root} already holds {last.name}: continue it with trainer.find_last_checkpoint=true, or "
-                "choose another trainer.experiment_name"
+                f"{folder.root} already holds {last.name}. Continue it with trainer.find_last_checkpoint=true, or "
+                "choose another trainer.experiment_name."
             )
         return last
     wanted = Path(trainer.load_checkpoint_path)
@@ -181,7 +167,7 @@ def find_resume(folder: CheckpointFolder, trainer: TrainerConfig) -> Path | None
     if last is not None and wanted.resolve() != last.resolve():
         raise ValueError(
             f"{folder.root} already holds {last.name}, which trainer.load_checkpoint_path={wanted} would mix "
-            "with another run: choose another trainer.experiment_name, or leave trainer.load_checkpoint_path out"
+            "with another run. Choose another trainer.experiment_name, or leave trainer.load_checkpoint_path out."
         )
     return wanted
 
@@ -194,7 +180,6 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync(path.parent)
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
@@ -216,19 +201,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(doomed)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync_tree(folder: Path) -> None:
-    """Wait until every file and folder under `folder`, whoever wrote it, is on disk."""
-    for directory, _, files in os.walk(folder):
-        for name in files:
-            _sync(Path(directory) / name)
-        _sync(Path(directory))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,15 +12,15 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from verl.config import Config, TrainerConfig
 from verl.temporary import temporary_folder
-from verl.trainer.checks import num_ranks, ranks_per_node
-from verl.trainer.config import Config, TrainerConfig
 from verl.workers.worker import Worker
 
 logger = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_SECONDS = 10
 PLACEMENT_TIMEOUT_SECONDS = 120
+CLOSE_SECONDS = 5.0
 SECONDS_FOR_OTHER_FAILURES = 5.0  # one rank's failure makes others fail; the first to be noticed need not be the cause
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 QUIET_LIBRARIES = {
@@ -66,7 +66,7 @@ def connect(settings: TrainerConfig) -> None:
                 "same everywhere; or unset RAY_ADDRESS and set trainer.nnodes=1"
             ) from error
     else:
-        num_cpus = max(os.cpu_count() or 1, ranks_per_node(settings))
+        num_cpus = max(os.cpu_count() or 1, settings.ranks_per_node)
         arguments["_temp_dir"] = _choose_session_folder()
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **arguments)
     _require_resources(settings)
@@ -111,7 +111,7 @@ def _thread_limits(settings: TrainerConfig) -> dict[str, str]:
 
 def _require_resources(settings: TrainerConfig) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    kind, wanted = ("GPU", settings.n_gpus_per_node) if settings.n_gpus_per_node else ("CPU", ranks_per_node(settings))
+    kind, wanted = ("GPU", settings.n_gpus_per_node) if settings.n_gpus_per_node else ("CPU", settings.ranks_per_node)
     fitting = sum(node.get(kind, 0) >= wanted for node in nodes)
     if fitting < settings.nnodes:
         found = ", ".join(f"{node.get(kind, 0):g} {kind}(s)" for node in nodes)
@@ -128,8 +128,8 @@ class WorkerGroup:
 
     def __init__(self, config: Config) -> None:
         settings = config.trainer
-        self.per_node = ranks_per_node(settings)
-        self.world_size = num_ranks(settings)
+        self.per_node = settings.ranks_per_node
+        self.world_size = settings.num_ranks
         self._actors: list = []
         actor_class = ray.remote(num_cpus=1, num_gpus=min(settings.n_gpus_per_node, 1))(Worker)
         reserved = self._reserve(settings)
@@ -137,7 +137,8 @@ class WorkerGroup:
             place = PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=rank // self.per_node)
             actor = actor_class.options(scheduling_strategy=place).remote(config, rank, self.world_size)
             self._actors.append(actor)
-        address, port = self.call_one(0, "choose_meeting_point", settings.master_port)
+        meeting_point = self._actors[0].choose_meeting_point.remote(settings.master_port)
+        ((address, port),) = self._wait("choose_meeting_point", [meeting_point])
         self.call("start", address, port)
 
     def _reserve(self, settings: TrainerConfig) -> PlacementGroup:
@@ -162,10 +163,6 @@ class WorkerGroup:
         calls = zip(self._actors, per_rank, strict=True)
         return self._wait(method, [getattr(actor, method).remote(*arguments) for actor, arguments in calls])
 
-    def call_one(self, rank: int, method: str, *arguments: object) -> object:
-        """Call a method on one rank."""
-        return self._wait(method, [getattr(self._actors[rank], method).remote(*arguments)])[0]
-
     def _wait(self, method: str, references: list) -> list:
         """Results of all calls; the first failure ends the wait, since other ranks may be waiting for that one."""
         pending = list(references)
@@ -180,12 +177,28 @@ class WorkerGroup:
         return ray.get(references)
 
     def stop(self) -> None:
-        """End every worker."""
-        for actor in self._actors:
-            try:
-                ray.kill(actor)
-            except RayError as error:
-                logger.debug("worker already gone: %s", error)
+        """Let every worker remove its files, and end it; may be called twice.
+
+        A rank that waits for a collective cannot close. The end of those it waits for frees it on most networks, so
+        that the first to close end first; what is left after that is ended as it is.
+        """
+        closing = {actor.close.remote(): actor for actor in self._actors}
+        self._actors = []
+        for _ in range(2):
+            closed, _ = (
+                ray.wait(list(closing), num_returns=len(closing), timeout=CLOSE_SECONDS) if closing else ([], [])
+            )
+            for reference in closed:
+                _kill(closing.pop(reference))
+        for actor in closing.values():
+            _kill(actor)
+
+
+def _kill(actor: ray.actor.ActorHandle) -> None:
+    try:
+        ray.kill(actor)
+    except RayError as error:
+        logger.debug("worker already gone: %s", error)
 
 
 def _find_failures(references: Sequence[ray.ObjectRef]) -> dict[ray.ObjectRef, RayError]:

@@ -1,15 +1,16 @@
 """Responses and their rewards: videos are decoded ahead, ranks write, the plug-in rewards."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 import ray
 
+from verl.config import Config
+from verl.core.advantages import compute_group_means
 from verl.reward.function import score_responses
 from verl.trainer.cluster import WorkerGroup
-from verl.trainer.config import Config
-from verl.trainer.preflight import Inputs
-from verl.types import PairRollout, PreferencePair, Response, ResponseKey, Sampling
+from verl.trainer.preflight import Inputs, PairSet
+from verl.types import PairRollout, PreferencePair, Response, ResponseKey, Sampling, VideoKey
 
 SEED_STRIDE = 1_000_003  # prime; keeps the seeds of steps, attempts and validation apart
 VALIDATION_SEED = 7_919
@@ -19,12 +20,17 @@ VALIDATION_SEED = 7_919
 class ScoredBatch:
     """Pairs with their responses, and every response's rewards: `overall` and what else the plug-in returned."""
 
-    rollouts: tuple[PairRollout, ...]
-    rewards: dict[ResponseKey, dict[str, float]]
+    rollouts: tuple[PairRollout, ...] = ()
+    rewards: dict[ResponseKey, dict[str, float]] = field(default_factory=dict)
 
+    @property
     def overall(self) -> dict[ResponseKey, float]:
         """The reward that is learned from."""
         return {key: scores["overall"] for key, scores in self.rewards.items()}
+
+    @property
+    def pair_ids(self) -> list[int]:
+        return [rollout.pair.pair_id for rollout in self.rollouts]
 
     def keep(self, pair_ids: Collection[int]) -> "ScoredBatch":
         """Only the pairs named."""
@@ -33,80 +39,94 @@ class ScoredBatch:
             {key: scores for key, scores in self.rewards.items() if key.pair_id in pair_ids},
         )
 
-    def first(self, count: int) -> "ScoredBatch":
-        """At most the first `count` pairs."""
-        return self.keep({rollout.pair.pair_id for rollout in self.rollouts[:count]})
+    def keep_between(self, name: str, low: float, high: float) -> "ScoredBatch":
+        """The pairs of which at least one video's mean reward `name` lies between the limits.
 
-    def join(self, other: "ScoredBatch") -> "ScoredBatch":
-        """This batch and the pairs of `other` that it does not hold yet."""
-        new = other.keep({rollout.pair.pair_id for rollout in other.rollouts} - {key.pair_id for key in self.rewards})
-        return ScoredBatch(self.rollouts + new.rollouts, self.rewards | new.rewards)
+        Raises ValueError when the reward function does not return it.
+        """
+        for scores in self.rewards.values():
+            if name not in scores:
+                raise ValueError(
+                    f"algorithm.filter_key={name}: the reward function does not return it. Choose one of "
+                    f"{', '.join(sorted(scores))}."
+                )
+        means = compute_group_means({key: scores[name] for key, scores in self.rewards.items()})
+        return self.keep({video.pair_id for video, mean in means.items() if low < mean < high})
+
+    def extend(self, other: "ScoredBatch", *, limit: int) -> "ScoredBatch":
+        """This batch and the first pairs of `other` that it does not hold yet, at most `limit` in all."""
+        known = set(self.pair_ids)
+        new = [pair_id for pair_id in other.pair_ids if pair_id not in known]
+        added = other.keep(set(new[: limit - len(known)]))
+        return ScoredBatch(self.rollouts + added.rollouts, self.rewards | added.rewards)
+
+    def without_prompts(self) -> "ScoredBatch":
+        """Lets go of the prompts, which Ray keeps as long as a rollout names them."""
+        return replace(self, rollouts=tuple(replace(rollout, prompts=None) for rollout in self.rollouts))
 
 
 class Generator:
-    """Lets the workers write responses for pairs and rewards them.
-
-    `handles`: where Ray holds the prepared prompts of the pairs generated since `forget`, by pair_id.
-    """
+    """Lets the workers write responses for pairs and rewards them."""
 
     def __init__(self, config: Config, workers: WorkerGroup, inputs: Inputs) -> None:
         self.config = config
         self.workers = workers
-        self.loader = inputs.loader
         self.reward_function = inputs.reward_function
         self.tokenizer = inputs.builder.tokenizer
-        self.handles: dict[int, ray.ObjectRef] = {}
 
     def training_sampling(self, step: int, attempt: int) -> Sampling:
-        """How responses of a step are drawn; `attempt` counts the rounds of online filtering."""
-        rollout = self.config.worker.rollout
-        return Sampling(
-            n=rollout.n,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_tokens=self.config.data.max_response_length,
-            seed=(rollout.seed * SEED_STRIDE + step) * SEED_STRIDE + attempt,
-        )
+        """How responses of a step are drawn; `attempt` counts the batches drawn for it."""
+        seed = self.config.worker.rollout.seed
+        return self._sampling((seed * SEED_STRIDE + step) * SEED_STRIDE + attempt)
 
     def validation_sampling(self) -> Sampling:
         """How validation draws, the same in every step."""
         rollout = self.config.worker.rollout
-        values = {name: getattr(rollout, name) for name in ("n", "temperature", "top_p", "top_k")}
-        return Sampling(
-            **(values | rollout.val_override_config),
-            max_tokens=self.config.data.max_response_length,
-            seed=rollout.seed * SEED_STRIDE + VALIDATION_SEED,
-        )
+        changed = {name: value for name, value in asdict(rollout.val_override_config).items() if value is not None}
+        return self._sampling(rollout.seed * SEED_STRIDE + VALIDATION_SEED, **changed)
+
+    def _sampling(self, seed: int, **changed: float) -> Sampling:
+        rollout = self.config.worker.rollout
+        values = {name: getattr(rollout, name) for name in ("n", "temperature", "top_p", "top_k")} | changed
+        return Sampling(**values, max_tokens=self.config.data.max_response_length, seed=seed)
 
     def generate(
-        self, pairs: Sequence[PreferencePair], sampling: Sampling, *, upcoming: Sequence[PreferencePair] = ()
+        self,
+        source: PairSet,
+        pairs: Sequence[PreferencePair],
+        sampling: Sampling,
+        *,
+        upcoming: Sequence[PreferencePair] = (),
     ) -> ScoredBatch:
-        """n responses for both videos of every pair, with rewards; meanwhile the videos of `upcoming` are decoded."""
-        for pair, prompts in zip(pairs, self.loader.get(pairs), strict=True):
-            self.handles[pair.pair_id] = ray.put(prompts)
-        self.loader.prefetch(upcoming)
-        rollouts = self._generate_on_workers(pairs, sampling)
+        """n responses for both videos of every pair of `source` that loads, with rewards.
+
+        Meanwhile the videos of `upcoming` are decoded.
+        """
+        loaded = source.loader.load(pairs)
+        source.loader.prefetch(upcoming)
+        references = [ray.put(prompts) for _, prompts in loaded]
+        responses = self._write(references, sampling)
+        rollouts = tuple(
+            PairRollout(
+                pair=pair,
+                responses_a=responses[VideoKey(pair.pair_id, "A")],
+                responses_b=responses[VideoKey(pair.pair_id, "B")],
+                prompt_tokens=tuple(prompt.input_ids.numel() for prompt in prompts),
+                prompts=reference,
+            )
+            for (pair, prompts), reference in zip(loaded, references, strict=True)
+        )
         texts = {response.key: self.decode(response) for rollout in rollouts for response in rollout.responses}
         return ScoredBatch(rollouts, score_responses(self.reward_function, rollouts, texts=texts))
 
-    def _generate_on_workers(self, pairs: Sequence[PreferencePair], sampling: Sampling) -> tuple[PairRollout, ...]:
+    def _write(self, prompts: Sequence[ray.ObjectRef], sampling: Sampling) -> dict[VideoKey, tuple[Response, ...]]:
         """Spread the pairs over the engines; with tensor parallelism several neighbouring ranks are one engine."""
         size = self.config.worker.rollout.tensor_parallel_size
         num_engines = self.workers.world_size // size
-        shares = [range(start, len(pairs), num_engines) for start in range(num_engines)]
-        arguments = []
-        for rank in range(self.workers.world_size):
-            mine = [pairs[index] for index in shares[rank // size]]
-            arguments.append((mine, [self.handles[pair.pair_id] for pair in mine], sampling))
-        results = self.workers.call_each("generate", arguments)
-        by_pair = {rollout.pair.pair_id: rollout for result in results[::size] for rollout in result}
-        return tuple(by_pair[pair.pair_id] for pair in pairs)
+        arguments = [(prompts[rank // size :: num_engines], sampling) for rank in range(self.workers.world_size)]
+        results: list[list[list[Response]]] = self.workers.call_each("generate", arguments)
+        return {group[0].key.video: tuple(group) for result in results[::size] for group in result}
 
     def decode(self, response: Response) -> str:
         """The CoT as text."""
         return self.tokenizer.decode(response.cot_ids, skip_special_tokens=True)
-
-    def forget(self) -> None:
-        """Let go of the prepared prompts."""
-        self.handles.clear()

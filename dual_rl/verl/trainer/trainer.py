@@ -2,21 +2,26 @@
 
 The driver holds the data order, rewards and advantages, all keyed by response; the workers hold the model. The draw of
 a response depends on (seed, step, response) only, so that a resumed run writes what the uninterrupted one would have.
+
+A pair with a video that no longer decodes is dropped, and its batch is smaller: losses are divided by counts of what
+is there. Filling the batch up with the pairs that follow would shift every later batch, and a resumed run would have
+to know by how much.
 """
 
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 
-from verl.core.advantages import compute_advantages, compute_group_means
+from verl.config import Config
+from verl.config_loading import save_config
+from verl.core.advantages import compute_advantages
 from verl.core.balancing import distribute_pairs
 from verl.data.batches import BatchStream
-from verl.trainer.checkpoints import CheckpointFolder, load_state, step_of
+from verl.trainer.checkpoints import CheckpointFolder, load_state
 from verl.trainer.cluster import WorkerGroup
-from verl.trainer.config import Config
 from verl.trainer.generation import Generator, ScoredBatch
 from verl.trainer.metrics import (
     Stopwatch,
@@ -26,40 +31,32 @@ from verl.trainer.metrics import (
     reward_metrics,
     throughput_metrics,
 )
-from verl.trainer.settings import save_config
+from verl.trainer.preflight import Inputs
 from verl.trainer.tracking import Tracker
 from verl.trainer.validation import SCORE, Validator
-from verl.types import PairRollout, PreferencePair, ResponseKey
+from verl.types import ResponseKey
 from verl.workers.optimizer import learning_rate_factor
 
 logger = logging.getLogger(__name__)
 
-RankShard = list[list[PairRollout]]  # one rank's pairs, by mini-batch
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of; `validator` is None without held-out pairs. `model_identity`: what it started from."""
-
-    workers: WorkerGroup
-    stream: BatchStream
-    generator: Generator
-    validator: Validator | None
-    checkpoints: CheckpointFolder
-    tracker: Tracker
-    model_identity: dict[str, object]
-
 
 class DualTrainer:
-    """Runs stage 2 from `start_step` to the last step."""
+    """Runs stage 2 from `start_step` to the last step. Close it whatever happens."""
 
-    def __init__(self, config: Config, parts: Parts, *, start_step: int = 0) -> None:
+    def __init__(self, config: Config, inputs: Inputs, checkpoints: CheckpointFolder, *, start_step: int = 0) -> None:
         self.config = config
-        self.workers, self.stream, self.generator = parts.workers, parts.stream, parts.generator
-        self.validator, self.checkpoints, self.tracker = parts.validator, parts.checkpoints, parts.tracker
-        self.model_identity = parts.model_identity
+        self.inputs = inputs
+        self.checkpoints = checkpoints
         self.start_step = start_step
-        self.total_steps = count_steps(config, parts.stream)
+        data, settings = config.data, config.trainer
+        self.stream = BatchStream(
+            inputs.train.pairs, batch_size=data.rollout_batch_size, shuffle=data.shuffle, seed=data.seed
+        )
+        self.total_steps = settings.max_steps or settings.total_epochs * self.stream.steps_per_epoch
+        self.workers = WorkerGroup(config)
+        self.tracker = Tracker(config, self.start_step, num_steps=self.total_steps)
+        self.generator = Generator(config, self.workers, inputs)
+        self.validator = Validator(config, inputs.val, self.generator, self.workers) if inputs.val else None
 
     def fit(self) -> None:
         """Dual-objective reinforcement learning: GRPO on the thoughts, Bradley-Terry on the scores."""
@@ -73,14 +70,14 @@ class DualTrainer:
             with self._phase("generate", watch):
                 batch = self.collect(step)
             with self._phase("prepare", watch):
-                shards = self.distribute(batch)
-                kl = self.prepare(shards)
+                kl = self.prepare(batch)
             with self._phase("update", watch):
-                metrics = self.update(step, self.judge(batch, kl))
+                factor = learning_rate_factor(step, self.config.worker.actor.optim, total_steps=self.total_steps)
+                metrics = merge_ranks(self.workers.call("update", self.judge(batch, kl), step, factor))
             with self._phase("hand_over", watch):
                 self.workers.call("hand_over_weights")
             metrics |= self.describe(batch, kl, seconds=watch.total)
-            self.generator.forget()
+            del batch  # and with it the prompts in Ray's store
             if self._is_due(step, settings.val_freq):
                 with self._phase("validate", watch):
                     metrics |= self.validate(step)
@@ -92,83 +89,57 @@ class DualTrainer:
     def collect(self, step: int) -> ScoredBatch:
         """Draw pairs, let the policy write n responses for each of their videos, and reward them by rule.
 
-        With online filtering, draws on until `rollout_batch_size` pairs can teach something.
+        Draws on where none of a batch's pairs loads. With online filtering, draws on until `rollout_batch_size` pairs
+        can teach something.
         """
-        algorithm, wanted = self.config.algorithm, self.stream.batch_size
-        if not algorithm.online_filtering:
-            return self._generate(self.stream.next_batch(), step, 0)
-        kept = ScoredBatch((), {})
-        for attempt in range(algorithm.max_filter_rounds):
-            batch = self._generate(self.stream.next_batch(), step, attempt)
-            kept = kept.join(self._filter(batch)).first(wanted)
-            if len(kept.rollouts) == wanted:
-                return kept
-            logger.info("step %d: %d of %d pairs pass the filter, drawing more", step, len(kept.rollouts), wanted)
-        raise ValueError(
-            f"step {step}: {algorithm.max_filter_rounds} batches gave only {len(kept.rollouts)} of {wanted} pairs "
-            f"with a mean {algorithm.filter_key!r} between {algorithm.filter_low} and {algorithm.filter_high}; widen "
-            "algorithm.filter_low and filter_high or raise algorithm.max_filter_rounds"
-        )
+        algorithm, limit = self.config.algorithm, self.stream.batch_size
+        wanted = limit if algorithm.online_filtering else 1
+        kept = ScoredBatch()
+        for attempt in count(1):
+            sampling = self.generator.training_sampling(step, attempt - 1)
+            pairs = self.stream.next_batch()
+            batch = self.generator.generate(self.inputs.train, pairs, sampling, upcoming=self.stream.peek())
+            if algorithm.online_filtering:
+                batch = batch.keep_between(algorithm.filter_key, algorithm.filter_low, algorithm.filter_high)
+            kept = kept.extend(batch, limit=limit)
+            if len(kept.rollouts) >= wanted:
+                break
+            logger.info("step %d: %d of %d pairs so far, drawing more", step, len(kept.rollouts), wanted)
+            if algorithm.online_filtering and attempt == algorithm.max_filter_rounds:
+                raise ValueError(
+                    f"step {step}: {attempt} batches gave only {len(kept.rollouts)} of {wanted} pairs with a mean "
+                    f"{algorithm.filter_key!r} between {algorithm.filter_low} and {algorithm.filter_high}. Widen "
+                    "algorithm.filter_low and filter_high or raise algorithm.max_filter_rounds."
+                )
+        return kept
 
-    def _generate(self, pairs: Sequence[PreferencePair], step: int, attempt: int) -> ScoredBatch:
-        sampling = self.generator.training_sampling(step, attempt)
-        return self.generator.generate(pairs, sampling, upcoming=self.stream.peek())
+    def prepare(self, batch: ScoredBatch) -> dict[ResponseKey, float]:
+        """Whole pairs to ranks, by tokens; there vision features, old and reference log-probs.
 
-    def _filter(self, batch: ScoredBatch) -> ScoredBatch:
-        """The pairs of which at least one video's group has a mean between the limits."""
-        algorithm = self.config.algorithm
-        returned = set.intersection(*(set(scores) for scores in batch.rewards.values()))
-        if algorithm.filter_key not in returned:
-            raise ValueError(
-                f"algorithm.filter_key={algorithm.filter_key}: the reward function does not return it for every "
-                f"response; choose one of {', '.join(sorted(returned))}"
-            )
-        means = compute_group_means({key: scores[algorithm.filter_key] for key, scores in batch.rewards.items()})
-        passing = {
-            video.pair_id for video, mean in means.items() if algorithm.filter_low < mean < algorithm.filter_high
-        }
-        return batch.keep(passing)
-
-    def distribute(self, batch: ScoredBatch) -> list[RankShard]:
-        """Whole pairs to ranks, by tokens, inside each mini-batch of `global_batch_size` pairs."""
+        Returns the KL by response where the reward takes it.
+        """
         actor = self.config.worker.actor
-        return distribute_pairs(
+        mini_batches = distribute_pairs(
             batch.rollouts,
             mini_batch_size=actor.global_batch_size,
             num_ranks=self.workers.world_size,
             ulysses_size=actor.ulysses_size,
         )
-
-    def prepare(self, shards: list[RankShard]) -> dict[ResponseKey, float]:
-        """Vision features, old and reference log-probs on the ranks; KL by response where the reward takes it."""
-        arguments = []
-        for shard in shards:
-            pair_ids = [rollout.pair.pair_id for mini_batch in shard for rollout in mini_batch]
-            arguments.append((shard, {pair_id: self.generator.handles[pair_id] for pair_id in pair_ids}))
-        results: list[dict[ResponseKey, float]] = self.workers.call_each("prepare_step", arguments)
+        results = self.workers.call_each("prepare", [(of_rank, batch.rollouts[0]) for of_rank in mini_batches])
         return {key: kl for result in results for key, kl in result.items()}
 
     def judge(self, batch: ScoredBatch, kl: dict[ResponseKey, float]) -> dict[ResponseKey, float]:
         """Advantages by response, from the rewards less the KL."""
         algorithm = self.config.algorithm
-        scores = {key: score - algorithm.kl_coef * kl.get(key, 0.0) for key, score in batch.overall().items()}
+        scores = {key: score - algorithm.kl_coef * kl.get(key, 0.0) for key, score in batch.overall.items()}
         return compute_advantages(scores, estimator=algorithm.adv_estimator)
-
-    def update(self, step: int, advantages: dict[ResponseKey, float]) -> dict[str, float]:
-        """All optimizer steps on the batch; metrics over all ranks."""
-        factor = learning_rate_factor(step, self.config.worker.actor.optim, total_steps=self.total_steps)
-        by_rank: list[dict[str, float]] = self.workers.call("update", advantages, step, factor)
-        return {
-            name: max(metrics[name] for metrics in by_rank) if name.startswith("perf/") else value
-            for name, value in by_rank[0].items()
-        }
 
     def describe(self, batch: ScoredBatch, kl: dict[ResponseKey, float], *, seconds: float) -> dict[str, float]:
         """Metrics of the step's responses, of the KL that their rewards lost, and of the speed up to the hand-over."""
         responses = [response for rollout in batch.rollouts for response in rollout.responses]
         return {
             **reward_metrics(batch.rewards),
-            **group_metrics(batch.overall()),
+            **group_metrics(batch.overall),
             **response_metrics(responses),
             **({"reward/kl/mean": statistics.fmean(kl.values())} if kl else {}),
             **packing_metrics(batch.rollouts),
@@ -186,17 +157,37 @@ class DualTrainer:
     def save(self, step: int, *, val: float | None) -> None:
         """Write a checkpoint that is complete or absent."""
         settings = self.config.trainer
-        state = {"stream": self.stream.state_dict(), "model": self.model_identity}
+        dropped = self.inputs.train.loader.dropped
+        state = {
+            "stream": self.stream.state_dict(),
+            "identity": self.inputs.identity,
+            "dropped": list(dropped.items()),
+        }
         resumable = None if settings.save_model_only else state
         with self.checkpoints.writing(step, state=resumable, val=val, save_limit=settings.save_limit) as folder:
             self.workers.call("save", str(folder))
             save_config(self.config, folder)
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue after the step of `checkpoint`."""
-        self.stream.load_state_dict(load_state(checkpoint)["stream"])
+        """Take over the state of `checkpoint`, that of `start_step`."""
+        state = load_state(checkpoint)
+        self.stream.load_state_dict(state["stream"])
+        self.inputs.train.loader.dropped.update(state.get("dropped", ()))
         self.workers.call("load", str(checkpoint))
-        self.start_step = step_of(checkpoint)
+
+    def list_dropped(self) -> None:
+        """Say once more which pairs were dropped, for whoever reads the end of the log."""
+        for pair_set in filter(None, (self.inputs.train, self.inputs.val)):
+            if pair_set.loader.dropped:
+                logger.warning("%s", pair_set.loader.describe_dropped())
+
+    def close(self) -> None:
+        """End loaders, workers and loggers."""
+        with ExitStack() as stack:
+            stack.callback(self.tracker.close)
+            stack.callback(self.workers.stop)
+            for pair_set in filter(None, (self.inputs.train, self.inputs.val)):
+                stack.callback(pair_set.loader.close)
 
     @contextmanager
     def _phase(self, name: str, watch: Stopwatch) -> Iterator[None]:
@@ -208,6 +199,7 @@ class DualTrainer:
         return step == self.total_steps or (frequency > 0 and step % frequency == 0)
 
 
-def count_steps(config: Config, stream: BatchStream) -> int:
-    """Steps of the whole run."""
-    return config.trainer.max_steps or config.trainer.total_epochs * stream.steps_per_epoch
+def merge_ranks(by_rank: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of an update: the same on every rank, but for memory, of which the largest counts."""
+    largest = {name: max(metrics[name] for metrics in by_rank) for name in by_rank[0] if name.startswith("perf/")}
+    return by_rank[0] | largest

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from descore.format_prompt import FormatPrompt
+from verl.config import Config, FsdpConfig, ModelConfig
 from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids
 from verl.model.building import build_policy, initial_state
 from verl.model.policy import PolicyModel
@@ -24,8 +25,8 @@ from verl.model.reward_files import (
     save_policy,
 )
 from verl.model.ulysses import SequenceGroup, build_sequence_group
-from verl.rollout.engine import RolloutEngine, build_engine
-from verl.trainer.config import Config, FsdpConfig, ModelConfig
+from verl.rollout.build import build_engine
+from verl.rollout.engine import RolloutEngine
 from verl.types import VideoPrompt
 from verl.workers.optimizer import build_optimizer
 from verl.workers.parallel import Rank, iterate_weights, materialize, shard_model

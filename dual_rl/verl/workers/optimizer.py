@@ -4,8 +4,8 @@ import math
 
 import torch
 
+from verl.config import OptimConfig
 from verl.model.policy import PolicyModel
-from verl.trainer.config import OptimConfig
 
 
 def build_optimizer(model: PolicyModel, settings: OptimConfig) -> torch.optim.AdamW:
@@ -29,8 +29,7 @@ def build_optimizer(model: PolicyModel, settings: OptimConfig) -> torch.optim.Ad
             },
         )
         group["params"].append(parameter)
-    if not groups:
-        raise ValueError("nothing to train: the head is frozen and so is the model")
+    assert groups, "nothing to train"
     model_first = [groups[kind] for kind in sorted(groups)]
     # Head (plain tensors) and body (sharded ones) cannot share one multi-tensor kernel, but they are separate groups.
     # Fused, a step needs no memory beside the state; multi-tensor kernels need several times the largest group.

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from verl.config import FsdpConfig
 from verl.model.policy import PolicyModel
 from verl.model.precision import resolve_precision
-from verl.trainer.config import FsdpConfig
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)  # a rank may wait for another's long responses
 
@@ -51,8 +51,7 @@ def join_process_group(*, index: int, world_size: int, address: str, port: int) 
 def build_mesh(fsdp_size: int, rank: Rank) -> DeviceMesh:
     """One dimension (all ranks share one copy of the weights), or two for hybrid sharding: replicas x shards."""
     shards = rank.world_size if fsdp_size == -1 else fsdp_size
-    if rank.world_size % shards:
-        raise ValueError(f"fsdp_size={shards} does not divide the {rank.world_size} ranks; choose a divisor, or -1")
+    assert rank.world_size % shards == 0, f"fsdp_size={shards} does not divide the {rank.world_size} ranks"
     if shards == rank.world_size:
         return init_device_mesh(rank.device.type, (shards,))
     return init_device_mesh(

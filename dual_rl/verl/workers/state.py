@@ -27,14 +27,9 @@ def load_training_state(folder: Path, model: PolicyModel, optimizer: torch.optim
     """Restore what `save_training_state` wrote, in place; every rank takes part.
 
     Learning rates, betas and weight decay stay those of `optimizer`, not of the saved run.
-    Raises ValueError when the folder holds no state (saved with save_model_only) or that of another set-up.
+    Raises ValueError when the folder holds the state of another set-up.
     """
     place = folder / STATE_FOLDER
-    if not place.is_dir():
-        raise ValueError(
-            f"{folder} cannot be continued: it was saved with trainer.save_model_only=true. Start from its "
-            "huggingface/ folder as model_path instead, with another experiment name"
-        )
     weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
     state = {"model": weights, "optimizer": moments}
     try:

@@ -11,20 +11,20 @@ from pathlib import Path
 import ray
 import torch
 
+from verl.config import Config
+from verl.core.kl import compute_kl
 from verl.model.precision import resolve_precision
 from verl.temporary import temporary_folder
-from verl.trainer.config import Config
-from verl.types import SIDES, PairRollout, PreferencePair, ResponseKey, Sampling, VideoKey, VideoPrompt
-from verl.workers.experience import ExperienceMaker, sum_kl_by_response
+from verl.types import PairRollout, Response, ResponseKey, Sampling, VideoPrompt
+from verl.workers.experience import ExperienceMaker
+from verl.workers.learner import Learner
 from verl.workers.model_setup import build_rollout_engine, build_runtime, save_actor
 from verl.workers.offload import WeightOffload
 from verl.workers.parallel import iterate_weights, join_process_group
-from verl.workers.shard import Shard
+from verl.workers.rank_batch import RankBatch
 from verl.workers.state import load_training_state, save_training_state
-from verl.workers.updater import Updater
 
 GIB = 2**30
-PairPrompts = tuple[VideoPrompt, VideoPrompt]
 
 
 class Worker:
@@ -33,20 +33,19 @@ class Worker:
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
         self.config = config
         self.index, self.world_size = rank, world_size
+        self.engine_files = ExitStack()
 
     def choose_meeting_point(self, port: int) -> tuple[str, int]:
         """Address of this rank's node and `port`, or a free one for 0. Raises ValueError when the port is taken."""
         address = ray.util.get_node_ip_address()
         with socket.socket() as probe:
-            probe.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # closed connections of the last run may linger
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections of the last run linger
             try:
                 probe.bind(("", port))
                 probe.listen()
             except OSError as error:
                 raise ValueError(
-                    f"port {port} on {address} is in use; choose another with trainer.master_port, or 0 for a free one"
+                    f"port {port} on {address} is in use. Choose another with trainer.master_port, or 0 for any."
                 ) from error
             return address, probe.getsockname()[1]
 
@@ -60,18 +59,17 @@ class Worker:
             micro_batch_size=actor.micro_batch_size_per_device_for_experience,
             temperature=self.config.worker.rollout.temperature,
         )
-        self.updater = Updater(self.runtime, self.experience, self.config)
-        self.engine_files = ExitStack()
+        self.learner = Learner(self.runtime, self.experience, self.config)
         folder = self.engine_files.enter_context(temporary_folder("engine"))
         self.engine = build_rollout_engine(self.config, self.runtime, folder)
         self.is_engine_awake = True
-        self.shard: Shard | None = None
+        self.batch: RankBatch | None = None
         self.offloaded_weights = self._find_offloaded_weights()
         self.hand_over_weights()
 
     def hand_over_weights(self) -> None:
         """Give the engine the policy's current weights, in memory, and free what the training step held."""
-        self.shard = None
+        self.batch = None
         if not self.is_engine_awake:
             self._release_device_memory()
             self.engine.wake()
@@ -81,56 +79,45 @@ class Worker:
         self.engine.load_weights(iterate_weights(self.runtime.actor, dtype=dtype))
         self._release_policy()
 
-    def generate(
-        self, pairs: Sequence[PreferencePair], prompts: Sequence[ray.ObjectRef], sampling: Sampling
-    ) -> list[PairRollout]:
-        """Write n responses for both videos of each pair. `prompts`: one object of PairPrompts per pair."""
-        fetched: list[PairPrompts] = ray.get(list(prompts))
-        responses = self.engine.generate([prompt for both in fetched for prompt in both], sampling)
-        by_pair = zip(pairs, fetched, responses[0::2], responses[1::2], strict=True)
-        return [
-            PairRollout(
-                pair=pair,
-                responses_a=tuple(responses_a),
-                responses_b=tuple(responses_b),
-                prompt_tokens=tuple(prompt.input_ids.numel() for prompt in both),
-            )
-            for pair, both, responses_a, responses_b in by_pair
-        ]
+    def generate(self, prompts: Sequence[ray.ObjectRef], sampling: Sampling) -> list[list[Response]]:
+        """n responses for each video. `prompts`: one object per pair, its two VideoPrompts."""
+        both: list[tuple[VideoPrompt, VideoPrompt]] = ray.get(list(prompts))
+        return self.engine.generate([prompt for of_pair in both for prompt in of_pair], sampling)
 
-    def prepare_step(
-        self, mini_batches: Sequence[Sequence[PairRollout]], prompts: Mapping[int, ray.ObjectRef]
-    ) -> dict[ResponseKey, float]:
+    def prepare(self, mini_batches: Sequence[Sequence[PairRollout]], filler: PairRollout) -> dict[ResponseKey, float]:
         """Take this rank's pairs of a step, put the engine to sleep, and compute what is fixed before the update.
 
-        `prompts`: by pair_id. Returns each response's summed KL to the reference where that goes into the reward.
+        Returns each response's summed KL to the reference where that goes into the reward.
         """
         self.rollout_memory = self._device_memory()
         self.engine.sleep()
         self.is_engine_awake = False
         self._restore_policy()
-        self.shard = self._build_shard(mini_batches, prompts)
+        self.batch = batch = fetch_batch(mini_batches, filler)
         algorithm, actor = self.config.algorithm, self.config.worker.actor
         if actor.model.freeze_vision_tower:
-            self.experience.encode_vision(self.shard)
-        has_kl_in_reward = not algorithm.disable_kl and not algorithm.use_kl_loss
-        if has_kl_in_reward or len(mini_batches) * actor.ppo_epochs > 1:
-            self.shard.old_log_probs = self.experience.old_log_probs(self.shard)
+            self.experience.encode_vision(batch)
+        if algorithm.has_kl_reward or len(mini_batches) * actor.ppo_epochs > 1:
+            batch.old_log_probs = self.experience.old_log_probs(batch)
         if not algorithm.disable_kl and algorithm.kl_penalty != "full":
-            self.shard.ref_log_probs = self.experience.ref_log_probs(self.shard)
-        return sum_kl_by_response(self.shard, kind=algorithm.kl_penalty) if has_kl_in_reward else {}
+            batch.ref_log_probs = self.experience.ref_log_probs(batch)
+        if not algorithm.has_kl_reward:
+            return {}
+        return {
+            key: float(compute_kl(old, batch.ref_log_probs[key], kind=algorithm.kl_penalty).sum())
+            for key, old in batch.old_log_probs.items()
+        }
 
     def update(self, advantages: Mapping[ResponseKey, float], step: int, lr_factor: float) -> dict[str, float]:
-        """All optimizer steps on the pairs of `prepare_step`; returns metrics, the same on every rank."""
-        assert self.shard is not None, "prepare_step comes before update"
-        metrics = self.updater.update(self.shard, advantages, step=step, lr_factor=lr_factor)
+        """All optimizer steps on the pairs of `prepare`; returns metrics, the same on every rank but for memory."""
+        assert self.batch is not None, "prepare comes before update"
+        metrics = self.learner.learn(self.batch, advantages, step=step, lr_factor=lr_factor)
         return {**metrics, **self._memory_metrics()}
 
-    def score(self, rollouts: Sequence[PairRollout], prompts: Mapping[int, ray.ObjectRef]) -> dict[ResponseKey, float]:
+    def score(self, rollouts: Sequence[PairRollout], filler: PairRollout) -> dict[ResponseKey, float]:
         """The head's reward of every response."""
         self._restore_policy()
-        shard = self._build_shard([rollouts], prompts)
-        rewards = self.experience.rewards(shard)
+        rewards = self.experience.rewards(fetch_batch([rollouts], filler))
         self._release_policy()
         return rewards
 
@@ -151,20 +138,8 @@ class Worker:
         self.hand_over_weights()
 
     def close(self) -> None:
-        """Remove the engine's files; the process is ended from outside."""
+        """Remove the engine's files, whatever state this rank is in; the process is ended from outside."""
         self.engine_files.close()
-
-    def _build_shard(
-        self, mini_batches: Sequence[Sequence[PairRollout]], prompts: Mapping[int, ray.ObjectRef]
-    ) -> Shard:
-        pair_ids = [rollout.pair.pair_id for mini_batch in mini_batches for rollout in mini_batch]
-        fetched: list[PairPrompts] = ray.get([prompts[pair_id] for pair_id in pair_ids])
-        by_video = {
-            VideoKey(pair_id, side): prompt
-            for pair_id, both in zip(pair_ids, fetched, strict=True)
-            for side, prompt in zip(SIDES, both, strict=True)
-        }
-        return Shard(tuple(tuple(mini_batch) for mini_batch in mini_batches), by_video)
 
     def _find_offloaded_weights(self) -> list[WeightOffload]:
         actor, reference = self.config.worker.actor.offload, self.config.worker.ref.offload
@@ -205,3 +180,11 @@ class Worker:
     def _release_device_memory(self) -> None:
         if self.rank.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def fetch_batch(mini_batches: Sequence[Sequence[PairRollout]], filler: PairRollout) -> RankBatch:
+    """A rank's pairs with their prompts, from Ray's object store."""
+    batch = RankBatch(mini_batches, filler, {})
+    fetched = ray.get([rollout.prompts for rollout in batch.needed_rollouts])
+    batch.prompts = {prompt.key: prompt for both in fetched for prompt in both}
+    return batch

@@ -1,7 +1,7 @@
 """One rank's part of a step: its pairs with prompts, cached vision features and log-probs, and their micro-batches.
 
-Every rank runs the same number of forward passes, because FSDP's collectives must meet: a rank with fewer pairs
-repeats one of its own as a filler that has no weight in anything.
+Every rank runs the same number of forward passes, because FSDP's collectives must meet. A rank with fewer pairs than
+others, or with none, repeats a pair as a filler that has no weight in anything.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ import torch
 from verl.core.packing import PackedGroups, pack_groups
 from verl.data.scored_sequence import SequenceBuilder
 from verl.model.policy import VisionFeatures
-from verl.types import SIDES, PairRollout, Response, ResponseKey, VideoKey, VideoPrompt
+from verl.types import SIDES, PairRollout, ResponseKey, VideoKey, VideoPrompt
 
 
 @dataclass(frozen=True)
@@ -27,29 +27,17 @@ class MicroBatch:
         """Every video of the pairs, in the order in which they are packed."""
         return [VideoKey(rollout.pair.pair_id, side) for rollout in self.rollouts for side in SIDES]
 
-    @property
-    def responses(self) -> list[Response]:
-        return [response for rollout in self.rollouts for response in rollout.responses]
-
-
-def split_into_micro_batches(rollouts: Sequence[PairRollout], size: int, *, count: int) -> Iterator[MicroBatch]:
-    """Exactly `count` micro-batches of at most `size` pairs, fillers last."""
-    starts = range(0, len(rollouts), size)
-    assert 0 < len(starts) <= count, f"{len(rollouts)} pairs do not fill between 1 and {count} micro-batches"
-    for start in starts:
-        yield MicroBatch(tuple(rollouts[start : start + size]))
-    for _ in range(count - len(starts)):
-        yield MicroBatch((rollouts[0],), is_filler=True)
-
 
 @dataclass
-class Shard:
+class RankBatch:
     """The pairs of this rank, by mini-batch, and what is known of their responses.
 
+    `filler`: any pair of the step, for a rank that has none at all. `prompts`: of all of these.
     `old_log_probs`, `ref_log_probs`: float32 [num_labels] by response, None where the step does not need them.
     """
 
-    mini_batches: tuple[tuple[PairRollout, ...], ...]
+    mini_batches: Sequence[Sequence[PairRollout]]
+    filler: PairRollout
     prompts: dict[VideoKey, VideoPrompt]
     vision: dict[VideoKey, VisionFeatures] = field(default_factory=dict)
     old_log_probs: dict[ResponseKey, torch.Tensor] | None = None
@@ -59,10 +47,22 @@ class Shard:
     def rollouts(self) -> list[PairRollout]:
         return [rollout for mini_batch in self.mini_batches for rollout in mini_batch]
 
+    @property
+    def needed_rollouts(self) -> list[PairRollout]:
+        """Pairs that some forward pass packs, at least one."""
+        return self.rollouts or [self.filler]
+
+    def split(self, rollouts: Sequence[PairRollout], size: int, *, count: int) -> Iterator[MicroBatch]:
+        """Exactly `count` micro-batches of at most `size` of the pairs, fillers last."""
+        starts = range(0, len(rollouts), size)
+        assert len(starts) <= count, f"{len(rollouts)} pairs do not fit into {count} micro-batches of {size}"
+        for start in starts:
+            yield MicroBatch(tuple(rollouts[start : start + size]))
+        for _ in range(count - len(starts)):
+            yield MicroBatch((rollouts[0] if rollouts else self.needed_rollouts[0],), is_filler=True)
+
     def pack(self, micro_batch: MicroBatch, builder: SequenceBuilder, device: torch.device) -> PackedGroups:
         """The micro-batch as one packed row on `device`: each prompt once, then its responses."""
-        groups = []
-        for rollout in micro_batch.rollouts:
-            for side, responses in zip(SIDES, (rollout.responses_a, rollout.responses_b), strict=True):
-                groups.append((self.prompts[VideoKey(rollout.pair.pair_id, side)], responses))
-        return pack_groups(groups, builder).to(device)
+        responses = [side for rollout in micro_batch.rollouts for side in (rollout.responses_a, rollout.responses_b)]
+        prompts = [self.prompts[key] for key in micro_batch.videos]
+        return pack_groups(list(zip(prompts, responses, strict=True)), builder).to(device)

@@ -1,4 +1,4 @@
-"""The plain slow path, which tests hold the packed forward against.
+"""The plain slow path, which the packed forward must equal.
 
 Every response is a full sequence of its own through stock transformers: its own vision pass, stock positions, stock
 attention, logits at every position over the whole vocabulary, and a second forward for the reward. It shares the
@@ -9,10 +9,32 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
+from verl.config import ModelConfig
+from verl.core.objective import PolicyOutput
 from verl.data.scored_sequence import SequenceBuilder
-from verl.model.policy import PolicyModel, PolicyOutput
+from verl.model.building import build_policy, initial_state
+from verl.model.policy import PolicyModel
+from verl.model.reward_files import PolicyCheckpoint
 from verl.types import Response, VideoPrompt
+
+
+def load_policy(
+    checkpoint: PolicyCheckpoint, settings: ModelConfig, *, frozen_dtype: torch.dtype = torch.float32
+) -> PolicyModel:
+    """A whole, unsharded PolicyModel on the CPU; `checkpoint` must hold its weights."""
+    model = build_policy(checkpoint, settings, frozen_dtype=frozen_dtype)
+    state = initial_state(model, checkpoint)
+    fresh = {}
+    for name, parameter in model.named_parameters():
+        value = state[name].to(parameter.dtype, copy=True) if name in state else torch.empty(parameter.shape)
+        owner, _, leaf = name.rpartition(".")
+        fresh[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        setattr(model.get_submodule(owner), leaf, fresh[name])
+    model.backbone.tie_weights()
+    model.initialize_adapters({name: fresh[name] for name in fresh if name not in state})
+    return model
 
 
 @contextmanager
