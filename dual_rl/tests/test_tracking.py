@@ -1,5 +1,6 @@
 """Loggers: what arrives where, and what a resumed run finds there."""
 
+import contextlib
 import json
 import os
 import pty
@@ -124,8 +125,12 @@ def test_a_terminal_shows_a_bar_with_the_step_and_the_phase(config, monkeypatch)
         tracker.log({}, 3)
         tracker.show_phase("generate")
         tracker.close()
-        shown = os.read(reader, 65536).decode()
+    shown = b""
+    with contextlib.suppress(OSError):  # which is how a pseudo-terminal ends
+        while chunk := os.read(reader, 65536):
+            shown += chunk
     os.close(reader)
+    shown = shown.decode()
     assert "2/5" in shown
     assert "3/5" in shown
     assert "generate" in shown
