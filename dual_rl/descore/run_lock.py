@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 
 LOCK_FILE = ".lock"
-SECONDS_TO_WAIT = 10
-"""A run that was killed may take so long to let go."""
+SECONDS_TO_WAIT = 3
+"""A run that was killed may take so long to end."""
 
 logger = logging.getLogger(__name__)
 
 
 def lock_folder(folder: str | os.PathLike) -> int | None:
-    """Hold a folder, which is made if need be, until this process ends or closes the descriptor that is returned.
+    """Hold a folder, which is made if need be, until this process ends; returns the descriptor that holds it.
 
     None where the file system knows no locks, with a warning. Raises ValueError that names the process that holds it.
     """
@@ -24,8 +24,8 @@ def lock_folder(folder: str | os.PathLike) -> int | None:
     end = time.monotonic() + SECONDS_TO_WAIT
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # child processes do not hold it
+        except (BlockingIOError, PermissionError) as error:
             if time.monotonic() < end:
                 time.sleep(0.5)
                 continue

@@ -8,7 +8,6 @@ A folder gets its name only once everything in it is written. Older ones go only
 readers: it is made from the folders, never the other way round. Only one process, the driver, calls what is here.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -19,12 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from descore.run_lock import lock_folder
 from verl.config import TrainerConfig
 
 TRACKER_FILE = "checkpoint_tracker.json"
 STATE_FILE = "state.json"
 ACTOR_FOLDER = "actor"
-LOCK_FILE = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
 STEP_NAME = re.compile(r"global_step_(\d+)")
 
@@ -39,17 +38,8 @@ class CheckpointFolder:
         self.root.mkdir(parents=True, exist_ok=True)
 
     def lock(self) -> None:
-        """Hold the folder until this process ends. Raises ValueError if another run writes into it."""
-        descriptor = os.open(self.root / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise ValueError(
-                f"another run writes into {self.root}. Wait for it, or choose another trainer.experiment_name."
-            ) from error
-        except OSError as error:  # some network file systems know no locks
-            logger.warning("%s cannot be locked (%s): do not start a second run in it", self.root, error)
+        """Hold the folder until this process ends. Raises ValueError that names the process that holds it."""
+        lock_folder(self.root)
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, in ascending order."""
