@@ -1,10 +1,15 @@
-"""Shared-prompt decoding: the kernels, in Triton's interpreter, against attention request by request in fp32."""
+"""The kernels of rollouts in Triton's interpreter; test_rollout_kernels.py runs these in a process of their own.
+
+Shared-prompt decoding against attention request by request in fp32, draws against Philox on Python's integers.
+"""
 
 import itertools
 
 import pytest
 import torch
 
+from rollout_support import chi_square_of
+from verl.rollout.draw_kernel import draw_tokens
 from verl.rollout.shared_prompt.kernels import Grouping, VirtualBatch, gather_queries, merge_parts
 
 BLOCK, WIDTH, LEAST = 4, 12, 8
@@ -143,3 +148,67 @@ def test_a_step_leaves_nothing_to_the_next():
     for row, length in enumerate(fresh.num_keys.tolist()):
         num_blocks = -(-length // BLOCK)
         assert torch.equal(again.block_table[row, :num_blocks], fresh.block_table[row, :num_blocks])
+
+
+VOCAB = 301  # no multiple of what the kernel works on at once
+
+
+def draw(logits: torch.Tensor, seeds: list[int], *, position: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and their log-probs as the kernel notes them."""
+    table = torch.full((len(seeds), 4), torch.nan)
+    rows = torch.tensor([seeds, [position] * len(seeds), list(range(len(seeds)))])
+    return draw_tokens(logits, rows, table), table[:, position]
+
+
+def some_logits(num_rows: int) -> torch.Tensor:
+    logits = 2 * torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(0))
+    logits[:, ::7] = -torch.inf  # as forbidden tokens are
+    return logits
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox 4x32-10 as its authors give it, on Python's integers."""
+    for _ in range(10):
+        products = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [
+            (products[1] >> 32) ^ counter[1] ^ key[0],
+            products[1] % 2**32,
+            (products[0] >> 32) ^ counter[3] ^ key[1],
+            products[0] % 2**32,
+        ]
+        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+    return counter
+
+
+def test_philox_is_that_of_the_paper():
+    assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # its known answer
+
+
+def test_draws_are_gumbel_max_over_counted_noise():
+    seeds, position = [7, 2**61 + 12345], 3
+    logits = some_logits(len(seeds))
+    quarter = -(-VOCAB // 4)
+    tokens, log_probs = draw(logits, seeds, position=position)
+    for row, seed in enumerate(seeds):
+        words = [philox([i, position, 0, 0], [seed % 2**32, seed >> 32]) for i in range(quarter)]
+        uniform = torch.tensor(words, dtype=torch.float64).T.reshape(-1)[:VOCAB].add(0.5).div(2**32)
+        noise = -torch.log(-torch.log1p(-uniform))
+        assert tokens[row] == (logits[row] + noise).argmax()
+    expected = logits.log_softmax(dim=1)[range(len(seeds)), tokens]
+    torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
+
+
+def test_draws_do_not_depend_on_the_batch():
+    seeds, logits = [5, 6, 7, 8], some_logits(4)
+    together, _ = draw(logits, seeds)
+    for row, seed in enumerate(seeds):
+        assert draw(logits[row : row + 1], [seed])[0] == together[row]
+    assert torch.equal(draw(logits.flip(0), seeds[::-1])[0], together.flip(0))
+
+
+def test_draws_follow_softmax():
+    """Chi-square of 500 draws; half a million were drawn on a GPU, see test_rollout_gpu.py."""
+    logits = 2 * some_logits(1)
+    drawn, _ = draw(logits.expand(500, -1), list(range(500)))
+    chi_square, freedom = chi_square_of(torch.bincount(drawn, minlength=VOCAB), logits[0])
+    assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5

@@ -71,5 +71,5 @@ def draw_tokens(logits: torch.Tensor, rows: torch.Tensor, table: torch.Tensor) -
     assert logits.stride(1) == 1, f"logits have a stride of {logits.stride(1)} over the vocabulary"
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     arguments = (logits, logits.stride(0), rows, num_rows, tokens, table, table.shape[1], vocab)
-    _draw_kernel[(num_rows,)](*arguments, triton.cdiv(vocab, 4), block=BLOCK, num_warps=8)
+    _draw_kernel[(num_rows,)](*arguments, triton.cdiv(vocab, 4), block=BLOCK, num_warps=32)
     return tokens

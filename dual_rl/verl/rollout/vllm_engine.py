@@ -44,8 +44,8 @@ class VllmEngine:
         prepare_environment(config, device)
         self.draws = DeviceDraws(device) if can_draw_on(device) else None
         processors = [forbidding(forbidden_token_ids)] + ([self.draws.logits_processor()] if self.draws else [])
-        arguments = {"logits_processors": processors, **choose_backend(config, device)}
         with process_state_kept(device):
+            arguments = {"logits_processors": processors, **choose_backend(config, device)}
             self.llm = start_llm(folder, config, max_model_len, forbidden_token_ids, device, **arguments)
         if self.draws:
             self.draws.install(self.llm)
@@ -62,7 +62,7 @@ class VllmEngine:
             self.draws.begin([response_seed(sampling, key) for key in keys], max_tokens=sampling.max_tokens)
         with random_state_kept():
             outputs = self._run(
-                [self._request(prompt) for prompt in prompts],
+                (self._request(prompt) for prompt in prompts),
                 [self._sampling_parameters(prompt, sampling) for prompt in prompts],
             )
         return self._read_outputs(prompts, outputs, sampling)
@@ -103,16 +103,20 @@ class VllmEngine:
             (output,) = self._run([request], [greedy_token])
         return output.prompt_token_ids
 
-    def _run(self, requests: Sequence[dict], parameters: Sequence) -> list:
-        """vLLM's outputs of requests, in their order. Nothing is begun before all are in: batches do not depend on
-        time, and ranks that share a tensor-parallel engine make the same ones."""
-        engine = self.llm.llm_engine
-        for number, (request, own) in enumerate(zip(requests, parameters, strict=True)):
+    def _run(self, requests: Iterable[dict], parameters: Iterable) -> list:
+        """vLLM's outputs of requests, in their order. The engine takes a step after each request, so that it reads
+        one prompt while the next is made. Batches do not depend on time: ranks that share an engine make the same."""
+        engine, finished, number = self.llm.llm_engine, {}, 0
+        for number, (request, own) in enumerate(zip(requests, parameters, strict=True), start=1):
             add_request(self.llm, str(number), request, own)
-        finished = {}
+            finished |= self._step()
         while engine.has_unfinished_requests():
-            finished.update({output.request_id: output for output in engine.step() if output.finished})
-        return [finished[str(number)] for number in range(len(requests))]
+            finished |= self._step()
+        return [finished[str(index)] for index in range(1, number + 1)]
+
+    def _step(self) -> dict[str, object]:
+        """Outputs of the requests that are finished by now, by their names."""
+        return {output.request_id: output for output in self.llm.llm_engine.step() if output.finished}
 
     def _request(self, prompt: VideoPrompt) -> dict:
         """vLLM's form of a prompt. Its identifier is new each time: no feature outlives the weights it came from."""

@@ -20,13 +20,15 @@ BACKEND = "verl.rollout.shared_prompt.backend.SharedPromptBackend"
 def choose_backend(config: RolloutConfig, device: torch.device) -> dict[str, object]:
     """Arguments of `vllm.LLM` that turn shared-prompt decoding on; none where it is off or cannot work."""
     reason = find_obstacle(config, device)
+    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    level = logging.WARNING if is_first and device.type == "cuda" else logging.INFO  # workers show warnings only
     if reason is not None:
-        logger.info("Shared-prompt decoding is off: %s", reason)
+        logger.log(level, "shared-prompt decoding is off: %s", reason)
         return {}
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
-    logger.info("Shared-prompt decoding is on: each prompt's cache is read once for its %d responses", config.n)
+    logger.log(level, "shared-prompt decoding is on: a prompt's cache is read once for its %d responses", config.n)
     return {"attention_config": {"backend": AttentionBackendEnum.CUSTOM.name}}
 
 
@@ -47,6 +49,7 @@ def find_obstacle(config: RolloutConfig, device: torch.device) -> str | None:
 
 def find_obstacle_in_vllm() -> str | None:
     """What of the installed vLLM does not fit the backend, which extends vLLM's own for FlashAttention 3."""
+    importlib.import_module("vllm.entrypoints.llm")  # first: some of vLLM's modules import each other
     flash_attn = importlib.import_module("vllm.v1.attention.backends.flash_attn")
     if flash_attn.get_flash_attn_version() != 3:
         return "vLLM has no FlashAttention 3 here"
