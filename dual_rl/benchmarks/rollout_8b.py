@@ -21,16 +21,17 @@ import time
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
+import yaml
 
 from pairs import WorkShape, make_work
 from result_file import write_result
 from shapes import DEVICE, build_checkpoint, build_config, measure_ceilings
+from verl.config import ModelConfig, RolloutConfig
 from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids
 from verl.model.building import build_policy
 from verl.model.reward_files import save_engine_folder
-from verl.rollout.engine import RolloutEngine, build_engine
-from verl.trainer.config import ModelConfig, RolloutConfig
+from verl.rollout.build import build_engine
+from verl.rollout.engine import RolloutEngine
 from verl.types import Sampling, VideoPrompt
 
 LONGEST, FIXED = 1000, 600
@@ -66,10 +67,11 @@ def build(options: argparse.Namespace) -> tuple[RolloutEngine, SequenceBuilder, 
     checkpoint = build_checkpoint(options.tokenizer, shapes, config, dtype=torch.bfloat16)
     folder = Path(tempfile.mkdtemp())
     save_engine_folder(folder, checkpoint, dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float32)
-    settings = OmegaConf.merge(OmegaConf.structured(RolloutConfig), OmegaConf.from_dotlist(options.settings))
+    settings = dict(setting.split("=", 1) for setting in options.settings)
+    settings = {name: yaml.safe_load(value) for name, value in settings.items()}
     engine = build_engine(
         folder,
-        config=OmegaConf.to_object(settings),
+        config=RolloutConfig(n=options.n, **settings),
         max_model_len=MAX_MODEL_LEN,
         forbidden_token_ids=forbidden_token_ids(checkpoint.processor, config.text_config.vocab_size),
         eos_token_id=checkpoint.processor.tokenizer.eos_token_id,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rollout_support import CPU
+from verl.config import RolloutConfig
 from verl.rollout.shared_prompt import find_obstacle, find_obstacle_in_vllm
-from verl.trainer.config import RolloutConfig
 
 TESTS = Path(__file__).resolve().parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -49,7 +49,6 @@ def test_an_engine_that_draws_by_the_kernel_keeps_what_engines_promise():
     [
         ({}, "it needs a GPU"),
         ({"shared_prompt_decoding": False}, "shared_prompt_decoding=false"),
-        ({"n": 1}, "nothing to share"),
     ],
 )
 def test_prompts_are_not_shared_where_that_cannot_work(settings, reason):

@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from verl.trainer.config import RolloutConfig
+from verl.config import RolloutConfig
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,6 @@ def find_obstacle(config: RolloutConfig, device: torch.device) -> str | None:
     """Why prompts cannot be shared in decoding; None where they can."""
     if not config.shared_prompt_decoding:
         return "worker.rollout.shared_prompt_decoding=false"
-    if config.n == 1:
-        return "worker.rollout.n=1 leaves nothing to share"
     if device.type != "cuda":
         return f"it needs a GPU, and this rank has a {device.type}"
     if torch.cuda.get_device_capability(device) != HOPPER:
