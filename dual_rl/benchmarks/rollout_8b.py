@@ -4,7 +4,7 @@
     PYTHONPATH=. python benchmarks/rollout_8b.py --profile shared_prompt_decoding=false
 
 Last come fields of `RolloutConfig`. Two works over the same video prompts: `drawn`, where responses end when the
-random weights draw the end (at most 1,000 tokens, 630 on average), and `fixed`, where every response has 600 tokens.
+random weights draw the end (at most 1,000 tokens, some 600 on average), and `fixed`, where all responses have 600.
 `--profile` adds what decode steps are made of. `--keep` writes what was drawn in two compositions of the batch, and
 `--compare` tells two such files apart, next to what the composition alone does.
 """
