@@ -229,7 +229,8 @@ class Paper:
         return num_bytes / (self.bus_gb_per_second * GIGA)
 
     def generate_seconds(self, shape: StepShape) -> float:
-        """Of the rollouts of a rank's pairs, in as many rounds as the KV cache needs."""
+        """Of the rollouts of a rank's pairs, in as many rounds as the KV cache needs; a prompt's cache is read once
+        for its responses."""
         text, response = self.config.text_config, shape.response_tokens
         videos, prompt = 2 * math.ceil(shape.pairs / shape.gpus), shape.prompt_tokens
         weight_bytes = BF16_BYTES * (linear_weights(self.config) + text.hidden_size * text.vocab_size)
@@ -237,7 +238,7 @@ class Paper:
         fitting = KV_GIB * GIB / (token_bytes * (prompt / shape.n + response))
         rounds = max(1.0, videos * shape.n / max(1.0, min(MAX_LIVE, fitting)))
         read = rounds * (shape.longest_tokens or response) * weight_bytes
-        read += videos * shape.n * token_bytes * (response * prompt + response**2 / 2)
+        read += videos * token_bytes * (response * prompt + shape.n * response**2 / 2)
         prefill = count_flops(self.config, tokens=round(prompt), pairs=prompt**2 / 2, labels=1).forward()
         by_video = prefill / self.model.other_tflops + self._count_video(shape) / self.model.vision_tflops
         return read / (self.model.copy_gb_per_second * GIGA) + videos * by_video / TERA

@@ -55,21 +55,23 @@ def changed_weights() -> dict[str, torch.Tensor]:
     }
 
 
-def make_engine(folder: Path, name: str, device: torch.device = CPU, **config: object) -> RolloutEngine:
+def make_engine(
+    folder: Path, name: str, device: torch.device = CPU, *, max_model_len: int = MAX_MODEL_LEN, **config: object
+) -> RolloutEngine:
     """An engine without weights."""
     processor = AutoProcessor.from_pretrained(folder)
     return build_engine(
         folder,
         config=RolloutConfig(name=name, **config),
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         forbidden_token_ids=forbidden_token_ids(processor, AutoConfig.from_pretrained(folder).text_config.vocab_size),
         eos_token_id=processor.tokenizer.eos_token_id,
         device=device,
     )
 
 
-def make_prompts(folder: Path, num_pairs: int = 2) -> list[VideoPrompt]:
-    """Two prompts a pair, of clips of different length and size."""
+def make_prompts(folder: Path, num_pairs: int = 2, *, repetitions: int = 1) -> list[VideoPrompt]:
+    """Two prompts a pair, of clips of different length and size. `repetitions`: of the text."""
     builder = SequenceBuilder(AutoProcessor.from_pretrained(folder))
     generator = torch.Generator().manual_seed(1)
     prompts = []
@@ -81,7 +83,7 @@ def make_prompts(folder: Path, num_pairs: int = 2) -> list[VideoPrompt]:
             frame_indices=tuple(range(0, 4 * num_frames, 4)),
             total_frames=4 * num_frames,
         )
-        problem = judge_problem(f"a red circle moves left, number {number}")
+        problem = judge_problem(f"a red circle moves left, number {number} " * repetitions)
         prompts.append(builder.encode_prompt(VideoKey(number // 2, "AB"[number % 2]), problem, frames))
     return prompts
 
@@ -117,3 +119,14 @@ class Rescorer:
 def ids_of(responses: Sequence[Sequence[Response]]) -> list[list[tuple[int, ...]]]:
     """Token ids of every response of every prompt."""
     return [[response.cot_ids for response in group] for group in responses]
+
+
+def chi_square_of(counts: torch.Tensor, logits: torch.Tensor) -> tuple[float, int]:
+    """Of draws counted by token against softmax(logits), and its degrees of freedom; rare tokens count as one."""
+    counts = counts.double()
+    expected = counts.sum() * logits.double().softmax(dim=0)
+    assert counts[expected == 0].sum() == 0, "tokens without probability were drawn"
+    rare = expected < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    return float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1

@@ -94,7 +94,7 @@ def test_rollout_by_hand(paper):
     """Weights: 36 layers of 192,937,984 and the head's 622,329,856, two bytes each; 147,456 bytes of KV a token."""
     shape = StepShape(pairs=1, n=2, prompt_tokens=1000, response_tokens=100, frames=4)
     weights = 2 * (36 * 192_937_984 + 622_329_856)
-    cache = 4 * 147_456 * (100 * 1000 + 100**2 / 2)
+    cache = 2 * 147_456 * (100 * 1000 + 2 * 100**2 / 2)  # a prompt's once for both responses
     prefill = 2 * 36 * 192_937_984 * 1000 + 4 * 4096 * 36 * 1000**2 / 2 + 2 * 622_329_856
     video = paper.count_pair(shape)["vision"] / 200
     expected = (100 * weights + cache) / 3e12 + 2 * prefill / 500e12 + video

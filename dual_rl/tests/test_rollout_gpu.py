@@ -1,5 +1,6 @@
 """vLLM on a GPU: what transformers writes, also after sleep, with new weights in memory that held other things."""
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -10,6 +11,7 @@ from rollout_support import (
     WRITING,
     Rescorer,
     changed_weights,
+    chi_square_of,
     ids_of,
     make_engine,
     make_prompts,
@@ -37,7 +39,9 @@ def prompts(folder):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    made = make_engine(folder, "vllm", CUDA, gpu_memory_utilization=0.1, max_num_seqs=16, enforce_eager=True)
+    made = make_engine(
+        folder, "vllm", CUDA, gpu_memory_utilization=0.1, max_num_seqs=16, enforce_eager=True, max_model_len=1024
+    )
     yield made
     made.close()
 
@@ -81,3 +85,58 @@ def test_nothing_old_is_left_after_sleep(engine, folder, prompts):
     engine.load_weights(changed_weights().items())
     responses = engine.generate(prompts, WRITING)
     assert mean_difference(Rescorer(folder, changed_weights()), prompts, responses) < 0.03
+
+
+def test_grouped_responses_are_as_close_to_fp32_as_single_ones(engine, folder, monkeypatch):
+    """A response alone is stock attention; beside others of its prompt it is merged from two parts."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("prompts are shared on Hopper cards only")
+    from verl.rollout.shared_prompt.kernels import Grouping
+
+    group, num_grouped = Grouping.group, []
+
+    def watched(*arguments):
+        batch = group(*arguments)
+        num_grouped.append(int((batch.grouped >= 0).sum()))
+        return batch
+
+    monkeypatch.setattr(Grouping, "group", watched)
+    engine.load_weights(tiny_weights().items())
+    prompts = make_prompts(folder, repetitions=60)
+    sampling = dataclasses.replace(WRITING, max_tokens=64)
+    rescorer, differences = Rescorer(folder, tiny_weights()), {}
+    for n in (1, 4):
+        responses = engine.generate(prompts, dataclasses.replace(sampling, n=n))
+        differences[n] = mean_difference(rescorer, prompts, responses)
+        assert (max(num_grouped) > 0) == (n > 1)
+    assert differences[4] < max(1.5 * differences[1], 0.005)
+
+
+def test_draws_do_not_depend_on_the_batch(engine, prompts):
+    """bf16 may turn a draw where two tokens are all but equal, so not all responses have to be the same."""
+    engine.load_weights(tiny_weights().items())
+    sampling = dataclasses.replace(WRITING, n=8)
+    together = ids_of(engine.generate(prompts, sampling))
+    alone = [ids_of(engine.generate([prompt], sampling))[0] for prompt in prompts]
+    pairs = [
+        (one, other)
+        for group, others in zip(together, alone, strict=True)
+        for one, other in zip(group, others, strict=True)
+    ]
+    assert sum(one == other for one, other in pairs) > 0.8 * len(pairs)
+
+
+def test_draws_follow_softmax():
+    """Half a million draws from a vocabulary of 151,936."""
+    from verl.rollout.draw_kernel import draw_tokens
+
+    vocab, batch = 151_936, 4096
+    logits = 3 * torch.randn(vocab, generator=torch.Generator().manual_seed(0)).to(CUDA)
+    logits[::100] = -torch.inf
+    counts, table = torch.zeros(vocab, dtype=torch.int64, device=CUDA), torch.zeros(1, 1, device=CUDA)
+    for position in range(128):
+        seeds = torch.arange(batch, device=CUDA)
+        rows = torch.stack([seeds, torch.full_like(seeds, position), torch.full_like(seeds, -1)])
+        counts += torch.bincount(draw_tokens(logits.expand(batch, -1), rows, table), minlength=vocab)
+    chi_square, freedom = chi_square_of(counts, logits)
+    assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5

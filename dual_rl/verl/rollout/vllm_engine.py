@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 
 from verl.config import RolloutConfig
-from verl.rollout.engine import check_lengths, video_seed
+from verl.rollout.draws import DeviceDraws, can_draw_on
+from verl.rollout.engine import check_lengths, response_seed, video_seed
+from verl.rollout.shared_prompt import choose_backend
 from verl.rollout.vllm_prompts import PromptForm, add_request, require_same_prompt
-from verl.rollout.vllm_start import prepare_environment, process_state_kept, random_state_kept, start_llm
+from verl.rollout.vllm_start import forbidding, prepare_environment, process_state_kept, random_state_kept, start_llm
 from verl.types import Response, ResponseKey, Sampling, VideoPrompt
 
 EMBEDDING_NAME = "model.language_model.embed_tokens.weight"
@@ -40,8 +42,13 @@ class VllmEngine:
         self.can_sleep = device.type == "cuda"
         self.num_videos = 0
         prepare_environment(config, device)
+        self.draws = DeviceDraws(device) if can_draw_on(device) else None
+        processors = [forbidding(forbidden_token_ids)] + ([self.draws.logits_processor()] if self.draws else [])
         with process_state_kept(device):
-            self.llm = start_llm(folder, config, max_model_len, forbidden_token_ids, device)
+            arguments = {"logits_processors": processors, **choose_backend(config, device)}
+            self.llm = start_llm(folder, config, max_model_len, forbidden_token_ids, device, **arguments)
+        if self.draws:
+            self.draws.install(self.llm)
         self.form = PromptForm(folder, self.llm.get_tokenizer(), device)
 
     def generate(self, prompts: Sequence[VideoPrompt], sampling: Sampling) -> list[list[Response]]:
@@ -50,12 +57,15 @@ class VllmEngine:
         if not prompts:
             return []
         self.form.learn(prompts[0], self._read_prompt)
+        keys = [ResponseKey(*prompt.key, sample) for prompt in prompts for sample in range(sampling.n)]
+        if self.draws:
+            self.draws.begin([response_seed(sampling, key) for key in keys], max_tokens=sampling.max_tokens)
         with random_state_kept():
             outputs = self._run(
-                [self._request(prompt) for prompt in prompts],
+                (self._request(prompt) for prompt in prompts),
                 [self._sampling_parameters(prompt, sampling) for prompt in prompts],
             )
-        return [self._responses(prompt, output, sampling) for prompt, output in zip(prompts, outputs, strict=True)]
+        return self._read_outputs(prompts, outputs, sampling)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See `RolloutEngine`."""
@@ -93,16 +103,20 @@ class VllmEngine:
             (output,) = self._run([request], [greedy_token])
         return output.prompt_token_ids
 
-    def _run(self, requests: Sequence[dict], parameters: Sequence) -> list:
-        """vLLM's outputs of requests, in their order. Nothing is begun before all are in: batches do not depend on
-        time, and ranks that share a tensor-parallel engine make the same ones."""
-        engine = self.llm.llm_engine
-        for number, (request, own) in enumerate(zip(requests, parameters, strict=True)):
+    def _run(self, requests: Iterable[dict], parameters: Iterable) -> list:
+        """vLLM's outputs of requests, in their order. The engine takes a step after each request, so that it reads
+        one prompt while the next is made. Batches do not depend on time: ranks that share an engine make the same."""
+        engine, finished, number = self.llm.llm_engine, {}, 0
+        for number, (request, own) in enumerate(zip(requests, parameters, strict=True), start=1):
             add_request(self.llm, str(number), request, own)
-        finished = {}
+            finished |= self._step()
         while engine.has_unfinished_requests():
-            finished.update({output.request_id: output for output in engine.step() if output.finished})
-        return [finished[str(number)] for number in range(len(requests))]
+            finished |= self._step()
+        return [finished[str(index)] for index in range(1, number + 1)]
+
+    def _step(self) -> dict[str, object]:
+        """Outputs of the requests that are finished by now, by their names."""
+        return {output.request_id: output for output in self.llm.llm_engine.step() if output.finished}
 
     def _request(self, prompt: VideoPrompt) -> dict:
         """vLLM's form of a prompt. Its identifier is new each time: no feature outlives the weights it came from."""
@@ -122,33 +136,39 @@ class VllmEngine:
             repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_tokens,
             seed=None if is_greedy else video_seed(sampling, prompt.key),  # vLLM adds the sample's number
-            logprobs=0,  # of the drawn token only
+            logprobs=0 if is_greedy or not self.draws else None,  # of the drawn token only
             ignore_eos=True,
             stop_token_ids=[self.eos_token_id],  # and none of generation_config.json
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _responses(self, prompt: VideoPrompt, output, sampling: Sampling) -> list[Response]:
-        require_same_prompt(prompt, output.prompt_token_ids)
-        completions = sorted(output.outputs, key=lambda completion: completion.index)
-        if sampling.temperature == 0:
-            completions = completions * sampling.n
-        assert len(completions) == sampling.n, f"{len(completions)} responses instead of {sampling.n}"
-        return [
-            self._response(ResponseKey(*prompt.key, sample), completion)
-            for sample, completion in enumerate(completions)
-        ]
+    def _read_outputs(self, prompts: Sequence[VideoPrompt], outputs: Sequence, sampling: Sampling) -> list:
+        drawn = self.draws.end() if self.draws and sampling.temperature > 0 else {}
+        responses = []
+        for prompt, output in zip(prompts, outputs, strict=True):
+            require_same_prompt(prompt, output.prompt_token_ids)
+            completions = sorted(output.outputs, key=lambda completion: completion.index)
+            if sampling.temperature == 0:
+                completions = completions * sampling.n
+            assert len(completions) == sampling.n, f"{len(completions)} responses instead of {sampling.n}"
+            keys = [ResponseKey(*prompt.key, sample) for sample in range(sampling.n)]
+            log_probs = [drawn.get(response_seed(sampling, key)) for key in keys]
+            responses.append(list(map(self._response, keys, completions, log_probs)))
+        return responses
 
-    def _response(self, key: ResponseKey, completion) -> Response:
+    def _response(self, key: ResponseKey, completion, log_probs: torch.Tensor | None) -> Response:
+        """`log_probs`: of the tokens, and whatever behind them; None where vLLM has them."""
         ids = list(completion.token_ids)
         is_finished = bool(ids) and ids[-1] == self.eos_token_id
-        log_probs = [entry[token].logprob for token, entry in zip(ids, completion.logprobs, strict=True)]
+        if log_probs is None:
+            pairs = zip(ids, completion.logprobs, strict=True)
+            log_probs = torch.tensor([entry[token].logprob for token, entry in pairs], dtype=torch.float32)
         return Response(
             key=key,
             cot_ids=tuple(ids[:-1] if is_finished else ids),
             is_finished=is_finished,
-            log_probs=torch.tensor(log_probs, dtype=torch.float32),
+            log_probs=log_probs[: len(ids)].clone(),
         )
 
 

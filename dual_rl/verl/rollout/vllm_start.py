@@ -83,7 +83,7 @@ def start_llm(
         "enforce_eager": config.enforce_eager or device.type == "cpu",
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",
-        "logits_processors": [_forbidding(forbidden_token_ids)],
+        "logits_processors": [forbidding(forbidden_token_ids)],
         "generation_config": "vllm",  # not the folder's: sampling is what `Sampling` says
         "limit_mm_per_prompt": {"image": 0, "video": 1},
         "mm_processor_kwargs": {"do_resize": False},  # frames come sampled and resized
@@ -111,7 +111,7 @@ def _register_loader() -> None:
     register_model_loader(NO_WEIGHTS)(ZeroWeights)
 
 
-def _forbidding(token_ids: Sequence[int]) -> type:
+def forbidding(token_ids: Sequence[int]) -> type:
     """A vLLM logits processor, the same for all requests, that leaves `token_ids` no probability."""
     from vllm.v1.sample.logits_processor import LogitsProcessor
 
