@@ -39,9 +39,8 @@ def prompts(folder):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    made = make_engine(
-        folder, "vllm", CUDA, gpu_memory_utilization=0.1, max_num_seqs=16, enforce_eager=True, max_model_len=1024
-    )
+    settings = {"gpu_memory_utilization": 0.1, "max_num_seqs": 16, "enforce_eager": True}
+    made = make_engine(folder, "vllm", CUDA, **settings, shared_prompt_decoding=True, max_model_len=1024)
     yield made
     made.close()
 

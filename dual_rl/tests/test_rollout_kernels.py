@@ -47,8 +47,8 @@ def test_an_engine_that_draws_by_the_kernel_keeps_what_engines_promise():
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({}, "it needs a GPU"),
-        ({"shared_prompt_decoding": False}, "shared_prompt_decoding=false"),
+        ({"shared_prompt_decoding": True}, "it needs a GPU"),
+        ({}, "shared_prompt_decoding=false"),
     ],
 )
 def test_prompts_are_not_shared_where_that_cannot_work(settings, reason):

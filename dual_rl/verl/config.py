@@ -210,7 +210,7 @@ class RolloutConfig:
     max_num_batched_tokens: Count = 16384
     max_num_seqs: Count = 256
     enforce_eager: bool = False
-    shared_prompt_decoding: bool = True
+    shared_prompt_decoding: bool = False
     """Read a prompt's cache once for all its responses, where that can be done: vllm on Hopper cards."""
     kv_cache_gib: Count | None = None
     """Memory of vLLM's KV cache; None: what gpu_memory_utilization leaves, 1 on a CPU."""
