@@ -35,6 +35,7 @@ def test_the_gpus_that_the_user_chose_are_trained_on(programs, visible, num_gpus
     assert call.startswith(expected)
     assert f"/{zero}.json " in call
     assert "Qwen3-VL-8B" in call
+    assert "--lora_r" not in call  # what has a default is left to it
 
 
 @pytest.mark.parametrize("visible", ["", "-1"])

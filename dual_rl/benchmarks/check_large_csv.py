@@ -2,9 +2,9 @@
 
     python benchmarks/check_large_csv.py --rows 50000 --result results/check_large_csv.json      (from dual_rl/)
 
-Every row has two clips of its own, links to the shipped examples, and a CoT of its own. Each check runs twice in a new
-process: the second finds what the first has remembered. Memory is the largest resident size of that process; decoder
-processes take about 50 MB each beside it.
+Every row has two clips of its own, links to the shipped examples, and a CoT of its own. Each check runs twice, each
+time in a new process: the second finds what the first has remembered. Stage 2 finds the videos that stage 1 has checked.
+Memory is the largest resident size of a process; decoder processes take about 50 MB each beside it.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 from result_file import write_result
 
 STAGE = Path(__file__).resolve().parents[1]
+RESULTS = STAGE / "results"
 STAGE1 = STAGE.parent / "cold_start"
 TINY_BASE = STAGE1 / "model" / "tiny_base"
 CLIPS = sorted((STAGE / "data" / "videos").glob("*.mp4"))
@@ -62,10 +63,13 @@ def write_data(folder: Path, num_rows: int) -> None:
             bench_writer.writerow([*videos, prompt, "AB"[row % 2]])
 
 
-def measure(command: list[str], folder: Path, cache: Path) -> dict[str, float]:
+def measure(command: list[str], folder: Path) -> dict[str, float]:
     """Seconds, and MB at the most, of one process."""
     in_stage1 = command[0] == "-m"
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(STAGE1 if in_stage1 else STAGE)}
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "PYTHONPATH": str(STAGE1 if in_stage1 else STAGE),
+    }
     command = [sys.executable, *(part.format(folder=folder) if in_stage1 else part for part in command)]
     start = time.monotonic()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
@@ -80,7 +84,8 @@ def main() -> None:
     parser.add_argument("--result", type=Path)
     options = parser.parse_args()
     result: dict[str, object] = {"rows": options.rows, "videos": 2 * options.rows, "cores": os.cpu_count()}
-    with tempfile.TemporaryDirectory(dir=STAGE) as name:  # links do not reach over file systems
+    RESULTS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=RESULTS) as name:  # links do not reach over file systems
         folder = Path(name)
         write_data(folder, options.rows)
         for what, command in (
@@ -88,8 +93,7 @@ def main() -> None:
             ("stage 2", ["-c", STAGE2_CHECK, name, str(TINY_BASE)]),
             ("benchmark plan", ["-c", BENCH_PLAN, name]),
         ):
-            cache = folder / f"cache of {what}"
-            result[what] = {"first": measure(command, folder, cache), "again": measure(command, folder, cache)}
+            result[what] = {run: measure(command, folder) for run in ("first", "again")}
             write_result(result, options.result)
             sys.stdout.write(f"{what}: {json.dumps(result[what])}\n")
 
