@@ -1,6 +1,6 @@
 """Seconds and memory that the checks of a large CSV take, in both stages, and that planning a benchmark takes.
 
-    python benchmarks/check_large_csv.py --rows 50000 --result benchmarks/results/check_large_csv.json   (from dual_rl/)
+    python benchmarks/check_large_csv.py --result benchmarks/results/check_large_csv.json   (from dual_rl/)
 
 Every row has two clips of its own, links to the shipped examples, and a CoT of its own. Each check runs twice, each
 time in a new process: the second finds what the first remembered. Stage 2 finds the videos that stage 1 checked.
