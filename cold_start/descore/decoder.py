@@ -80,7 +80,7 @@ def open_video(path: str | os.PathLike) -> Iterator[OpenVideo]:
     try:
         yield OpenVideo(decoder, path)
     finally:
-        if decoder.is_alive:
+        if decoder.is_ready:
             _idle.append(decoder)
 
 
@@ -95,19 +95,20 @@ class _Decoder:
             command, pass_fds=(descriptor,), env=os.environ | CPU_ENVIRONMENT, stderr=subprocess.DEVNULL
         )
         theirs.close()
-        self.is_alive = True
+        self.is_ready = True
 
     def ask(self, request: str | list[int], path: str) -> tuple | bytes:
         """The answer to a request about the video `path`. Raises VideoError."""
+        self.is_ready = False  # an answer that nobody waits for any more must not be taken for the next one's
         try:
             self._connection.send(request)
             is_error, answer = self._connection.recv()
             if answer is None:
                 answer = self._connection.recv_bytes()
         except (EOFError, ConnectionError):
-            self.is_alive = False
             self._connection.close()
             raise VideoError(_describe_death(self._process.wait(), path)) from None
+        self.is_ready = True
         if is_error:
             raise VideoError(f"video does not decode (truncated or damaged?): {path}: {answer}")
         return answer
@@ -187,5 +188,6 @@ def _describe(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; whoever asks decides when to end
     with contextlib.suppress(EOFError, ConnectionError):
         _serve(Connection(int(sys.argv[1])))

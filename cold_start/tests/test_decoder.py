@@ -2,6 +2,8 @@
 
 import os
 import struct
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from qwen_vl_utils.vision_process import VIDEO_READER_BACKENDS
 
 from descore import decoder
-from stage1_support import REAL_VIDEOS
+from stage1_support import REAL_VIDEOS, STAGE_DIR
 from vision_process import VideoBudget, VideoError, load_video, probe_video, probe_videos, resize_frames
 
 IDENTITY = struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
@@ -89,6 +91,21 @@ def test_a_file_that_gives_other_frames_each_time_is_refused(hostile, clips):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # to all appearances the file of before
     with pytest.raises(VideoError, match=r"gives other frames each time it is decoded.*changing\.mp4"):
         load_video(path, BUDGET)
+
+
+def test_ctrl_c_leaves_decoding_to_whoever_asked_for_it(clips):
+    """A server that is stopped still answers what it has accepted."""
+    program = """
+import os, signal, sys
+from vision_process import VideoBudget, load_video
+
+load_video(sys.argv[1], VideoBudget())
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+os.killpg(0, signal.SIGINT)
+load_video(sys.argv[2], VideoBudget())
+"""
+    command = [sys.executable, "-c", program, str(clips[0]), str(clips[1])]
+    subprocess.run(command, cwd=STAGE_DIR, check=True, start_new_session=True, timeout=120)
 
 
 def test_threads_decode_at_the_same_time(clips):
