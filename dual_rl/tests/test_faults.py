@@ -103,7 +103,7 @@ def test_a_run_continues_after_every_fault(uninterrupted, workplace):
     ("settings", "fault", "pattern"),
     [
         ({}, "kill_worker 1", r"rank [01] died in prepare\(\): its process was killed"),
-        ({"worker.actor.optim.lr": 1e30}, "", r"rank [01]: step 1: loss .* stopped before the weights were changed"),
+        ({"worker.actor.optim.lr": 1e30}, "", r"rank [01]: step 1: loss .* stopped before the weights changed"),
     ],
     ids=["a rank dies", "the loss is not finite"],
 )
@@ -143,7 +143,7 @@ def test_a_port_in_use_is_named_and_free_again_afterwards(workplace):
         taken.listen()
         port = taken.getsockname()[1]
         run = workplace.run(settings={"trainer.master_port": port, "trainer.max_steps": 1})
-        assert_one_message(run, rf"port {port} on .* is in use; choose another with trainer.master_port")
+        assert_one_message(run, rf"port {port} on .* is in use. Choose another with trainer.master_port")
     for steps in (1, 2):
         run = workplace.run(settings={"trainer.master_port": port, "trainer.max_steps": steps})
         assert run.code == 0, run.output
