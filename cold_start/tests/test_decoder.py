@@ -10,6 +10,7 @@ import pytest
 import torch
 from qwen_vl_utils.vision_process import VIDEO_READER_BACKENDS
 
+import vision_process
 from descore import decoder
 from stage1_support import REAL_VIDEOS, STAGE_DIR
 from vision_process import VideoBudget, VideoError, load_video, probe_video, probe_videos, resize_frames
@@ -90,6 +91,18 @@ def test_a_file_that_gives_other_frames_each_time_is_refused(hostile, clips):
     hostile("changing.mp4", content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # to all appearances the file of before
     with pytest.raises(VideoError, match=r"gives other frames each time it is decoded.*changing\.mp4"):
+        load_video(path, BUDGET)
+
+
+def test_a_file_that_is_removed_meanwhile_is_that_videos_fault(hostile, clips, monkeypatch):
+    path = hostile("removed.mp4", clips[0].read_bytes())
+
+    def remove_and_resize(*args, **kwargs):
+        os.remove(path)
+        return resize_frames(*args, **kwargs)
+
+    monkeypatch.setattr(vision_process, "resize_frames", remove_and_resize)
+    with pytest.raises(VideoError, match=r"removed while it was decoded.*removed\.mp4"):
         load_video(path, BUDGET)
 
 

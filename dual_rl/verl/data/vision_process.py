@@ -192,7 +192,10 @@ _checksums: dict[int, int] = {}
 
 def _require_same_as_before(path: str, loaded: VideoFrames) -> None:
     """Some damaged files decode to something else each time, from memory that nothing has written."""
-    stat = os.stat(path)
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError as error:
+        raise VideoError(f"video was removed while it was decoded: {path}") from error
     key = (path, stat.st_size, stat.st_mtime_ns, loaded.frame_indices, loaded.frames.shape)
     checksum = zlib.crc32(np.ascontiguousarray(loaded.frames))
     if _checksums.setdefault(hash(key), checksum) != checksum:
