@@ -16,12 +16,12 @@ from typing import get_args
 
 from transformers.utils import logging as transformers_logging
 
+from scoring.bench_csv import BenchType
+from scoring.benchmark import BenchmarkRun, describe_result, run_benchmark
+from scoring.options import add_model_flags, build_source
+from scoring.reward_model import RewardModel
+from scoring.scoring import ScoringSettings
 from verl.data.scored_sequence import REWARD_TOKEN
-from verl.inference.bench_csv import BenchType
-from verl.inference.benchmark import BenchmarkRun, describe_result, run_benchmark
-from verl.inference.options import add_model_flags, build_source
-from verl.inference.reward_model import RewardModel
-from verl.inference.scoring import ScoringSettings
 from verl.trainer.cluster import WorkerError
 
 __all__ = ["RewardModel", "ScoringSettings"]

@@ -1,4 +1,4 @@
-"""Serves the rewards of a model over HTTP. README.md says more, verl/serving/app.py describes the routes.
+"""Serves the rewards of a model over HTTP. README.md says more, serving/app.py describes the routes.
 
     python serve.py --model_ckpt CHECKPOINT --roots /data/videos
     python serve.py --model_ckpt CHECKPOINT --host 0.0.0.0 --token_file token.txt      for other machines
@@ -16,14 +16,14 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from verl.inference.options import build_source
-from verl.inference.source import choose_prompt_length, load_model_scale, read_checkpoint
-from verl.serving.app import RewardService
-from verl.serving.metrics import ServerMetrics
-from verl.serving.options import build_limits, parse_arguments, read_token
-from verl.serving.paths import AllowedRoots
-from verl.serving.scoring_thread import ScoringThread
-from verl.serving.server import choose_port, run_server
+from scoring.options import build_source
+from scoring.source import choose_prompt_length, load_model_scale, read_checkpoint
+from serving.app import RewardService
+from serving.metrics import ServerMetrics
+from serving.options import build_limits, parse_arguments, read_token
+from serving.paths import AllowedRoots
+from serving.scoring_thread import ScoringThread
+from serving.server import choose_port, run_server
 from verl.temporary import temporary_folder
 
 SECONDS_TO_CLOSE = 20.0

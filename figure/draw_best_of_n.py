@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "dual_rl"))
-from verl.inference.best_of_n import compute_expected_best  # noqa: E402
+from scoring.best_of_n import compute_expected_best  # noqa: E402
 
 DATA, PICTURE = HERE / "best_of_n.csv", HERE / "best_of_n.png"
 COLUMNS = ("model", "folder", "reward", "true_score")

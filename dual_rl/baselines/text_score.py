@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from descore.answers import extract_overall
 from descore.csv_table import CsvError
-from verl.inference.accuracy import Estimate, compute_pair_accuracy
-from verl.inference.bench_csv import BENCH_FORMATS, LabelReader, iterate_rows, read_columns
+from scoring.accuracy import Estimate, compute_pair_accuracy
+from scoring.bench_csv import BENCH_FORMATS, LabelReader, iterate_rows, read_columns
 
 COT_COLUMNS = ("CoT_A", "CoT_B")
 

@@ -42,7 +42,7 @@ check_pairs(pairs, SequenceBuilder(processor), VideoBudget(), max_prompt_length=
 """
 BENCH_PLAN = """
 import sys
-from verl.inference.bench_csv import read_bench
+from scoring.bench_csv import read_bench
 
 read_bench(sys.argv[1] + "/bench.csv", "tabench")
 """

@@ -30,14 +30,14 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from result_file import write_result
+from scoring.hf_scorer import HfScorer
+from scoring.reward_model import RewardModel
+from scoring.scoring import ScoringSettings, VideoTask
+from scoring.vllm_scorer import VllmScorer
 from verl.config import DataConfig, RolloutConfig
 from verl.data.loading import VideoLoader
 from verl.data.pair_csv import read_pairs
 from verl.data.scored_sequence import SequenceBuilder
-from verl.inference.hf_scorer import HfScorer
-from verl.inference.reward_model import RewardModel
-from verl.inference.scoring import ScoringSettings, VideoTask
-from verl.inference.vllm_scorer import VllmScorer
 from verl.model.reward_files import load_checkpoint, save_engine_folder, stream_weights
 from verl.rollout.vllm_prompts import PromptForm
 from verl.rollout.vllm_start import prepare_environment, start_llm
@@ -84,7 +84,7 @@ def run_one_engine(options: argparse.Namespace) -> dict:
     settings = ScoringSettings(batch_size=max(options.batch_sizes), max_new_tokens=LONGEST, num_threads=8)
     settings = dataclasses.replace(settings, max_prompt_length=MAX_MODEL_LEN - LONGEST - 2)
     torch.cuda.reset_peak_memory_stats()
-    import verl.inference.vllm_scorer as module
+    import scoring.vllm_scorer as module
 
     module.VllmScorer = FixedLengthScorer
     FixedLengthScorer.lengths = draw_lengths(tasks)

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scoring.best_of_n import Candidates, build_tasks, find_candidates
+from scoring.reward_model import RewardModel
+from scoring.scoring import Outcome, ScoredVideo, ScoringSettings
 from verl.data.scored_sequence import judge_problem
-from verl.inference.best_of_n import Candidates, build_tasks, find_candidates
-from verl.inference.reward_model import RewardModel
-from verl.inference.scoring import Outcome, ScoredVideo, ScoringSettings
 
 COLUMNS = ("folder", "rank", "reward", "video", "cot")
 

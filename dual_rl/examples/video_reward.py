@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from verl.inference.reward_model import RewardModel
-from verl.inference.scoring import ScoringSettings
+from scoring.reward_model import RewardModel
+from scoring.scoring import ScoringSettings
 
 
 class VideoReward:

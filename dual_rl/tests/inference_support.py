@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from scoring.bench_csv import BENCH_FORMATS, BenchType
+from scoring.benchmark import JOURNAL_SUFFIX
 from toy_world.tables import write_table
 from training_support import DUAL_RL, RUN_TIMEOUT, forks
-from verl.inference.bench_csv import BENCH_FORMATS, BenchType
-from verl.inference.benchmark import JOURNAL_SUFFIX
 from verl.model.reward_files import save_head
 
 VIDEOS = DUAL_RL / "data" / "videos"

@@ -11,12 +11,12 @@ from itertools import combinations
 from pathlib import Path
 
 from descore.answers import parse_annotation
+from scoring.bench_csv import Bench, read_bench
+from scoring.journal import Journal
+from scoring.report import summarise
+from scoring.scoring import ScoredVideo
 from toy_world.tables import write_table
 from training_support import EXAMPLE_CSV
-from verl.inference.bench_csv import Bench, read_bench
-from verl.inference.journal import Journal
-from verl.inference.report import summarise
-from verl.inference.scoring import ScoredVideo
 from verl.types import Side
 
 WORDS = {2: "as the prompt asks", 1: "only partly what the prompt asks for", 0: "not what the prompt asks for"}

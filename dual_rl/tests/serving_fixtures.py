@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from scoring.reward_model import RewardModel
 from serving_support import CLIPS, PROMPTS, SETTINGS, Gate, Serving
-from verl.inference.reward_model import RewardModel
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import pytest
 
+from scoring.reward_model import RewardModel
+from scoring.scale import RewardScale
+from scoring.scoring import Outcome, ScoringSettings
+from serving.app import RewardService
+from serving.limits import ServerLimits
+from serving.metrics import ServerMetrics
+from serving.paths import AllowedRoots
+from serving.scoring_thread import ScoringThread
+from serving.server import build_server, choose_port
 from training_support import DUAL_RL
-from verl.inference.reward_model import RewardModel
-from verl.inference.scale import RewardScale
-from verl.inference.scoring import Outcome, ScoringSettings
-from verl.serving.app import RewardService
-from verl.serving.limits import ServerLimits
-from verl.serving.metrics import ServerMetrics
-from verl.serving.paths import AllowedRoots
-from verl.serving.scoring_thread import ScoringThread
-from verl.serving.server import build_server, choose_port
 
 CLIPS = sorted((DUAL_RL / "data" / "videos").glob("*.mp4"))
 PROMPTS = [f"a shape, number {number}" for number in range(len(CLIPS))]

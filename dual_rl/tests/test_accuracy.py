@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from verl.inference.accuracy import (
+from scoring.accuracy import (
     ModelRow,
     calibrate_threshold,
     compute_model_table,

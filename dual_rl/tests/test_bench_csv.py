@@ -8,12 +8,12 @@ from typing import get_args
 import pytest
 
 from make_toy_world import sample_example
+from scoring import bench_csv
+from scoring.bench_csv import BenchItem, BenchType, compute_item_id, iterate_rows, read_bench, read_columns
 from toy_world.tables import build_tables, write_table
 from toy_world.world import WorldConfig
 from verl.data.pair_csv import CsvError
 from verl.data.scored_sequence import judge_problem
-from verl.inference import bench_csv
-from verl.inference.bench_csv import BenchItem, BenchType, compute_item_id, iterate_rows, read_bench, read_columns
 
 PAIRS = sample_example(WorldConfig())
 LABELS = {"A": 1, "B": -1, "same": 0, "invalid": None, "leftvote": 1, "rightvote": -1, "tievote": 0, "bothbad_vote": 0}

@@ -12,7 +12,7 @@ from statistics import fmean
 
 import pytest
 
-from verl.inference.best_of_n import build_tasks, compute_expected_best, find_candidates
+from scoring.best_of_n import build_tasks, compute_expected_best, find_candidates
 
 DUAL_RL = Path(__file__).resolve().parents[1]
 CLIPS = sorted((DUAL_RL / "data" / "videos").glob("*.mp4"))

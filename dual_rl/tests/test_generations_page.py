@@ -7,9 +7,9 @@ from urllib.parse import urljoin
 import pytest
 
 from report_support import read_data, write_example_bench
+from scoring.html_report import main, write_generations_report
 from training_support import EXAMPLE_CSV
 from verl.data.pair_csv import CsvError
-from verl.inference.html_report import main, write_generations_report
 
 
 def write_generations(path: Path, *, problem: str = "Judge <video>", steps=(0, 20)) -> Path:

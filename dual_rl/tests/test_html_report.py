@@ -14,14 +14,14 @@ from urllib.parse import unquote, urljoin, urlsplit
 import pytest
 
 from report_support import DATA, fill_journal, make_result, read_data
+from scoring.bench_csv import Bench, read_bench
+from scoring.html_report import write_report
+from scoring.journal import Journal
+from scoring.report import summarise
+from scoring.report_charts import sigmoid
+from scoring.scale import RewardScale
+from scoring.scoring import FailedVideo, ScoredVideo
 from toy_world.tables import write_table
-from verl.inference.bench_csv import Bench, read_bench
-from verl.inference.html_report import write_report
-from verl.inference.journal import Journal
-from verl.inference.report import summarise
-from verl.inference.report_charts import sigmoid
-from verl.inference.scale import RewardScale
-from verl.inference.scoring import FailedVideo, ScoredVideo
 
 HOSTILE = [
     "</script><script>alert(1)</script><!-- <script>",

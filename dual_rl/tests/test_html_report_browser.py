@@ -8,9 +8,9 @@ import pytest
 
 from browser_support import BROWSERS, Browser, Trap, find_browser, open_browser
 from report_support import fill_journal, make_result, read_data, write_example_bench
-from verl.inference.html_report import write_report
-from verl.inference.journal import Journal
-from verl.inference.scoring import FailedVideo
+from scoring.html_report import write_report
+from scoring.journal import Journal
+from scoring.scoring import FailedVideo
 
 pytestmark = [
     pytest.mark.slow,

@@ -34,12 +34,12 @@ from inference_support import (
     write_head,
 )
 from model_support import write_small_model
+from scoring import benchmark
+from scoring.bench_csv import BENCH_FORMATS, read_bench
+from scoring.report import added_columns, format_table
 from test_faults import assert_one_message
 from toy_world.tables import read_table
 from training_support import wait_until_gone
-from verl.inference import benchmark
-from verl.inference.bench_csv import BENCH_FORMATS, read_bench
-from verl.inference.report import added_columns, format_table
 
 NUM_KILLS = 4
 HAS_VLLM = importlib.util.find_spec("vllm") is not None

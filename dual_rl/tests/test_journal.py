@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from verl.inference.journal import Journal
-from verl.inference.scoring import FailedVideo, ScoredVideo
+from scoring.journal import Journal
+from scoring.scoring import FailedVideo, ScoredVideo
 
 IDENTITY = {"model": "mine", "weights": "0f3a", "max_new_tokens": 8, "video": {"fps": 2.0}, "max_pixels": None}
 SCORED = [

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from scoring.bench_csv import Bench, BenchType, compute_item_id, read_bench
+from scoring.benchmark import describe_result
+from scoring.journal import Journal
+from scoring.report import added_columns, format_table, summarise, write_csv, write_json
+from scoring.scoring import FailedVideo, ScoredVideo
 from toy_world.tables import read_table, write_table
-from verl.inference.bench_csv import Bench, BenchType, compute_item_id, read_bench
-from verl.inference.benchmark import describe_result
-from verl.inference.journal import Journal
-from verl.inference.report import added_columns, format_table, summarise, write_csv, write_json
-from verl.inference.scoring import FailedVideo, ScoredVideo
 
 PROBLEM = "Judge <video>"
 REWARDS = {"a.mp4": 3.0, "b.mp4": 1.0, "c.mp4": 2.0, "d.mp4": 2.0}

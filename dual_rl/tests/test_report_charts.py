@@ -2,7 +2,7 @@
 
 import pytest
 
-from verl.inference.report_charts import (
+from scoring.report_charts import (
     build_calibration,
     build_histogram,
     build_means,

@@ -9,10 +9,10 @@ from statistics import fmean, stdev
 import pytest
 import torch
 
-from verl.inference.reward_model import RewardModel
-from verl.inference.scale import RewardScale, compute_scale, load_scale, save_scale
-from verl.inference.scoring import ScoringSettings
-from verl.inference.source import read_checkpoint
+from scoring.reward_model import RewardModel
+from scoring.scale import RewardScale, compute_scale, load_scale, save_scale
+from scoring.scoring import ScoringSettings
+from scoring.source import read_checkpoint
 from verl.model.fingerprint import fingerprint
 from verl.model.reward_files import save_head
 

@@ -14,14 +14,14 @@ import torch
 from transformers import Qwen3VLVideoProcessor
 
 from infer_utils.scorer import Cot, RewardScorer
+from scoring.hf_scorer import HfScorer
+from scoring.reward_model import RewardModel
+from scoring.scoring import FailedVideo, ScoredVideo, ScoringSettings, ThoughtScore, VideoTask
+from scoring.source import find_model
 from slow_path import compute_reward, load_policy
 from test_reward_files import stage1_checkpoint
 from verl.config import ModelConfig
 from verl.data.vision_process import VideoBudget, VideoError, load_video, sample_frames
-from verl.inference.hf_scorer import HfScorer
-from verl.inference.reward_model import RewardModel
-from verl.inference.scoring import FailedVideo, ScoredVideo, ScoringSettings, ThoughtScore, VideoTask
-from verl.inference.source import find_model
 from verl.model.policy import PolicyModel
 from verl.model.reward_files import load_base, stream_weights
 from verl.rollout.vllm_start import CPU_BLOCK_SIZE

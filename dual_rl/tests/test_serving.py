@@ -9,6 +9,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from reward_client import RewardClient, RewardServerError
+from scoring.scale import RewardScale
+from serving.limits import ServerLimits
 from serving_support import (
     CLIPS,
     HEADER_SECONDS,
@@ -21,8 +23,6 @@ from serving_support import (
     upload_request,
     wait_for,
 )
-from verl.inference.scale import RewardScale
-from verl.serving.limits import ServerLimits
 
 pytest_plugins = ["serving_fixtures"]
 

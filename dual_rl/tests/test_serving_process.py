@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import serve
+from scoring.reward_model import RewardModel
+from serving.options import read_token
+from serving.server import choose_port
 from serving_support import CLIPS, PROMPTS, Client, ServingProcess, assert_scored, read_all, upload_request, wait_for
 from training_support import DUAL_RL
-from verl.inference.reward_model import RewardModel
-from verl.serving.options import read_token
-from verl.serving.server import choose_port
 
 pytest_plugins = ["serving_fixtures"]
 FLAGS = ["--backend", "hf", "--batch_size", "2", "--num_threads", "1"]
@@ -82,7 +82,7 @@ def test_a_failing_engine_ends_the_process_with_an_error(small_model, tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(
         "import sys, serve\n"
-        "from verl.inference.reward_model import RewardModel\n"
+        "from scoring.reward_model import RewardModel\n"
         "def fail(self): raise RuntimeError('device lost')\n"
         "RewardModel.advance = fail\n"
         "sys.exit(serve.main(sys.argv[1:]))\n"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from serving.bodies import MAX_JSON_MB
+from serving.limits import ServerLimits
 from serving_support import CLIPS, FORM_HEADERS, PROMPTS, Client, assert_scored, form_body
-from verl.serving.bodies import MAX_JSON_MB
-from verl.serving.limits import ServerLimits
 
 pytest_plugins = ["serving_fixtures"]
 PATH = b'{"videos": [{"path": "a"}], "prompts": ["b"]'

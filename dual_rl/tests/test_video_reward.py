@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from verl.inference.scoring import ScoringSettings
+from scoring.scoring import ScoringSettings
 
 DUAL_RL = Path(__file__).resolve().parents[1]
 CLIPS = [DUAL_RL / "data" / "videos" / f"example_0_{side}.mp4" for side in "ab"]

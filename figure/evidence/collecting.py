@@ -25,8 +25,8 @@ from baselines.text_score import compute_text_margin
 from descore.answers import JUDGEMENT_KEY, NOT_ASKED, extract_judgement, parse_annotation, parse_score
 from evidence.plan import MASKED, OWN, Plan, Scoring
 from evidence.running import REPOSITORY
-from verl.inference.accuracy import compute_pair_accuracy
-from verl.inference.bench_csv import iterate_rows
+from scoring.accuracy import compute_pair_accuracy
+from scoring.bench_csv import iterate_rows
 
 TEXT = "text"
 CURVES = {

@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from verl.inference.options import add_model_flags
-from verl.serving.limits import ServerLimits
+from scoring.options import add_model_flags
+from serving.limits import ServerLimits
 
 
 def parse_arguments(argv: Sequence[str], *, description: str) -> argparse.Namespace:

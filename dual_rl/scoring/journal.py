@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from verl.inference.scoring import FailedVideo, Outcome, ScoredVideo
+from scoring.scoring import FailedVideo, Outcome, ScoredVideo
 
 logger = logging.getLogger(__name__)
 

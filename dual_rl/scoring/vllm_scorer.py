@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from scoring.scoring import ScoringSettings, ThoughtScore
+from scoring.vllm_reward import ARCHITECTURE, register_reward_model, with_head
 from verl.config import RolloutConfig
-from verl.inference.scoring import ScoringSettings, ThoughtScore
-from verl.inference.vllm_reward import ARCHITECTURE, register_reward_model, with_head
 from verl.model.reward_files import PolicyCheckpoint
 from verl.rollout.vllm_engine import with_output_layer
 from verl.rollout.vllm_prompts import PromptForm, add_request, require_same_prompt

@@ -13,10 +13,10 @@ from contextlib import ExitStack
 from itertools import count
 from typing import Literal
 
-from verl.inference.reward_model import WINDOW, RewardModel
-from verl.inference.scoring import Outcome, ScoredVideo, VideoTask
-from verl.serving.limits import RETRY_LATER, RETRY_SOON, RefusedError
-from verl.serving.metrics import ServerMetrics
+from scoring.reward_model import WINDOW, RewardModel
+from scoring.scoring import Outcome, ScoredVideo, VideoTask
+from serving.limits import RETRY_LATER, RETRY_SOON, RefusedError
+from serving.metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)
 

@@ -25,14 +25,14 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from scoring.scale import RewardScale
+from scoring.scoring import FailedVideo, Outcome
+from serving.bodies import MAX_JSON_MB, Video, limit_body, read_form, read_json
+from serving.limits import RETRY_SOON, RefusedError, ServerLimits
+from serving.metrics import ServerMetrics
+from serving.paths import AllowedRoots, PathError
+from serving.scoring_thread import ScoringThread
 from verl.data.scored_sequence import judge_problem
-from verl.inference.scale import RewardScale
-from verl.inference.scoring import FailedVideo, Outcome
-from verl.serving.bodies import MAX_JSON_MB, Video, limit_body, read_form, read_json
-from verl.serving.limits import RETRY_SOON, RefusedError, ServerLimits
-from verl.serving.metrics import ServerMetrics
-from verl.serving.paths import AllowedRoots, PathError
-from verl.serving.scoring_thread import ScoringThread
 
 
 @dataclass

@@ -10,7 +10,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.types import Message
 
-from verl.serving.limits import MEGABYTE, RETRY_LATER, RefusedError, ServerLimits
+from serving.limits import MEGABYTE, RETRY_LATER, RefusedError, ServerLimits
 
 MAX_JSON_MB = 4
 """A JSON body is held in memory."""

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from scoring.scale import RewardScale, load_scale
+from scoring.scoring import MAX_PROMPT_LENGTH, ScoringEngine, ScoringSettings
 from verl.data.scored_sequence import forbidden_token_ids, reward_token_id
 from verl.data.vision_process import VideoBudget
-from verl.inference.scale import RewardScale, load_scale
-from verl.inference.scoring import MAX_PROMPT_LENGTH, ScoringEngine, ScoringSettings
 from verl.model.fingerprint import fingerprint
 from verl.model.precision import resolve_precision
 from verl.model.reward_files import (
@@ -96,9 +96,9 @@ def build_scoring_engine(
 ) -> ScoringEngine:
     """The engine that `settings.backend` asks for, without weights; `folder` takes its files."""
     if settings.backend == "vllm":
-        from verl.inference.vllm_scorer import VllmScorer as Engine
+        from scoring.vllm_scorer import VllmScorer as Engine
     else:
-        from verl.inference.hf_scorer import HfScorer as Engine
+        from scoring.hf_scorer import HfScorer as Engine
     save_engine_folder(folder, checkpoint, dtype=resolve_precision(settings.precision, device))
     return Engine(
         folder,

@@ -12,9 +12,9 @@ from itertools import islice
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from scoring.reward_model import WINDOW, RewardModel
+from scoring.scoring import Outcome, ScoringSettings, VideoTask
 from verl.config import TrainerConfig
-from verl.inference.reward_model import WINDOW, RewardModel
-from verl.inference.scoring import Outcome, ScoringSettings, VideoTask
 from verl.trainer.cluster import WorkerError, connect
 
 SECONDS_PER_CALL = 1.0

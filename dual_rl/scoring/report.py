@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TextIO
 
-from verl.inference.accuracy import compute_model_table, compute_pair_accuracy
-from verl.inference.bench_csv import Bench, iterate_rows, read_columns
-from verl.inference.journal import Journal
-from verl.inference.scale import RewardScale
+from scoring.accuracy import compute_model_table, compute_pair_accuracy
+from scoring.bench_csv import Bench, iterate_rows, read_columns
+from scoring.journal import Journal
+from scoring.scale import RewardScale
 
 PAIR_COLUMNS = ("Reward_A", "Reward_B", "CoT_A", "CoT_B")
 SINGLE_COLUMNS = ("Reward", "CoT")

@@ -23,11 +23,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from verl.data.loading import VideoLoader
-from verl.data.scored_sequence import SequenceBuilder, judge_problem
-from verl.data.vision_process import VideoBudget, VideoError, VideoFrames, sample_frames
-from verl.inference.scale import RewardScale
-from verl.inference.scoring import (
+from scoring.scale import RewardScale
+from scoring.scoring import (
     FailedVideo,
     Outcome,
     ScoredVideo,
@@ -36,7 +33,7 @@ from verl.inference.scoring import (
     ThoughtScore,
     VideoTask,
 )
-from verl.inference.source import (
+from scoring.source import (
     NUM_TOKENS_AFTER_COT,
     build_scoring_engine,
     choose_budget,
@@ -46,6 +43,9 @@ from verl.inference.source import (
     load_model_scale,
     read_checkpoint,
 )
+from verl.data.loading import VideoLoader
+from verl.data.scored_sequence import SequenceBuilder, judge_problem
+from verl.data.vision_process import VideoBudget, VideoError, VideoFrames, sample_frames
 from verl.model.precision import resolve_precision
 from verl.model.reward_files import PolicyCheckpoint, stream_weights
 from verl.temporary import temporary_folder

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from scoring.scoring import ScoringSettings, ThoughtScore
 from verl.config import RolloutConfig
-from verl.inference.scoring import ScoringSettings, ThoughtScore
 from verl.model.reward_files import PolicyCheckpoint
 from verl.rollout.hf_engine import HfEngine
 from verl.types import Sampling, VideoPrompt

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import comb
 from pathlib import Path
 
-from verl.inference.scoring import VideoTask
+from scoring.scoring import VideoTask
 
 CLIP_SUFFIXES = frozenset({".mp4", ".mov", ".webm", ".mkv", ".avi"})
 PROMPT_FILE = "prompt.txt"

@@ -14,7 +14,7 @@ from granian.http import HTTP1Settings
 from granian.log import LogLevels
 from granian.server.embed import Server
 
-from verl.serving.app import RewardService, create_app
+from serving.app import RewardService, create_app
 
 HEADER_SECONDS = 10
 """For the header of a request, and for a connection without one."""

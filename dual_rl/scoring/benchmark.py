@@ -20,14 +20,14 @@ import torch
 from tqdm import tqdm
 
 from descore.csv_table import CsvError
-from verl.inference.bench_csv import Bench, BenchType, read_bench, read_columns
-from verl.inference.fleet import ModelSource, score_tasks
-from verl.inference.html_report import check_page_path, write_report
-from verl.inference.journal import Journal
-from verl.inference.report import added_columns, format_table, summarise, write_csv, write_json
-from verl.inference.scale import RewardScale, compute_scale, save_scale
-from verl.inference.scoring import Outcome, VideoTask
-from verl.inference.source import (
+from scoring.bench_csv import Bench, BenchType, read_bench, read_columns
+from scoring.fleet import ModelSource, score_tasks
+from scoring.html_report import check_page_path, write_report
+from scoring.journal import Journal
+from scoring.report import added_columns, format_table, summarise, write_csv, write_json
+from scoring.scale import RewardScale, compute_scale, save_scale
+from scoring.scoring import Outcome, VideoTask
+from scoring.source import (
     choose_budget,
     choose_device,
     choose_prompt_length,

@@ -1,7 +1,7 @@
 """A page to look at what the model thought: of a benchmark run, or of the generations that training logged.
 
     python inference.py ... --report out.html
-    python -m verl.inference.html_report RUN/generations.jsonl --output out.html --data val.csv
+    python -m scoring.html_report RUN/generations.jsonl --output out.html --data val.csv
 
 Stage 2 logs text only. With --data, the CSV that it validated on, the page shows the clips too.
 
@@ -25,14 +25,14 @@ from urllib.parse import quote
 
 from descore.answers import JUDGEMENT_KEY, OVERALL_KEY, SCORE_KEYS, extract_judgement, parse_annotation
 from descore.csv_table import CsvError
+from scoring.bench_csv import Bench, BenchRow
+from scoring.journal import Journal
+from scoring.report import build_accuracy_table, build_model_table, choose_main_label, describe_scale
+from scoring.report_charts import build_calibration, build_histogram, build_means, sigmoid
+from scoring.scale import RewardScale
 from verl.config import DataConfig
 from verl.data.pair_csv import read_pairs
 from verl.data.scored_sequence import JUDGE_PROMPT
-from verl.inference.bench_csv import Bench, BenchRow
-from verl.inference.journal import Journal
-from verl.inference.report import build_accuracy_table, build_model_table, choose_main_label, describe_scale
-from verl.inference.report_charts import build_calibration, build_histogram, build_means, sigmoid
-from verl.inference.scale import RewardScale
 from verl.trainer.checkpoints import write_atomically
 from verl.types import PreferencePair
 

@@ -2,8 +2,8 @@
 
 import argparse
 
-from verl.inference.fleet import ModelSource
-from verl.inference.scoring import ScoringSettings
+from scoring.fleet import ModelSource
+from scoring.scoring import ScoringSettings
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
