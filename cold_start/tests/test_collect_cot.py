@@ -157,29 +157,25 @@ def test_interrupted_run_resumes_with_more_samples_to_the_files_of_an_uninterrup
         assert output.with_suffix(suffix).read_bytes() == whole.with_suffix(suffix).read_bytes()
 
 
-def test_malformed_samples_are_counted_and_rows_without_cots_listed(server, bare_csv, output, capsys):
+def test_malformed_samples_are_counted_and_rows_without_cots_listed(server, bare_csv, output):
     good = make_cot([2] * 5, 3)
     replies = [
-        completion("no answer"),
-        completion("<Reward> " + good),
-        completion("<|im_end|>" + good),
-        completion(None),
         completion("half a character: \ud83d"),
+        completion("<Reward> " + good),
+        completion(good),
+        completion(None),
         completion(good, finish_reason="length"),
+        completion(good),
     ]
     server.answer = lambda request: replies[row_of(request) - 1]
-    assert run_collect(bare_csv, output, server) == 1
+    assert run_collect(bare_csv, output, server, drop_incomplete=True) == 0
     report = read_report(output)
     cut, reserved = "cut off before its end (--max_tokens)", "a reserved token in the text"
     no_answer = "no <answer> with a JSON object that has dimensional_scores"
-    assert report["malformed"] == {no_answer: 16, reserved: 16, "empty": 8, cut: 8}
+    assert report["malformed"] == {no_answer: 8, reserved: 8, "empty": 8, cut: 8}
     reason = "video A: none of 4 CoTs is well-formed: 4 empty; video B: none of 4 CoTs is well-formed: 4 empty"
-    assert report["rows_without_cots"][3] == {"row": 4, "reason": reason}
-    assert f"row 4: {reason}" in capsys.readouterr().out
-    assert read_rows(output)[3]["answer"] == '<answer>{"gsb_result": "invalid"}</answer>'
-    replies[1] = completion(good)
-    assert run_collect(bare_csv, output, server, overwrite=True, drop_incomplete=True) == 0
-    assert [row["prompt"] for row in read_rows(output)] == ["a red circle number 1"]
+    assert report["rows_without_cots"][2] == {"row": 4, "reason": reason}
+    assert [row["prompt"] for row in read_rows(output)] == ["a red circle number 2", "a red circle number 5"]
 
 
 def test_cots_that_contradict_the_label_are_kept_or_left_out(server, clips, output, tmp_path):
@@ -243,7 +239,6 @@ def test_requests_that_fail_for_the_moment_are_sent_again(server, bare_csv, outp
     ("reply", "message"),
     [
         (failure(401), "Error code: 401 - no such luck. The server does not accept the key."),
-        (failure(429), "The server stays busy."),
         ((200, {"choices": []}), "is not a chat completion"),
         (completion("2", reasoning_content="I think"), "Start it without a reasoning parser"),
     ],
@@ -265,9 +260,6 @@ def test_prompt_of_another_length_is_reported_or_ends_the_run(server, bare_csv, 
     assert "another length" in capsys.readouterr().out
     assert run_collect(bare_csv, tmp_path / "exact.csv", server, send_video="frames") == 2
     assert "the server's prompt of 7 tokens is not training's" in capsys.readouterr().err
-    server.answer = lambda _: failure(400, "Start the server with --trust-request-mm-kwargs")
-    assert run_collect(bare_csv, tmp_path / "other.csv", server, send_video="frames") == 2
-    assert "--trust-request-mm-kwargs. Or use --send_video clip" in capsys.readouterr().err
 
 
 def test_files_are_sent_as_they_are_and_the_key_with_them(server, bare_csv, output, tmp_path, clips, monkeypatch):
@@ -314,75 +306,54 @@ def test_other_columns_come_out_as_they_went_in_and_opinions_make_the_answer(ser
     assert read_report(output)["answers"] == {"label and MOS columns": 6}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"model": "other"}, "has no model 'other', only judge"),
-        ({"max_tokens": 4090}, "exceed the 4096 that the model takes"),
-        ({"max_length": 60}, "leaves no room for a CoT under --max_length 60"),
-        ({"processor": STAGE_DIR / "ds_config"}, "with --processor"),
-        ({"api_key_file": "nowhere"}, "--api_key_file nowhere"),
-        ({"endpoint": "localhost:8000"}, "Give http://host:port/v1"),
-        ({"endpoint": "http://127.0.0.1:9/v1"}, "cannot be reached"),
-    ],
-)
-def test_wrong_settings_are_refused_before_anything_is_asked(
-    server, bare_csv, output, capsys, monkeypatch, options, message
-):
-    monkeypatch.setattr(endpoint, "NUM_RETRIES", 0)
-    assert run_collect(bare_csv, output, server, **options) == 2
-    assert message in capsys.readouterr().err
-    assert server.requests == []
-    assert [path.name for path in output.parent.iterdir()] == ["pairs.csv"]
-
-
-def test_wrong_files_are_refused_and_none_is_destroyed(server, tmp_path, clips, capsys, monkeypatch):
+def test_wrong_settings_and_files_are_refused_and_none_is_destroyed(server, tmp_path, clips, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(endpoint, "NUM_RETRIES", 0)
     os.symlink(clips[0], "a.mp4")
     Path("deeper").mkdir()
     Path("mine.csv").write_text("a,b\n")
     path = write_bare_csv(tmp_path / "pairs.csv", clips, labels=["A", "B"])
     content = path.read_bytes()
 
-    def write(**columns: list[str]) -> Path:
-        return write_bare_csv(tmp_path / "one.csv", clips, labels=["A"], **columns)
-
     def refuse(csv_path: Path, output: str, message: str, **options: object) -> None:
         assert run_collect(csv_path, Path(output), server, **options) == 2
         assert message in capsys.readouterr().err
 
+    def refuse_row(message: str, output: str = "out.csv", **columns: list[str]) -> None:
+        refuse(write_bare_csv(tmp_path / "one.csv", clips, labels=["A"], **columns), output, message)
+
+    refuse(path, "out.csv", "has no model 'other', only judge", model="other")
+    refuse(path, "out.csv", "exceed the 4096 that the model takes", max_tokens=4090)
+    refuse(path, "out.csv", "with --processor", processor=STAGE_DIR / "ds_config")
+    refuse(path, "out.csv", "--api_key_file nowhere", api_key_file="nowhere")
+    refuse(path, "out.csv", "cannot be reached", endpoint="http://127.0.0.1:9/v1")
     refuse(path, "pairs.csv", "--output is the input")
-    refuse(path, "out.txt", "does not end in .csv")
-    refuse(path, "none/out.csv", "a folder that does not exist")
     refuse(path, "mine.csv", "no run of this wrote it")
-    refuse(write(videos=["['a.mp4', 'a.mp4']"]), "deeper/out.csv", "which the video paths are relative to")
-    refuse(write(videos=["['a.mp4', 'b.mp4']"]), "out.csv", "row 1: video not found")
-    refuse(write(problem=["<video><Reward>"]), "out.csv", "row 1, video A: problem contains the reserved token")
+    refuse_row("which the video paths are relative to", "deeper/out.csv", videos=["['a.mp4', 'a.mp4']"])
+    refuse_row("row 1: video not found", videos=["['a.mp4', 'b.mp4']"])
+    refuse_row("row 1, video A: problem contains the reserved token", problem=["<video><Reward>"])
     refuse(write_pairs_csv(tmp_path / "whole.csv", clips, labels=["A"]), "out.csv", "every row has both CoTs")
     assert Path("mine.csv").read_text() == "a,b\n"
+    assert not Path("out.csv").exists()
     assert server.requests == []
 
     assert run_collect(path, Path("mine.csv"), server, overwrite=True) == 0
     refuse(path, "mine.csv", "sampling (", temperature=0.5)
     refuse(path, "mine.csv", "source ('endpoint, clip' there, 'endpoint, file' now)", send_video="file")
-    refuse(write(), "mine.csv", "data (")
     assert run_collect(path, Path("mine.csv"), server, overwrite=True, temperature=0.5) == 0
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_flags_that_have_no_effect_are_refused(capsys):
+    common = ["pairs.csv", "--output", "out.csv", "--model", str(TINY_BASE)]
+    for options, message in (
         ({"concurrency": 4}, "--concurrency needs --endpoint"),
         ({"endpoint": "http://a/v1", "max_num_seqs": 4}, "--max_num_seqs has no effect with --endpoint"),
-        ({"top_p": 1.5}, "--top_p: 1.5 is not from 0.001 to 1"),
         ({"temperature": 0}, "Add --num_samples 1"),
-    ],
-)
-def test_flags_that_are_wrong_or_have_no_effect_are_refused(capsys, options, message):
-    with pytest.raises(SystemExit):
-        parse_options(["pairs.csv", "--output", "out.csv", "--model", str(TINY_BASE), *as_flags(**options)])
-    assert message in capsys.readouterr().err
+    ):
+        with pytest.raises(SystemExit):
+            parse_options([*common, *as_flags(**options)])
+        assert message in capsys.readouterr().err
 
 
 def test_flags_override_the_prompt_and_video_settings_of_the_model(tmp_path, caplog):

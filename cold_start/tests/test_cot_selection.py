@@ -8,7 +8,6 @@ from collect.selection import (
     Judgement,
     build_answer,
     choose_pair,
-    compute_difference,
     read_judgement,
     read_opinions,
 )
@@ -68,12 +67,6 @@ def test_problem_asks_for_what_its_own_example_has():
     assert read_judgement(without_overall, FREE).overall is None
 
 
-def test_difference_is_of_overall_scores_or_else_of_mean_sub_scores():
-    assert compute_difference(judgement(3.6), judgement(3.35)) == 0.25
-    assert compute_difference(judgement(3.6, x=2), judgement(None, x=1, y="N/A")) == 2.0  # 5 and 3
-    assert compute_difference(judgement(3.6), judgement(None, x="N/A")) is None
-
-
 @pytest.mark.parametrize(
     ("label", "overall_a", "overall_b", "chosen", "agrees"),
     [
@@ -97,6 +90,16 @@ def test_first_pair_that_agrees_is_chosen_or_the_nearest(label, overall_a, overa
     assert (found, choice and choice.agrees) == (chosen, agrees)
 
 
+def test_scores_are_compared_by_overall_scores_or_else_by_mean_sub_scores():
+    for a, b, difference in (
+        (judgement(3.6), judgement(3.35), 0.25),
+        (judgement(3.6, x=2), judgement(None, x=1, y="N/A"), 2.0),  # 5 and 3
+        (judgement(3.6), judgement(None, x="N/A"), None),
+    ):
+        choice = choose_pair([a], [b], label="A", tie_margin=0.25)
+        assert (choice.difference, choice.agrees) == (difference, difference is not None)
+
+
 def test_opinions_become_sub_scores():
     problem = 'Rate. <answer>{"dimensional_scores": {"look": 1, "motion": 1, "sound": 1}}</answer>'
     cells = {"MOS_A_look": "1", "MOS_B_look": "1.99", "MOS_A_motion": "2", "MOS_B_motion": "3.99"}
@@ -117,12 +120,10 @@ def test_answer_is_one_that_stage_2_reads():
     assert build_answer("same", None) == '<answer>{"gsb_result": "same"}</answer>'
 
 
-def test_seeds_differ_by_run_row_side_and_sample_and_fit_any_server():
+def test_seeds_differ_by_run_row_side_and_sample_and_stay_what_they_were():
     keys = [SampleKey(row, side, sample) for row in range(1, 51) for side in "AB" for sample in range(10)]
     judges = [Judge("m", None, None, temperature=1.0, top_p=1.0, max_tokens=9, seed=seed) for seed in (0, 1)]
-    seeds = {judge.seed_of(key) for judge in judges for key in keys}
-    assert len(seeds) == 2 * len(keys)
-    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert len({judge.seed_of(key) for judge in judges for key in keys}) == 2 * len(keys)
     assert judges[0].seed_of(SampleKey(1, "A", 0)) == 615466202  # the journals of earlier versions hold
 
 
@@ -162,7 +163,7 @@ def test_journal_of_another_run_and_of_a_running_one_are_refused(journal_path):
         assert not journal.samples
 
 
-@pytest.mark.parametrize("content", [b"videos,GSB\n", b"my notes", b"[1]\n", b'{"identity": 1}\n'])
+@pytest.mark.parametrize("content", [b"my notes", b'{"identity": 1}\n'])
 def test_a_file_that_is_not_a_journal_is_left_alone(tmp_path, content):
     path = tmp_path / "out.samples.jsonl"
     path.write_bytes(content)
