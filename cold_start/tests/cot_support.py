@@ -1,6 +1,5 @@
 """What the tests of CoT collection share: a chat server that says what a test wants, and CSVs without CoTs."""
 
-import csv
 import json
 import random
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from stage1_support import write_pairs_csv
+from toy_world.tables import read_table, write_table
 
 MODEL = "judge"
 DIMENSIONS = ("subject", "dynamics", "camera", "environment", "style")
@@ -98,21 +98,14 @@ def run_chat_server() -> Iterator[SimpleNamespace]:
     server.server_close()
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV as they are."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def write_bare_csv(path: Path, clips: Sequence[Path], *, labels: Sequence[str], **columns: Sequence[str]) -> Path:
     """A preference CSV without CoTs and MOS columns; `columns` are added, or replace the written ones."""
-    rows = read_rows(write_pairs_csv(path, clips, labels=labels))
-    kept = [name for name in rows[0] if not name.startswith(("CoT", "MOS")) and name not in columns]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*kept, *columns])
-        for row, *cells in zip(rows, *columns.values(), strict=True):
-            writer.writerow([*(row[name] for name in kept), *cells])
+    rows = read_table(write_pairs_csv(path, clips, labels=labels))
+    for index, row in enumerate(rows):
+        for name in [name for name in row if name.startswith(("CoT", "MOS"))]:
+            del row[name]
+        row.update({name: cells[index] for name, cells in columns.items()})
+    write_table(path, rows)
     return path
 
 

@@ -32,7 +32,6 @@ from cot_support import (
     failure,
     make_cot,
     random_cot,
-    read_rows,
     request_text,
     run_chat_server,
     write_bare_csv,
@@ -41,6 +40,7 @@ from data import PairDataset, PairDraw
 from descore.answers import parse_annotation
 from preference_csv import CsvNeeds, read_pairs
 from stage1_support import STAGE_DIR, TINY_BASE, write_pairs_csv
+from toy_world.tables import read_table
 from verl.reward.function import load_reward_function
 from vision_process import load_video
 
@@ -108,7 +108,7 @@ def test_frames_are_sent_as_training_sees_them(clips):
 
 def test_rows_get_cots_and_answers_that_both_stages_take(server, bare_csv, output):
     assert run_collect(bare_csv, output, server, num_samples=6) == 0
-    before, rows, report = read_rows(bare_csv), read_rows(output), read_report(output)
+    before, rows, report = read_table(bare_csv), read_table(output), read_report(output)
     assert list(rows[0]) == [*before[0], "CoT_A", "CoT_B", "answer"]
     assert [{name: row[name] for name in before[0]} for row in rows] == before
     assert len(server.requests) == report["samples"] == 6 * 2 * len(LABELS)
@@ -175,7 +175,7 @@ def test_malformed_samples_are_counted_and_rows_without_cots_listed(server, bare
     assert report["malformed"] == {no_answer: 8, reserved: 8, "empty": 8, cut: 8}
     reason = "video A: none of 4 CoTs is well-formed: 4 empty; video B: none of 4 CoTs is well-formed: 4 empty"
     assert report["rows_without_cots"][2] == {"row": 4, "reason": reason}
-    assert [row["prompt"] for row in read_rows(output)] == ["a red circle number 2", "a red circle number 5"]
+    assert [row["prompt"] for row in read_table(output)] == ["a red circle number 2", "a red circle number 5"]
 
 
 def test_cots_that_contradict_the_label_are_kept_or_left_out(server, clips, output, tmp_path):
@@ -189,8 +189,8 @@ def test_cots_that_contradict_the_label_are_kept_or_left_out(server, clips, outp
     server.answer = answer
     assert run_collect(path, output, server, num_samples=2, concurrency=1) == 0
     assert read_report(output)["rows_disagreeing"] == [1, 2]
-    assert all(row["CoT_A"] and row["CoT_B"] for row in read_rows(output))
-    assert [row["answer"] for row in read_rows(output)] == [
+    assert all(row["CoT_A"] and row["CoT_B"] for row in read_table(output))
+    assert [row["answer"] for row in read_table(output)] == [
         f'<answer>{{"gsb_result": "{label}"}}</answer>' for label in ("A", "same")
     ]
     assert run_collect(path, output, server, num_samples=2, require_agreement=True) == 1
@@ -204,7 +204,7 @@ def test_cots_that_contradict_the_label_are_kept_or_left_out(server, clips, outp
 def test_damaged_video_and_failed_requests_leave_their_rows(server, bare_csv, output, tmp_path, clips):
     damaged = tmp_path / "damaged.mp4"
     damaged.write_bytes(clips[0].read_bytes()[:600])
-    videos = [row["videos"] for row in read_rows(bare_csv)]
+    videos = [row["videos"] for row in read_table(bare_csv)]
     videos[1] = repr([str(clips[0]), str(damaged)])
     write_bare_csv(bare_csv, clips, labels=LABELS, videos=videos)
 
@@ -280,15 +280,15 @@ def test_cots_and_answers_that_exist_stay(server, output, tmp_path, clips):
     answers = ["Video 1 is better", "", ""]
     path = write_bare_csv(tmp_path / "pairs.csv", clips, labels=["A", "B", "A"], **cells, answer=answers)
     assert run_collect(path, output, server, num_samples=6) == 0
-    rows = read_rows(output)
+    rows = read_table(output)
     assert [(row["CoT_A"], row["CoT_B"]) for row in rows[::2]] == list(zip(*cells.values(), strict=True))[::2]
     assert rows[0]["answer"] == "Video 1 is better"
     assert parse_annotation(rows[2]["answer"]).scores["B"]["style"] == 1
     assert {row_of(request) for request in server.requests} == {2}
     again = tmp_path / "again.csv"
     assert run_collect(path, again, server, num_samples=6, replace_cots=True, replace_answers=True) == 0
-    assert all(row["CoT_A"] not in cells["CoT_A"] for row in read_rows(again))
-    assert all(row["answer"].startswith("<answer>{") for row in read_rows(again))
+    assert all(row["CoT_A"] not in cells["CoT_A"] for row in read_table(again))
+    assert all(row["answer"].startswith("<answer>{") for row in read_table(again))
 
 
 def test_other_columns_come_out_as_they_went_in_and_opinions_make_the_answer(server, output, tmp_path, clips):
@@ -298,7 +298,7 @@ def test_other_columns_come_out_as_they_went_in_and_opinions_make_the_answer(ser
     path = write_bare_csv(tmp_path / "pairs.csv", clips, labels=LABELS, empty=[""] * 6, notes=notes, **opinions)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"a lone \r return", b'"a lone \r return"'))
     assert run_collect(path, output, server, num_samples=1) == 0
-    rows = read_rows(output)
+    rows = read_table(output)
     assert [(row["notes"], row["empty"]) for row in rows] == [(note, "") for note in notes]
     assert len(read_pairs(output, CsvNeeds())) == len(LABELS)
     scores = {"A": dict.fromkeys(DIMENSIONS, 2), "B": dict.fromkeys(DIMENSIONS, 0) | {"style": "N/A"}}

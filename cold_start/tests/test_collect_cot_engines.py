@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from cot_support import as_flags, read_rows
+from cot_support import as_flags
 from preference_csv import CsvNeeds, read_pairs
 from stage1_support import STAGE_DIR, TINY_BASE
-from toy_world.tables import write_table
+from toy_world.tables import read_table, write_table
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,7 +46,7 @@ def pairs_csv(tmp_path_factory) -> Path:
     counts = ["--train_pairs", str(NUM_PAIRS), "--eval_pairs", "4"]
     subprocess.run([*command, *counts], cwd=STAGE_DIR, check=True, capture_output=True)
     columns = ("videos", "problem", "prompt", "GSB")
-    rows = [{name: row[name] for name in columns} for row in read_rows(world / "train.csv")]
+    rows = [{name: row[name] for name in columns} for row in read_table(world / "train.csv")]
     write_table(world / "pairs.csv", rows)
     return world / "pairs.csv"
 
@@ -115,7 +115,7 @@ def offline(pairs_csv) -> Path:
 
 
 def test_tiny_base_collects_cots_that_training_takes(offline):
-    report, rows = json.loads(offline.with_suffix(".report.json").read_text()), read_rows(offline)
+    report, rows = json.loads(offline.with_suffix(".report.json").read_text()), read_table(offline)
     assert (report["videos"], report["samples"], report["failures"]) == (2 * NUM_PAIRS, NUM_SAMPLES, [])
     assert report["rows"] == report["rows_with_collected_cots"] == NUM_PAIRS
     assert report["rows_agreeing"] > 0.8 * NUM_PAIRS
