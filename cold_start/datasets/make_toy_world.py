@@ -3,27 +3,26 @@
     python make_toy_world.py --output ~/toy_world --train_pairs 600 --eval_pairs 200 --workers 2
 
 writes into the output folder
-    videos/*.mp4                             H.264 clips of 2 to 4 seconds, 80 to 144 pixels a side
+    videos/*.mp4                             H.264 clips of 2 to 4 seconds, sides of 80 to 144 pixels
     train.csv, eval.csv                      stage 1: videos, problem, durations, prompt, CoT_A, CoT_B, GSB, MOS_*_GSB
     train_rl.csv, eval_rl.csv                stage 2: videos, problem, answer (true sub-scores and label)
     bench_{tabench,videoalign,genai,react,videofeedback}.csv      the held-out pairs in the benchmarks' columns
     manifest.json                            seed, counts, every rate as intended and as measured
 `--in_domain_pairs` and `--new_rendering_pairs` add two more held-out sets, other clips of training's combinations in
-the usual and in a changed rendering, and bench_held_out.csv with the evaluation pairs and these, told apart by `set`.
+the usual and in a changed rendering, and bench_held_out.csv with the evaluation pairs and these; `set` says which.
 
 Training labels carry annotator noise, in `gsb_result` as well as in `GSB`; evaluation labels carry none. Prompts and
 (color, shape, motion) triples of evaluation do not occur in training. toy_world/scene.py has the scoring rules,
 toy_world/world.py the sampling of pairs, train/README.md and eval/README.md the columns.
 
-The same arguments give the same files. A run that was stopped goes on where it was; clips made with other settings, or
-by another version of this code, are removed first. `--example --output train` makes the example that lies there.
+The same arguments give the same files. A run that was stopped resumes; clips made with other settings, or by another
+version of this code, are removed first. `--example --output train` makes the example that lies there.
 """
 
 import argparse
 import hashlib
 import importlib.metadata
 import json
-import logging
 import multiprocessing
 import os
 import sys
@@ -44,8 +43,6 @@ FORMAT_NAME = "toy_world"
 CLIPS_PER_TASK = 8
 EXAMPLE_LABELS = ("A", "B", "same", "A")
 
-logger = logging.getLogger(__name__)
-
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     defaults = WorldConfig()
@@ -64,14 +61,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parsed
 
 
-def load_judge_problem() -> Callable[[str], str]:
-    """`judge_problem` of the stage's own scored_sequence.py, so that data and training use one prompt."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from scored_sequence import judge_problem
-
-    return judge_problem
-
-
 def make_world(
     output: Path, config: WorldConfig, *, num_pairs: dict[str, int], workers: int, judge_problem: Callable[[str], str]
 ) -> dict[str, object]:
@@ -79,15 +68,14 @@ def make_world(
     config.validate()
     pairs = {split: [sample_pair(config, split, i) for i in range(count)] for split, count in num_pairs.items()}
     clips = [clip for of_split in pairs.values() for pair in of_split for clip in pair.clips]
-    manifest = {"format": FORMAT_NAME, "settings_hash": settings_hash(config), "complete": False}
+    manifest = {"format": FORMAT_NAME, "settings_hash": hash_settings(config), "complete": False}
     prepare_output(output, manifest, clips)
-    missing = [clip for clip in clips if not (output / "videos" / clip.name).is_file()]
-    logger.info("%d clips to render, %d already there", len(missing), len(clips) - len(missing))
+    videos = output / "videos"
+    missing = [clip for clip in clips if not (videos / clip.name).is_file()]
     context = multiprocessing.get_context("spawn")  # the encoder's libraries do not always survive a fork
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        done = pool.map(partial(render_clip, output / "videos"), missing, chunksize=CLIPS_PER_TASK)
-        for _ in tqdm(done, total=len(missing), desc="render", unit="clip", disable=None):
-            pass
+        done = pool.map(partial(render_clip, videos), missing, chunksize=CLIPS_PER_TASK)
+        list(tqdm(done, total=len(missing), desc="render", unit="clip", disable=None))
     for name, rows in build_tables(pairs, judge_problem).items():
         write_table(output / name, rows)
     manifest |= {
@@ -96,13 +84,13 @@ def make_world(
         "measured": {split: measure_rates(of_split) for split, of_split in pairs.items()},
         "num_pairs": num_pairs,
         "num_clips": len(clips),
-        "video_bytes": sum((output / "videos" / clip.name).stat().st_size for clip in clips),
+        "video_bytes": sum((videos / clip.name).stat().st_size for clip in clips),
     }
     write_manifest(output, manifest)
     return manifest
 
 
-def settings_hash(config: WorldConfig) -> str:
+def hash_settings(config: WorldConfig) -> str:
     """Changes with everything that the clips depend on: settings, this package's code, the encoder's version."""
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     digest.update(importlib.metadata.version("av").encode())
@@ -121,10 +109,8 @@ def prepare_output(output: Path, manifest: dict[str, object], clips: Sequence[Cl
     if found.get("format") != FORMAT_NAME and output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty and holds no toy world. Choose another --output.")
     is_same = found.get("settings_hash") == manifest["settings_hash"]
-    if found and not is_same:
-        logger.warning("%s was made with other settings or another version of the code: starting clean", output)
-    (output / "videos").mkdir(parents=True, exist_ok=True)
     keep = {clip.name for clip in clips} if is_same else set()
+    (output / "videos").mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         for clip in (output / "videos").glob(f"{split}_?????_?.mp4*"):
             if clip.name not in keep:
@@ -148,13 +134,12 @@ def sample_example(config: WorldConfig) -> list[Pair]:
     while len(pairs) < len(EXAMPLE_LABELS):
         pair = sample_pair(config, "train", index)
         index += 1
-        if not pair.label == pair.true_label == EXAMPLE_LABELS[len(pairs)]:
-            continue
-        clips = []
-        for side, clip, width in zip("ab", pair.clips, (112, 100), strict=True):
-            nuisance = replace(clip.nuisance, width=width, height=104, fps=8, duration=2.0, crf=26)
-            clips.append(replace(clip, name=f"example_{len(pairs)}_{side}.mp4", nuisance=nuisance))
-        pairs.append(replace(pair, clips=(clips[0], clips[1])))
+        if pair.label == pair.true_label == EXAMPLE_LABELS[len(pairs)]:
+            clips = []
+            for side, clip, width in zip("ab", pair.clips, (112, 100), strict=True):
+                nuisance = replace(clip.nuisance, width=width, height=104, fps=8, duration=2.0, crf=26)
+                clips.append(replace(clip, name=f"example_{len(pairs)}_{side}.mp4", nuisance=nuisance))
+            pairs.append(replace(pair, clips=tuple(clips)))
     return pairs
 
 
@@ -168,17 +153,19 @@ def write_example(output: Path, config: WorldConfig, judge_problem: Callable[[st
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = WorldConfig(seed=arguments.seed, tie_share=arguments.tie_share, label_noise=arguments.label_noise)
-    judge_problem = load_judge_problem()
-    if arguments.example:
-        return write_example(arguments.output, config, judge_problem)
-    counts = {split: getattr(arguments, f"{split}_pairs") for split in SPLITS}
+    options = parse_arguments()
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from scored_sequence import judge_problem  # the stage's own, so that data and training use one prompt
+
+    config = WorldConfig(seed=options.seed, tie_share=options.tie_share, label_noise=options.label_noise)
+    if options.example:
+        return write_example(options.output, config, judge_problem)
+    counts = {split: getattr(options, f"{split}_pairs") for split in SPLITS}
     num_pairs = {split: count for split, count in counts.items() if count > 0}
-    options = {"num_pairs": num_pairs, "workers": arguments.workers, "judge_problem": judge_problem}
     try:
-        manifest = make_world(arguments.output, config, **options)
+        manifest = make_world(
+            options.output, config, num_pairs=num_pairs, workers=options.workers, judge_problem=judge_problem
+        )
     except ValueError as error:
         sys.exit(f"make_toy_world.py: {error}")
     sys.stdout.write(json.dumps(manifest["measured"], indent=2) + "\n")

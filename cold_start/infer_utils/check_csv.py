@@ -1,7 +1,7 @@
 """Check a preference CSV before training: `python -m infer_utils.check_csv data.csv [--decode] [--model PATH]`.
 
 Lists every fault with its row: columns, labels, scores, paths, empty CoTs, missing, empty, truncated or too short
-videos and, with a model's processor, reserved tokens and over-long sequences. Exits with 1 when there are any.
+videos and, with a model's processor, reserved tokens and over-long sequences. Exits with 1 if there are any.
 """
 
 import argparse

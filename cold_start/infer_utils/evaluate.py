@@ -34,13 +34,6 @@ class Accuracy:
     high: float
     num_pairs: int
 
-    @classmethod
-    def of(cls, correct: Sequence[bool]) -> "Accuracy":
-        """Raises ValueError when there is no pair."""
-        if not correct:
-            raise ValueError("no pair with a preference to evaluate on")
-        return cls(sum(correct) / len(correct), *wilson_interval(sum(correct), len(correct)), len(correct))
-
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """95% interval of a proportion (Wilson 1927)."""
@@ -53,19 +46,16 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 def score_pairs(
     scorer: RewardScorer, pairs: Sequence[PreferencePair], modes: Sequence[str], *, max_new_tokens: int
 ) -> list[dict]:
-    """One record a pair: row, label, and for each mode the rewards [A, B]. Videos are decoded once for all modes."""
+    """One record per pair: row, label, and for each mode the rewards [A, B]. Videos are decoded once for all modes."""
     records = []
     for start in progress(range(0, len(pairs), CHUNK_PAIRS), description="evaluate", unit="chunk"):
         chunk = pairs[start : start + CHUNK_PAIRS]
         videos = [video for pair in chunk for video in (pair.video_a, pair.video_b)]
-        problems = [pair.problem for pair in chunk for _ in range(2)]
-        encoded = scorer.encode(videos, problems=problems)
-        cots = {
-            "csv": lambda chunk=chunk: [cot for pair in chunk for cot in (pair.cot_a, pair.cot_b)],
-            "masked": lambda: None,
-            "own": lambda encoded=encoded: scorer.write_cots(encoded, max_new_tokens=max_new_tokens),
-        }
-        rewards = {mode: scorer.score_encoded(encoded, cots[mode]()) for mode in modes}
+        encoded = scorer.encode(videos, problems=[pair.problem for pair in chunk for _ in range(2)])
+        cots = {"csv": [cot for pair in chunk for cot in (pair.cot_a, pair.cot_b)], "masked": None}
+        if "own" in modes:
+            cots["own"] = scorer.write_cots(encoded, max_new_tokens=max_new_tokens)
+        rewards = {mode: scorer.score_encoded(encoded, cots[mode]) for mode in modes}
         for i, pair in enumerate(chunk):
             scores = {mode: values[2 * i : 2 * i + 2] for mode, values in rewards.items()}
             records.append({"row": pair.row, "label": pair.label, **scores})
@@ -73,15 +63,18 @@ def score_pairs(
 
 
 def summarise(records: Sequence[dict], modes: Sequence[str]) -> dict[str, Accuracy]:
-    """Accuracy by mode over the pairs with a preference."""
+    """Accuracy by mode over the pairs with a preference, of which there must be one."""
     decided = [record for record in records if PREFERENCES.get(record["label"], 0) != 0]
-    return {
-        mode: Accuracy.of([(r[mode][0] - r[mode][1]) * PREFERENCES[r["label"]] > 0 for r in decided]) for mode in modes
-    }
+    accuracies = {}
+    for mode in modes:
+        correct = sum((r[mode][0] - r[mode][1]) * PREFERENCES[r["label"]] > 0 for r in decided)
+        interval = wilson_interval(correct, len(decided))
+        accuracies[mode] = Accuracy(correct / len(decided), *interval, len(decided))
+    return accuracies
 
 
 def format_table(results: dict[str, dict]) -> str:
-    """Accuracies as text: a row a mode, a column for each named result."""
+    """Accuracies as text: one row per mode, one column per result."""
     modes = [mode for mode in MODES if all(mode in result["accuracy"] for result in results.values())]
     lines = ["held-out pair accuracy " + "".join(f"{name:>26}" for name in results)]
     for mode in modes:
@@ -93,7 +86,7 @@ def format_table(results: dict[str, dict]) -> str:
 
 
 def evaluate(options: argparse.Namespace) -> dict:
-    """Score the CSV and return what is written to the JSON file."""
+    """Score the CSV and return what is written to the JSON file. Raises ValueError before a model is loaded."""
     pairs = read_pairs(options.data, CsvNeeds(eval_dim=options.eval_dim, cots="csv" in options.modes))
     if not any(PREFERENCES.get(pair.label, 0) for pair in pairs):
         raise ValueError(
@@ -119,7 +112,7 @@ def check_output(path: Path) -> None:
         if is_new:
             path.unlink()
     except OSError as error:
-        raise ValueError(f"--output {path} cannot be written: {error.strerror}; give another place") from error
+        raise ValueError(f"--output {path} cannot be written: {error.strerror}; choose another path") from error
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Scoring from Python.
 
-from descore.progress import progress
 from infer_utils import RewardScorer
 scorer = RewardScorer.from_pretrained("output/checkpoint-100")
 rewards = scorer.score(["a.mp4", "b.mp4"], prompts=["a red circle moves left"] * 2, cots=[cot_a, cot_b])
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor
 
 from checkpoint import (
@@ -43,9 +43,7 @@ class RewardScorer:
     """A loaded reward model that scores videos."""
 
     def __init__(self, loaded: LoadedReward) -> None:
-        self.model = loaded.model
-        self.builder = loaded.builder
-        self.config = loaded.config
+        self.model, self.builder, self.config = loaded.model, loaded.builder, loaded.config
 
     @classmethod
     def from_pretrained(
@@ -83,10 +81,10 @@ class RewardScorer:
         *,
         problems: Sequence[str] | None = None,
     ) -> list[EncodedPrompt]:
-        """Decode videos and tokenise prompts once, for several scorings. Raises VideoError naming a bad file.
+        """Decode videos and tokenise prompts once, for several scorings. Raises VideoError that names a bad file.
 
-        `prompts`: the text prompts of the videos, put into the built-in judge prompt; `problems`: whole problem texts
-        that take its place.
+        `prompts`: the text prompts of the videos, for the built-in judge prompt; `problems`: whole problem texts
+        instead.
         """
         texts = problems if problems is not None else [judge_problem(prompt) for prompt in prompts]
         factor = self.builder.size_factor
@@ -130,9 +128,11 @@ class RewardScorer:
         batch_size: int = 32,
         max_new_tokens: int = MAX_COT_TOKENS,
         repetition_penalty: float = REPETITION_PENALTY,
+        temperature: float = 0.0,
     ) -> list[Cot]:
-        """Let the model write its own CoTs, greedily. It cannot write `<Reward>`, image or video tokens."""
+        """Let the model write its own CoTs, greedily at temperature 0. `<Reward>` and vision tokens are excluded."""
         processor, tokenizer = self.builder.processor, self.builder.tokenizer
+        sampling = {"temperature": temperature, "top_k": 0} if temperature else {}
         suppressed = [self.builder.reward_token_id, processor.video_token_id, processor.image_token_id]
         cots: list[Cot] = []
         with _stock_text_attention(self.model):
@@ -141,7 +141,8 @@ class RewardScorer:
                 inputs = left_padded_inputs(batch, self.builder, device=self.model.device)
                 output = self.model.generator.generate(
                     **inputs,
-                    do_sample=False,
+                    do_sample=temperature > 0,
+                    **sampling,
                     max_new_tokens=max_new_tokens,
                     repetition_penalty=repetition_penalty,
                     suppress_tokens=suppressed,
@@ -158,15 +159,11 @@ def left_padded_inputs(
     encoded: Sequence[EncodedPrompt], builder: SequenceBuilder, *, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Inputs of `generate` for prompts of different lengths: token tensors int64 [num_prompts, longest]."""
-    longest = max(prompt.input_ids.numel() for prompt in encoded)
-    input_ids = torch.full((len(encoded), longest), builder.tokenizer.pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(encoded):
-        input_ids[row, longest - prompt.input_ids.numel() :] = prompt.input_ids
-        attention_mask[row, longest - prompt.input_ids.numel() :] = 1
+    ids = [prompt.input_ids for prompt in encoded]
+    input_ids = pad_sequence(ids, True, builder.tokenizer.pad_token_id, padding_side="left")
     inputs = {
         "input_ids": input_ids,
-        "attention_mask": attention_mask,
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, padding_side="left"),
         "mm_token_type_ids": (input_ids == builder.processor.video_token_id).int() * 2,
         "pixel_values_videos": torch.cat([prompt.pixel_values for prompt in encoded]),
         "video_grid_thw": torch.tensor([prompt.grid_thw for prompt in encoded]),
@@ -176,7 +173,7 @@ def left_padded_inputs(
 
 @contextmanager
 def _stock_text_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Generation runs on a padded batch with a cache: SDPA instead of packed attention in the text model."""
+    """Use SDPA in the text model: generation runs on a padded batch with a cache, not on packed sequences."""
     config = model.qwen.config.text_config
     packed, config._attn_implementation = config._attn_implementation, "sdpa"
     try:

@@ -48,23 +48,18 @@ VISION_TOKENS = {
     "video_token_id": "<|video_pad|>",
 }
 NUM_BPE_TOKENS = 720
-EMBEDDING_MULTIPLE = 64
-MIN_SPARE_ROWS = 8
+EMBEDDING_MULTIPLE, MIN_SPARE_ROWS = 64, 8
 # Qwen's split into words: contractions, words with one leading character, single digits, punctuation, white space.
 WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CORPUS_SIZE = 3000
-CORPUS_SEED = 0
+CORPUS_SIZE, CORPUS_SEED = 3000, 0
 MAX_TIMESTAMP = 8  # seconds, in the tokenizer's corpus
 EXAMPLE_LINES = 4  # the judge prompt's last lines, from "Think first" to "</answer>": one token
 
 
 def judge_prompt_tokens() -> tuple[str, ...]:
-    """The fixed lines of the judge prompt, each of which is one token: newline included, the last four lines joined.
-
-    Lines up to the text-to-video prompt keep the newline before them out, e.g. "- style: the look ...\\n".
-    """
+    """The fixed lines of the judge prompt, each with its newline; the last four are joined. Each becomes one token."""
     slot = "{prompt}"
     before, after = judge_problem(slot).replace(VIDEO_PLACEHOLDER, "").split(slot)
     lines = [*before.splitlines(keepends=True), *after.splitlines(keepends=True)]
@@ -82,20 +77,23 @@ def iterate_corpus() -> Iterator[str]:
         yield f"<{rng.uniform(0, MAX_TIMESTAMP):.1f} seconds>"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, trained on the toy world, with Qwen3-VL's special tokens and the judge prompt's lines added."""
+def build_processor() -> Qwen3VLProcessor:
+    """The shipped processor with a tokenizer trained anew.
+
+    Byte-level BPE with Qwen3-VL's special tokens and the judge prompt's lines added.
+    """
     backend = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=NUM_BPE_TOKENS, initial_alphabet=sorted(alphabet), show_progress=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=NUM_BPE_TOKENS, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(iterate_corpus(), trainer)
     special = (PAD_TOKEN, "<|im_start|>", EOS_TOKEN, *VISION_TOKENS.values())
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     backend.add_tokens([AddedToken(line, special=False, normalized=False) for line in judge_prompt_tokens()])
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=EOS_TOKEN,
         pad_token=PAD_TOKEN,
@@ -103,10 +101,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=AutoConfig.from_pretrained(TINY_BASE).text_config.max_position_embeddings,
         clean_up_tokenization_spaces=False,
     )
-
-
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLProcessor:
-    """Image and video frames are normalised alike, which vLLM relies on, and resized within TINY_BUDGET's bounds."""
     shipped = AutoProcessor.from_pretrained(TINY_BASE)
     return Qwen3VLProcessor(
         shipped.image_processor, tokenizer, shipped.video_processor, chat_template=shipped.chat_template
@@ -128,11 +122,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen3VLForC
 
 
 def save_checkpoint(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, folder: Path) -> None:
-    """Write a complete checkpoint: bf16 weights, configs, processor, and the video budget it was trained with.
-
-    The model itself is left as it is.
-    """
+    """Write a complete checkpoint: bf16 weights, configs, processor, and the video budget it was trained with."""
     copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
-    budget = {"video": asdict(TINY_BUDGET)}
-    (folder / REWARD_CONFIG_NAME).write_text(json.dumps(budget, indent=2) + "\n")
+    (folder / REWARD_CONFIG_NAME).write_text(json.dumps({"video": asdict(TINY_BUDGET)}, indent=2) + "\n")

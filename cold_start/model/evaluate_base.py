@@ -3,58 +3,38 @@
     cd cold_start; export PYTHONPATH=.:datasets
     python model/evaluate_base.py --checkpoint model/tiny_base --log model/tiny_base_train.json
 
-Clips are real H.264 files, read by `vision_process.load_video`; prompts are built by `SequenceBuilder`; the chain of
-thought is decoded by `generate`, greedily and once more sampled at temperature 1, for held-out and for training
-requests. Written under "evaluation" in the log:
-
-- how many answers are valid JSON, and their length in characters and tokens;
-- how many attributes of the clip the reasoning names rightly;
-- how many sub-scores are right, per dimension;
-- how often the clip preferred by the model's own sub-scores is the truly better one (ties count one half).
-
-A prior is the share of the most frequent value: what always answering that value would give.
+Clips are real H.264 files, encoded and judged by `RewardScorer`, greedily and once more sampled at temperature 1, for
+held-out and for training requests. Written under "evaluation" in the log: shares of valid answers, of attributes of
+the clip that the reasoning names rightly, of right sub-scores, and of pairs whose better clip the model's own
+sub-scores find (ties count one half). A prior is the share of the most frequent value: what always answering that
+value would give.
 """
 
 import argparse
 import json
-import logging
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
-from transformers.utils import logging as transformers_logging
 
-from checkpoint import stored_video_budget
-from infer_utils.scorer import left_padded_inputs
-from model_qwen3 import add_reward_token
-from scored_sequence import EncodedPrompt, SequenceBuilder, judge_problem
+from infer_utils import RewardScorer
+from scored_sequence import EncodedPrompt, judge_problem
+from toy_world import scene as rules
 from toy_world.render import encode_clip, sample_nuisance
-from toy_world.scene import (
-    ATTRIBUTES,
-    DIMENSIONS,
-    GENERATORS,
-    Request,
-    Scene,
-    choose,
-    sample_clip_scene,
-    sample_request,
-    true_scores,
-    utility,
-)
+from toy_world.scene import ATTRIBUTES, DIMENSIONS, GENERATORS, NOT_ASKED, Request, Scene
 from toy_world.texts import parse_scores, phrase, write_prompt
-from vision_process import VideoBudget, load_video
+from utils import quiet_libraries
 
-logger = logging.getLogger(__name__)
+MAX_COT_TOKENS = 320
+BATCH_SIZE = 50
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A clip that shows `scene`, made for `request`, ready for the model."""
 
     request: Request
@@ -62,59 +42,55 @@ class Case:
     prompt: EncodedPrompt
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """What the model wrote about a case, in `num_tokens` tokens (EOS not counted)."""
-
-    case: Case
-    cot: str
-    num_tokens: int
-
-
-def load_checkpoint(folder: Path, device: str) -> tuple[Qwen3VLForConditionalGeneration, SequenceBuilder, VideoBudget]:
-    """Model in fp32, sequence builder (with `<Reward>` added to its tokenizer) and video budget of a checkpoint."""
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    add_reward_token(processor)
-    return model, SequenceBuilder(processor), stored_video_budget(str(folder))
-
-
-def make_cases(
-    builder: SequenceBuilder, budget: VideoBudget, *, num_pairs: int, seed: int, held_out: bool
-) -> list[Case]:
+def make_cases(scorer: RewardScorer, *, num_pairs: int, seed: int, held_out: bool) -> list[Case]:
     """Draw requests and make two clips for each; the two of a pair follow each other."""
-    rng = np.random.default_rng(seed)
-    cases = []
+    rng, cases = np.random.default_rng(seed), []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         for _ in range(num_pairs):
-            request = sample_request(rng, held_out=held_out)
+            request = rules.sample_request(rng, held_out=held_out)
             problem = judge_problem(write_prompt(request, rng))
             for _ in range(2):
-                scene = sample_clip_scene(request, rng, held_out, generator=choose(rng, tuple(GENERATORS)))
+                generator = rules.choose(rng, tuple(GENERATORS))
+                scene = rules.sample_clip_scene(request, rng, held_out, generator=generator)
                 encode_clip(path, scene, sample_nuisance(rng))
-                video = load_video(path, budget, size_factor=builder.size_factor)
-                cases.append(Case(request, scene, builder.encode_prompt(problem, video)))
+                cases.append(Case(request, scene, *scorer.encode([path], problems=[problem])))
     return cases
 
 
-@torch.no_grad()
-def judge_cases(
-    model, builder: SequenceBuilder, cases: Sequence[Case], *, batch_size: int, is_sampled: bool = False
-) -> list[Judgement]:
-    """Let the model judge the cases in their order, greedily or sampled at temperature 1."""
-    tokenizer, judgements = builder.tokenizer, []
-    ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    sampling = {"do_sample": True, "top_k": 0} if is_sampled else {"do_sample": False}
-    for start in range(0, len(cases), batch_size):
-        chunk = cases[start : start + batch_size]
-        inputs = left_padded_inputs([case.prompt for case in chunk], builder, device=model.device)
-        output = model.generate(**inputs, **sampling)[:, inputs["input_ids"].shape[1] :].tolist()
-        for case, ids in zip(chunk, output, strict=True):
-            answer = ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
-            judgements.append(Judgement(case, tokenizer.decode(answer), len(answer)))
-        logger.info("%d of %d clips judged", len(judgements), len(cases))
-    return judgements
+def judge_cases(scorer: RewardScorer, cases: Sequence[Case], *, temperature: float = 0.0) -> dict[str, object]:
+    """Let the model judge the clips of pairs; all metrics."""
+    cots = scorer.write_cots(
+        [case.prompt for case in cases],
+        batch_size=BATCH_SIZE,
+        max_new_tokens=MAX_COT_TOKENS,
+        repetition_penalty=1.0,
+        temperature=temperature,
+    )
+    named = [read_attributes(cot.text) for cot in cots]
+    given = [parse_scores(cot.text) for cot in cots]
+    truth = [rules.true_scores(case.request, case.scene) for case in cases]
+    perception, sub_scores = {}, {}
+    for name in ATTRIBUTES:
+        shown = [getattr(case.scene, name) for case in cases]
+        right = [said[name] == value for said, value in zip(named, shown, strict=True)]
+        perception[name] = {"right": _mean(right), "prior": _share_of_most_frequent(shown)}
+    for name in DIMENSIONS:
+        asked = [(said, true[name]) for said, true in zip(given, truth, strict=True) if true[name] != NOT_ASKED]
+        right = [said is not None and said[name] == true for said, true in asked]
+        prior = _share_of_most_frequent([true for _, true in asked])
+        sub_scores[name] = {"right_if_asked": _mean(right), "prior_if_asked": prior}
+    keys = ("right_if_asked", "prior_if_asked")
+    sub_scores["mean"] = {key: _mean([sub_scores[name][key] for name in DIMENSIONS]) for key in keys}
+    return {
+        "num_clips": len(cases),
+        "json_valid": _mean([scores is not None for scores in given]),
+        "characters_per_cot": _mean([len(cot.text) for cot in cots]),
+        "tokens_per_cot": _mean([len(cot.ids) for cot in cots]),
+        "perception": perception,
+        "sub_scores": sub_scores,
+        "pairs": measure_pairs(given, truth),
+    }
 
 
 def read_attributes(cot: str) -> dict[str, str | None]:
@@ -129,52 +105,25 @@ def read_attributes(cot: str) -> dict[str, str | None]:
     return named
 
 
-def _share(outcomes: Sequence[float]) -> float:
-    return round(float(np.mean(outcomes)), 4)
-
-
-def _prior(values: Sequence[object]) -> float:
-    return round(max(Counter(values).values()) / len(values), 4)
-
-
-def measure_pairs(judgements: Sequence[Judgement]) -> dict[str, float]:
+def measure_pairs(given: Sequence[dict | None], truth: Sequence[dict]) -> dict[str, float]:
     """Preference from the model's own sub-scores against the true one, over pairs that are no true ties."""
     outcomes = []
-    for pair in zip(judgements[::2], judgements[1::2], strict=True):
-        true = [utility(true_scores(judgement.case.request, judgement.case.scene)) for judgement in pair]
-        scores = [parse_scores(judgement.cot) for judgement in pair]
-        own = [0, 0] if None in scores else [utility(of_clip) for of_clip in scores]
-        if true[0] != true[1]:
-            outcomes.append(np.sign(true[0] - true[1]) * np.sign(own[0] - own[1]))
-    own_ties = _share([outcome == 0 for outcome in outcomes])
-    return {"num_pairs": len(outcomes), "accuracy": 0.5 + _share(outcomes) / 2, "own_ties": own_ties}
+    for index in range(0, len(truth), 2):
+        true_a, true_b = map(rules.utility, truth[index : index + 2])
+        own = given[index : index + 2]
+        own_a, own_b = (0, 0) if None in own else map(rules.utility, own)
+        if true_a != true_b:
+            outcomes.append(np.sign(true_a - true_b) * np.sign(own_a - own_b))
+    own_ties = _mean([outcome == 0 for outcome in outcomes])
+    return {"num_pairs": len(outcomes), "accuracy": 0.5 + _mean(outcomes) / 2, "own_ties": own_ties}
 
 
-def summarise(judgements: Sequence[Judgement]) -> dict[str, object]:
-    """All metrics of a list of judged pairs."""
-    named = [read_attributes(judgement.cot) for judgement in judgements]
-    given = [parse_scores(judgement.cot) for judgement in judgements]
-    perception, sub_scores = {}, {}
-    for name in ATTRIBUTES:
-        truth = [getattr(judgement.case.scene, name) for judgement in judgements]
-        right = [said[name] == value for said, value in zip(named, truth, strict=True)]
-        perception[name] = {"right": _share(right), "prior": _prior(truth)}
-    for name in DIMENSIONS:
-        truth = [true_scores(judgement.case.request, judgement.case.scene)[name] for judgement in judgements]
-        asked = [(said, true) for said, true in zip(given, truth, strict=True) if true != "N/A"]
-        right = [said is not None and said[name] == true for said, true in asked]
-        sub_scores[name] = {"right_if_asked": _share(right), "prior_if_asked": _prior([true for _, true in asked])}
-    keys = ("right_if_asked", "prior_if_asked")
-    sub_scores["mean"] = {key: _share([sub_scores[name][key] for name in DIMENSIONS]) for key in keys}
-    return {
-        "num_clips": len(judgements),
-        "json_valid": _share([scores is not None for scores in given]),
-        "characters_per_cot": _share([len(judgement.cot) for judgement in judgements]),
-        "tokens_per_cot": _share([judgement.num_tokens for judgement in judgements]),
-        "perception": perception,
-        "sub_scores": sub_scores,
-        "pairs": measure_pairs(judgements),
-    }
+def _mean(values: Sequence[float]) -> float:
+    return round(float(np.mean(values)), 4)
+
+
+def _share_of_most_frequent(values: Sequence[object]) -> float:
+    return round(max(Counter(values).values()) / len(values), 4)
 
 
 def main() -> None:
@@ -182,24 +131,16 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--log", type=Path, help="JSON file that gets the result under the key 'evaluation'")
     parser.add_argument("--pairs", type=int, default=200, help="pairs of clips per set of requests")
-    parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--show", type=int, default=0, help="write this many chains of thought to the output")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("qwen_vl_utils").setLevel(logging.WARNING)  # a line for every clip otherwise
-    transformers_logging.set_verbosity_error()
-    torch.manual_seed(args.seed)
-    model, builder, budget = load_checkpoint(args.checkpoint, args.device)
-    evaluation = {"device": args.device, "seed": args.seed}
+    quiet_libraries()
+    scorer = RewardScorer.from_base(args.checkpoint, seed=args.seed)
+    evaluation = {"device": "cpu", "seed": args.seed}
     for name, held_out in (("held_out", True), ("training", False)):
-        cases = make_cases(builder, budget, num_pairs=args.pairs, seed=args.seed, held_out=held_out)
-        greedy = judge_cases(model, builder, cases, batch_size=args.batch_size)
-        sampled = judge_cases(model, builder, cases, batch_size=args.batch_size, is_sampled=True)
-        evaluation |= {name: summarise(greedy), f"{name}_sampled": summarise(sampled)}
-        for judgement in greedy[: args.show]:
-            sys.stdout.write(f"{judgement.case.request}\n{judgement.case.scene}\n{judgement.cot}\n\n")
+        cases = make_cases(scorer, num_pairs=args.pairs, seed=args.seed, held_out=held_out)
+        evaluation[name] = judge_cases(scorer, cases)
+        torch.manual_seed(args.seed)
+        evaluation[f"{name}_sampled"] = judge_cases(scorer, cases, temperature=1.0)
     if args.log:
         log = json.loads(args.log.read_text()) if args.log.exists() else {}
         args.log.write_text(json.dumps({**log, "evaluation": evaluation}, indent=1) + "\n")

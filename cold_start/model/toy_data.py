@@ -6,12 +6,14 @@ random, so that what the prompt asks for says little about what the clip shows a
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
 
 from build_tiny import TINY_BUDGET
 from scored_sequence import VIDEO_PLACEHOLDER, judge_problem
@@ -22,6 +24,7 @@ from vision_process import load_video
 
 # Weights of tokens in the loss: what the clip shows, verdicts and scores, the text around them.
 SEEN, DECISION, PLAIN = 4.0, 2.0, 0.2
+TRIPLE = ("color", "shape", "motion")
 BALANCING_ROUNDS = 3
 CHANGE_RATES = (0.1, 0.7)  # range of the probability that an attribute of the request differs from the clip's
 USER_START, USER_END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
@@ -51,8 +54,8 @@ class TextBatch:
     """
 
     clip_indices: np.ndarray
-    input_ids: np.ndarray
-    weights: np.ndarray
+    input_ids: torch.Tensor
+    weights: torch.Tensor
 
 
 class ToyClips(Dataset):
@@ -81,24 +84,10 @@ class ToyClips(Dataset):
             do_sample_frames=False,
             return_tensors="np",
         )
-        patches = (
-            ((inputs["pixel_values_videos"] + 1) * 127.5).round().astype(np.uint8)
-        )  # was (value / 255 - 0.5) / 0.5
-        grid_thw = tuple(int(size) for size in inputs["video_grid_thw"][0])
-        return ToyClip(scene, request, patches, grid_thw, [int(token) for token in inputs["input_ids"][0]])
-
-
-class ToyTexts(IterableDataset):
-    """Batches without end, of clips drawn at random; the seed and the number of workers determine them."""
-
-    def __init__(self, tokenizer, clips: Sequence[ToyClip], *, batch_size: int, seed: int) -> None:
-        self.tokenizer, self.clips, self.batch_size, self.seed = tokenizer, clips, batch_size, seed
-
-    def __iter__(self) -> Iterator[TextBatch]:
-        worker = get_worker_info()
-        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
-        while True:
-            yield make_texts(self.tokenizer, self.clips, rng.integers(len(self.clips), size=self.batch_size), rng)
+        # The processor made (value / 255 - 0.5) / 0.5 of it.
+        patches = ((inputs["pixel_values_videos"] + 1) * 127.5).round().astype(np.uint8)
+        grid_thw, prefix_ids = inputs["video_grid_thw"][0].tolist(), inputs["input_ids"][0].tolist()
+        return ToyClip(scene, request, patches, tuple(grid_thw), prefix_ids)
 
 
 def balance_triples() -> np.ndarray:
@@ -108,9 +97,10 @@ def balance_triples() -> np.ndarray:
     out, and the model would learn that as a fact about the world. A few rounds of iterative proportional fitting: more
     would bring the pairs closer still, but leave some triples next to nothing.
     """
-    table = np.ones([len(ATTRIBUTES[name]) for name in ("color", "shape", "motion")])
+    any_scene = Scene(*(values[0] for values in ATTRIBUTES.values()))
+    table = np.ones([len(ATTRIBUTES[name]) for name in TRIPLE])
     for index in np.ndindex(table.shape):
-        table[index] = not is_held_out(_with_triple(Scene(*(values[0] for values in ATTRIBUTES.values())), index))
+        table[index] = not is_held_out(_with_triple(any_scene, index))
     for _ in range(BALANCING_ROUNDS):
         for axis in range(table.ndim):
             pairs = table.sum(axis=axis, keepdims=True)
@@ -119,8 +109,7 @@ def balance_triples() -> np.ndarray:
 
 
 def _with_triple(scene: Scene, index: Sequence[int]) -> Scene:
-    names = ("color", "shape", "motion")
-    return replace(scene, **{name: ATTRIBUTES[name][i] for name, i in zip(names, index, strict=True)})
+    return replace(scene, **{name: ATTRIBUTES[name][i] for name, i in zip(TRIPLE, index, strict=True)})
 
 
 def draw_scene(rng: np.random.Generator, triples: np.ndarray) -> Scene:
@@ -148,12 +137,14 @@ def make_texts(tokenizer, clips: Sequence[ToyClip], clip_indices: np.ndarray, rn
         head = clip.prefix_ids + tokenizer(prompt)["input_ids"]
         answer = tokenizer(cot, return_offsets_mapping=True)
         weights = weigh_tokens(cot, clip.scene, [start for start, _ in answer["offset_mapping"]])
-        rows.append(([*head, *answer["input_ids"], tokenizer.eos_token_id], [*[0.0] * len(head), *weights, DECISION]))
-    shape = len(rows), max(len(ids) for ids, _ in rows)
-    input_ids, all_weights = np.full(shape, tokenizer.pad_token_id), np.zeros(shape, dtype=np.float32)
-    for row, (ids, weights) in enumerate(rows):
-        input_ids[row, : len(ids)], all_weights[row, : len(ids)] = ids, weights
-    return TextBatch(clip_indices, input_ids, all_weights)
+        ids = [*head, *answer["input_ids"], tokenizer.eos_token_id]
+        rows.append((torch.tensor(ids), torch.tensor([*[0.0] * len(head), *weights, DECISION])))
+    input_ids, weights = zip(*rows, strict=True)
+    return TextBatch(
+        clip_indices,
+        pad_sequence(input_ids, batch_first=True, padding_value=tokenizer.pad_token_id),
+        pad_sequence(weights, batch_first=True).float(),
+    )
 
 
 def weigh_tokens(cot: str, seen: Scene, token_starts: Sequence[int]) -> np.ndarray:

@@ -8,7 +8,7 @@ Plain supervised training on chains of thought that describe what the clip shows
 (what is seen, verdicts, scores) weigh more than the boilerplate around them. Training ends after `--steps` or at the
 time limit, by which the learning rate has fallen to zero. Beside the checkpoint lies its log, FOLDER_train.json.
 
-The default number of steps stops training early on purpose: later stages shall have something to improve, and from
+The default number of steps stops training early on purpose: later stages should have something to improve, and from
 about 1,000 steps on the model learns which (color, shape, motion) triples never occur, and takes held-out clips for
 others.
 """
@@ -32,8 +32,8 @@ from tqdm import tqdm
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from build_tiny import build_model, build_processor, build_tokenizer, save_checkpoint
-from toy_data import SEEN, TextBatch, ToyClip, ToyClips, ToyTexts, make_texts
+from build_tiny import build_model, build_processor, save_checkpoint
+from toy_data import SEEN, TextBatch, ToyClip, ToyClips, make_texts
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=700, help="optimizer steps, if the time allows")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--workers", type=int, default=14, help="processes that make clips and texts")
+    parser.add_argument("--workers", type=int, default=14, help="processes that render clips")
     parser.add_argument("--pool-size", type=int, default=12_000, help="training clips, rendered before training")
     parser.add_argument("--held-out", type=int, default=384, help="held-out clips that perception is measured on")
     parser.add_argument("--eval-steps", type=int, default=50, help="steps between two measurements")
@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def scheduled_rate(progress: float, step: int) -> float:
+def scale_learning_rate(step: int, progress: float) -> float:
     """Factor on the learning rate: linear warm-up by steps, then a cosine in `progress`, which is in [0, 1]."""
     return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
@@ -85,7 +85,7 @@ def forward(
     """Logits float32 [N, vocab_size], targets [N] and weights [N] of all tokens that have a weight."""
     chosen = [clips[index] for index in texts.clip_indices]
     patches = torch.cat([torch.from_numpy(clip.patches) for clip in chosen]).to(model.device)
-    input_ids, weights = (torch.from_numpy(x).to(model.device) for x in (texts.input_ids, texts.weights))
+    input_ids, weights = texts.input_ids.to(model.device), texts.weights.to(model.device)
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda"):
         logits = model(
             input_ids=input_ids,
@@ -115,33 +115,33 @@ def measure_perception(
 
 def train(model: Qwen3VLForConditionalGeneration, processor, args: argparse.Namespace) -> dict[str, object]:
     """Train until the steps are done or the time is up. Returns the curve and what it took."""
-    tokenizer = processor.tokenizer
+    tokenizer, rng = processor.tokenizer, np.random.default_rng([args.seed, 0])
     held_out = render_clips(processor, num_clips=args.held_out, args=args, held_out=True)
     clips = render_clips(processor, num_clips=args.pool_size, args=args, held_out=False)
-    texts = ToyTexts(tokenizer, clips, batch_size=args.batch_size, seed=args.seed)
     optimizer, curve, losses, start = build_optimizer(model, args.learning_rate), [], [], time.monotonic()
-    for step, batch in enumerate(DataLoader(texts, batch_size=None, num_workers=args.workers)):
+    step, is_done = 0, False
+    while not is_done:
         minutes = (time.monotonic() - start) / 60
         for group in optimizer.param_groups:
             progress = max(minutes / args.minutes, step / args.steps)
-            group["lr"] = args.learning_rate * scheduled_rate(progress, step)
-        logits, targets, weights = forward(model, clips, batch)
+            group["lr"] = args.learning_rate * scale_learning_rate(step, progress)
+        texts = make_texts(tokenizer, clips, rng.integers(len(clips), size=args.batch_size), rng)
+        logits, targets, weights = forward(model, clips, texts)
         loss = (functional.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-        is_done = minutes >= args.minutes or step + 1 >= args.steps
-        if is_done or (step + 1) % args.eval_steps == 0:
+        step += 1
+        is_done = minutes >= args.minutes or step >= args.steps
+        if is_done or step % args.eval_steps == 0:
             perception = measure_perception(model, held_out, tokenizer, args.batch_size)
-            mean_loss, losses = torch.stack(losses).mean().item(), []
-            logger.info("step %d, %.1f min, loss %.4f, perception %.4f", step + 1, minutes, mean_loss, perception)
-            point = {"minutes": minutes, "loss": mean_loss, "perception": perception}
-            curve.append({"step": step + 1, **{name: round(value, 4) for name, value in point.items()}})
-        if is_done:
-            break
-    return {"num_steps": step + 1, "minutes": round(minutes, 2), "num_clips": len(clips), "curve": curve}
+            point = {"minutes": minutes, "loss": torch.stack(losses).mean().item(), "perception": perception}
+            curve.append({"step": step, **{name: round(value, 4) for name, value in point.items()}})
+            logger.info("%s", curve[-1])
+            losses = []
+    return {"num_steps": step, "minutes": round(minutes, 2), "num_clips": len(clips), "curve": curve}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -159,8 +159,8 @@ def main(argv: Sequence[str]) -> None:
         "learning_rate": args.learning_rate,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    tokenizer = build_tokenizer()
-    processor, model = build_processor(tokenizer), build_model(tokenizer, seed=args.seed).to(args.device).train()
+    processor = build_processor()
+    model = build_model(processor.tokenizer, seed=args.seed).to(args.device).train()
     log |= {"num_parameters": model.num_parameters(), **train(model, processor, args)}
     save_checkpoint(model, processor, args.save)
     args.save.with_name(f"{args.save.name}_train.json").write_text(json.dumps(log, indent=1) + "\n")

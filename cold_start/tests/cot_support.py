@@ -1,18 +1,18 @@
-"""What the tests of collect_cot share: a chat server that says what a test wants, and preference CSVs without CoTs."""
+"""What the tests of CoT collection share: a chat server that says what a test wants, and CSVs without CoTs."""
 
-import csv
 import json
 import random
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 from stage1_support import write_pairs_csv
+from toy_world.tables import read_table, write_table
 
 MODEL = "judge"
-LABELS = ["A", "B", "same", "invalid", "A", "B"]
 DIMENSIONS = ("subject", "dynamics", "camera", "environment", "style")
 DROP = (0, None)
 """In place of an answer: close the connection without one."""
@@ -25,8 +25,7 @@ def make_cot(
 ) -> str:
     """A well-formed CoT; `scores` in the order of DIMENSIONS."""
     answer: dict[str, object] = {"dimensional_scores": dict(zip(DIMENSIONS, scores, strict=True))}
-    if overall is not None:
-        answer["overall_score"] = overall
+    answer |= {} if overall is None else {"overall_score": overall}
     return f"{reasoning}\n<answer>\n{json.dumps(answer)}\n</answer>"
 
 
@@ -54,48 +53,32 @@ def failure(status: int, message: str = "no such luck") -> Answer:
     return status, {"error": {"message": message}}
 
 
-class ChatServer:
-    """A real HTTP server on a port of its own. `answer`: what a chat request gets; `models`: what /models gets.
+@contextmanager
+def run_chat_server() -> Iterator[SimpleNamespace]:
+    """A real HTTP server. `answer`: what a chat request gets; `models`: what /models gets; `url`: up to /v1.
 
     `requests`: all chat requests, parsed, in order of arrival. `keys`: the Authorization headers that came.
     """
+    answer: Callable[[dict], Answer] = lambda request: completion(random_cot(request))  # noqa: E731
+    models = (200, {"data": [{"id": MODEL, "max_model_len": 4096}]})
+    state = SimpleNamespace(answer=answer, models=models, requests=[], keys=set())
 
-    def __init__(self) -> None:
-        self.answer: Callable[[dict], Answer] = lambda request: completion(random_cot(request))
-        self.models: Answer = (200, {"data": [{"id": MODEL, "max_model_len": 4096}]})
-        self.requests: list[dict] = []
-        self.keys: set[str | None] = set()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _make_handler(self))
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-
-    def __enter__(self) -> "ChatServer":
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def _make_handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._reply(server.models)
+            self.reply(state.models)
 
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            server.keys.add(self.headers["Authorization"])
-            server.requests.append(request)
-            self._reply(server.answer(request))
+            state.keys.add(self.headers["Authorization"])
+            state.requests.append(request)
+            self.reply(state.answer(request))
 
-        def _reply(self, answer: Answer) -> None:
+        def reply(self, answer: Answer) -> None:
             if answer == DROP:
                 self.close_connection = True
                 return
-            status, body = answer
-            data = body if isinstance(body, bytes) else json.dumps(body).encode()
-            self.send_response(status)
+            data = json.dumps(answer[1]).encode()
+            self.send_response(answer[0])
             self.send_header("Content-Type", "application/json")
             self.send_header("retry-after-ms", "1")
             self.send_header("Content-Length", str(len(data)))
@@ -106,27 +89,23 @@ def _make_handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_: object) -> None:
             """Say nothing."""
 
-    return Handler
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV as they are."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    state.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield state
+    server.shutdown()
+    server.server_close()
 
 
 def write_bare_csv(path: Path, clips: Sequence[Path], *, labels: Sequence[str], **columns: Sequence[str]) -> Path:
     """A preference CSV without CoTs and MOS columns; `columns` are added, or replace the written ones."""
-    rows = read_rows(write_pairs_csv(path, clips, labels=labels))
-    dropped = ("CoT_A", "CoT_B", "MOS_A_GSB", "MOS_B_GSB")
-    rows = [{name: cell for name, cell in row.items() if name not in dropped} for row in rows]
-    for name, cells in columns.items():
-        for row, cell in zip(rows, cells, strict=True):
-            row[name] = cell
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = read_table(write_pairs_csv(path, clips, labels=labels))
+    for index, row in enumerate(rows):
+        for name in [name for name in row if name.startswith(("CoT", "MOS"))]:
+            del row[name]
+        row.update({name: cells[index] for name, cells in columns.items()})
+    write_table(path, rows)
     return path
 
 

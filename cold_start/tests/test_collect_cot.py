@@ -7,13 +7,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -21,37 +20,38 @@ import pytest
 from PIL import Image
 
 from checkpoint import RewardConfig, stored_video_budget
+from collect import collect_cot, endpoint
+from collect.collect_cot import build_judge, parse_options
+from collect.endpoint import encode_clip, encode_frames
 from cot_support import (
+    DIMENSIONS,
     DROP,
-    LABELS,
     MODEL,
-    ChatServer,
     as_flags,
     completion,
     failure,
     make_cot,
     random_cot,
-    read_rows,
     request_text,
+    run_chat_server,
     write_bare_csv,
 )
 from data import PairDataset, PairDraw
 from descore.answers import parse_annotation
-from infer_utils import collect_cot, cot_endpoint
-from infer_utils.collect_cot import build_judge, parse_options
-from infer_utils.cot_endpoint import encode_clip, encode_frames
 from preference_csv import CsvNeeds, read_pairs
 from stage1_support import STAGE_DIR, TINY_BASE, write_pairs_csv
+from toy_world.tables import read_table
 from verl.reward.function import load_reward_function
 from vision_process import load_video
 
 REWARD_FILE = STAGE_DIR.parent / "dual_rl" / "examples" / "reward_function" / "r1ta_subdim_head.py"
 BUDGET = stored_video_budget(str(TINY_BASE))
+LABELS = ["A", "B", "same", "invalid", "A", "B"]
 
 
 @pytest.fixture
-def server() -> Iterator[ChatServer]:
-    with ChatServer() as server:
+def server() -> Iterator[SimpleNamespace]:
+    with run_chat_server() as server:
         yield server
 
 
@@ -65,22 +65,18 @@ def output(tmp_path) -> Path:
     return tmp_path / "out.csv"
 
 
-def flags(path: Path, output: Path, server: ChatServer, **options: object) -> list[str]:
+def flags(path: Path, output: Path, server: SimpleNamespace, **options: object) -> list[str]:
     common = {"model": MODEL, "endpoint": server.url, "processor": TINY_BASE, "max_tokens": 512, "concurrency": 4}
     return [str(path), "--output", str(output), *as_flags(**{**common, **options})]
 
 
-def run_collect(path: Path, output: Path, server: ChatServer, **options: object) -> int:
-    """`python -m infer_utils.collect_cot` in this process; the exit status."""
+def run_collect(path: Path, output: Path, server: SimpleNamespace, **options: object) -> int:
+    """`python -m collect.collect_cot` in this process; the exit status."""
     return collect_cot.main(flags(path, output, server, **options))
 
 
 def read_report(output: Path) -> dict:
     return json.loads(output.with_suffix(".report.json").read_text())
-
-
-def files_of(output: Path) -> list[bytes]:
-    return [output.read_bytes(), output.with_suffix(".report.json").read_bytes()]
 
 
 def sent_url(request: dict) -> str:
@@ -110,22 +106,20 @@ def test_frames_are_sent_as_training_sees_them(clips):
         assert fields["media_io_kwargs"]["video"]["frames_indices"] == list(video.frame_indices)
 
 
-def test_rows_get_cots_and_answers_that_both_stages_take(server, bare_csv, output, capsys):
+def test_rows_get_cots_and_answers_that_both_stages_take(server, bare_csv, output):
     assert run_collect(bare_csv, output, server, num_samples=6) == 0
-    before, rows, report = read_rows(bare_csv), read_rows(output), read_report(output)
+    before, rows, report = read_table(bare_csv), read_table(output), read_report(output)
     assert list(rows[0]) == [*before[0], "CoT_A", "CoT_B", "answer"]
     assert [{name: row[name] for name in before[0]} for row in rows] == before
     assert len(server.requests) == report["samples"] == 6 * 2 * len(LABELS)
     assert report["rows_agreeing"] == sum(label != "invalid" for label in LABELS)
     written = {random_cot(request) for request in server.requests}
     assert all(row[name] in written for row in rows for name in ("CoT_A", "CoT_B"))
-    assert capsys.readouterr().out.startswith("12 videos, 72 samples, 0 malformed (-)\n6 rows got CoTs: 5 agree")
 
     judge = build_judge(parse_options(flags(output, Path("x.csv"), server)))
     dataset = PairDataset(read_pairs(output, CsvNeeds()), judge.builder, judge.budget)
     cot_ids = dataset.builder.encode_cot(rows[0]["CoT_A"])
-    encoded = dataset[PairDraw(0, is_masked=False)]
-    assert encoded.sequence_a.input_ids.tolist()[-len(cot_ids) - 2 : -2] == cot_ids
+    assert dataset[PairDraw(0, is_masked=False)].sequence_a.input_ids.tolist()[-len(cot_ids) - 2 : -2] == cot_ids
 
     compute_score = load_reward_function(f"{REWARD_FILE}:compute_score", {})
     for row in rows:
@@ -136,83 +130,67 @@ def test_rows_get_cots_and_answers_that_both_stages_take(server, bare_csv, outpu
             assert (score["format"], score["sub"]) == (1.0, float(row["GSB"] != "invalid"))
 
 
-def test_killed_and_interrupted_run_resumes_to_the_same_files(server, bare_csv, output, tmp_path):
+def test_interrupted_run_resumes_with_more_samples_to_the_files_of_an_uninterrupted_one(
+    server, bare_csv, output, tmp_path, capsys
+):
     whole, journal = tmp_path / "whole.csv", output.with_suffix(".samples.jsonl")
     assert run_collect(bare_csv, whole, server) == 0
     num_requests = len(server.requests)
-    server.answer = lambda request: time.sleep(0.02) or completion(random_cot(request))
-    command = [sys.executable, "-m", "infer_utils.collect_cot", *flags(bare_csv, output, server, concurrency=2)]
-    for end, status, message in (
-        (signal.SIGKILL, -signal.SIGKILL, ""),
-        (signal.SIGINT, 130, "collect_cot: interrupted. The same command resumes.\n"),
-    ):
-        size = journal.stat().st_size if journal.exists() else 0
-        process = subprocess.Popen(command, cwd=STAGE_DIR, stderr=subprocess.PIPE, text=True)
-        while not journal.exists() or journal.stat().st_size < size + 2000:
-            assert process.poll() is None
-            time.sleep(0.005)
-        process.send_signal(end)
-        assert process.communicate(timeout=60)[1] == message
-        assert process.returncode == status
-        assert not output.exists()
-    with journal.open("ab") as file:
-        file.write(b'{"key": [6, "B", 3], "is_fin')  # torn
+
+    def press_ctrl_c(request: dict) -> tuple:
+        if len(server.requests) == num_requests + 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        return completion(random_cot(request))
+
+    server.answer = press_ctrl_c
+    assert run_collect(bare_csv, output, server, num_samples=3) == 130
+    assert capsys.readouterr().err == "collect_cot: interrupted. The same command resumes.\n"
+    assert not output.exists()
     num_kept = journal.read_bytes().count(b"\n") - 1
+    assert 0 < num_kept < 12
+    with journal.open("ab") as file:
+        file.write(b'{"key": [6, "B", 3], "is_fin')  # torn, as a kill leaves it
     server.requests.clear()
     assert run_collect(bare_csv, output, server, concurrency=5) == 0
     assert len(server.requests) == num_requests - num_kept
-    assert files_of(output) == files_of(whole)
+    for suffix in (".csv", ".report.json"):
+        assert output.with_suffix(suffix).read_bytes() == whole.with_suffix(suffix).read_bytes()
 
 
-def test_more_samples_are_added_to_those_that_exist(server, bare_csv, output, tmp_path):
-    assert run_collect(bare_csv, output, server, num_samples=1) == 0
-    assert run_collect(bare_csv, output, server, num_samples=3) == 0
-    assert len(server.requests) == 3 * 2 * len(LABELS)
-    assert run_collect(bare_csv, tmp_path / "once.csv", server, num_samples=3) == 0
-    assert files_of(output) == files_of(tmp_path / "once.csv")
-
-
-def test_malformed_samples_are_counted_and_rows_without_cots_listed(server, bare_csv, output, capsys):
+def test_malformed_samples_are_counted_and_rows_without_cots_listed(server, bare_csv, output):
     good = make_cot([2] * 5, 3)
     replies = [
-        completion("no answer"),
-        completion("<Reward> " + good),
-        completion("<|im_end|>" + good),
-        completion(None),
         completion("half a character: \ud83d"),
+        completion("<Reward> " + good),
+        completion(good),
+        completion(None),
         completion(good, finish_reason="length"),
+        completion(good),
     ]
     server.answer = lambda request: replies[row_of(request) - 1]
-    assert run_collect(bare_csv, output, server) == 1
+    assert run_collect(bare_csv, output, server, drop_incomplete=True) == 0
     report = read_report(output)
-    cut = "cut off before its end (--max_tokens)"
-    reserved = "a reserved token in the text"
+    cut, reserved = "cut off before its end (--max_tokens)", "a reserved token in the text"
     no_answer = "no <answer> with a JSON object that has dimensional_scores"
-    assert report["malformed"] == {no_answer: 16, reserved: 16, "empty": 8, cut: 8}
+    assert report["malformed"] == {no_answer: 8, reserved: 8, "empty": 8, cut: 8}
     reason = "video A: none of 4 CoTs is well-formed: 4 empty; video B: none of 4 CoTs is well-formed: 4 empty"
-    assert report["rows_without_cots"][3] == {"row": 4, "reason": reason}
-    assert f"row 4: {reason}" in capsys.readouterr().out
-    assert read_rows(output)[3]["answer"] == '<answer>{"gsb_result": "invalid"}</answer>'
-    replies[1] = completion(good)
-    assert run_collect(bare_csv, output, server, overwrite=True, drop_incomplete=True) == 0
-    assert [row["prompt"] for row in read_rows(output)] == ["a red circle number 1"]
+    assert report["rows_without_cots"][2] == {"row": 4, "reason": reason}
+    assert [row["prompt"] for row in read_table(output)] == ["a red circle number 2", "a red circle number 5"]
 
 
 def test_cots_that_contradict_the_label_are_kept_or_left_out(server, clips, output, tmp_path):
     path = write_bare_csv(tmp_path / "pairs.csv", clips, labels=["A", "same"])
-    urls: list[str] = []
+    urls: dict[str, int] = {}
 
     def answer(request: dict) -> tuple:
-        if sent_url(request) not in urls:
-            urls.append(sent_url(request))
-        side = urls.index(sent_url(request)) % 2
+        side = urls.setdefault(sent_url(request), len(urls)) % 2
         return completion(make_cot([side] * 5, 2.0 + side))  # B is better by a point, whatever the label
 
     server.answer = answer
     assert run_collect(path, output, server, num_samples=2, concurrency=1) == 0
     assert read_report(output)["rows_disagreeing"] == [1, 2]
-    assert all(row["CoT_A"] and row["CoT_B"] for row in read_rows(output))
-    assert [row["answer"] for row in read_rows(output)] == [
+    assert all(row["CoT_A"] and row["CoT_B"] for row in read_table(output))
+    assert [row["answer"] for row in read_table(output)] == [
         f'<answer>{{"gsb_result": "{label}"}}</answer>' for label in ("A", "same")
     ]
     assert run_collect(path, output, server, num_samples=2, require_agreement=True) == 1
@@ -226,34 +204,34 @@ def test_cots_that_contradict_the_label_are_kept_or_left_out(server, clips, outp
 def test_damaged_video_and_failed_requests_leave_their_rows(server, bare_csv, output, tmp_path, clips):
     damaged = tmp_path / "damaged.mp4"
     damaged.write_bytes(clips[0].read_bytes()[:600])
-    videos = [row["videos"] for row in read_rows(bare_csv)]
+    videos = [row["videos"] for row in read_table(bare_csv)]
     videos[1] = repr([str(clips[0]), str(damaged)])
     write_bare_csv(bare_csv, clips, labels=LABELS, videos=videos)
 
     def answer(request: dict) -> tuple:
         if row_of(request) == 5:
-            time.sleep(3)
+            time.sleep(2)
         return {3: failure(400), 4: failure(500)}.get(row_of(request), completion(random_cot(request)))
 
     server.answer = answer
-    assert run_collect(bare_csv, output, server, timeout=2) == 0
+    assert run_collect(bare_csv, output, server, timeout=1.5) == 0
     missing = {entry["row"]: entry["reason"] for entry in read_report(output)["rows_without_cots"]}
     assert list(missing) == [2, 3, 4, 5]
     assert "video B: video does not decode" in missing[2]
     assert missing[3] == "video A: Error code: 400 - no such luck; video B: Error code: 400 - no such luck"
-    assert missing[4] == "video A: Error code: 500 - no such luck; video B: Error code: 500 - no such luck"
-    assert missing[5] == "video A: no reply within 2 s; video B: no reply within 2 s"
+    assert missing[4] == missing[3].replace("400", "500")
+    assert missing[5] == "video A: no reply within 1.5 s; video B: no reply within 1.5 s"
     assert not any(row_of(request) == 2 for request in server.requests)
     server.answer = lambda request: completion(random_cot(request))  # failures are tried again
     assert run_collect(bare_csv, output, server) == 0
     assert [entry["row"] for entry in read_report(output)["rows_without_cots"]] == [2]
 
 
-@pytest.mark.parametrize("trouble", [DROP, failure(429), failure(503)])
-def test_requests_that_fail_for_the_moment_are_sent_again(server, bare_csv, output, trouble):
-    server.answer = lambda request: trouble if len(server.requests) == 1 else completion(random_cot(request))
+def test_requests_that_fail_for_the_moment_are_sent_again(server, bare_csv, output):
+    troubles = [DROP, failure(429), failure(503)]
+    server.answer = lambda request: troubles.pop() if troubles else completion(random_cot(request))
     assert run_collect(bare_csv, output, server, num_samples=1) == 0
-    assert len(server.requests) == 2 * len(LABELS) + 1
+    assert len(server.requests) == 2 * len(LABELS) + 3
     assert read_report(output)["failures"] == []
 
 
@@ -261,10 +239,6 @@ def test_requests_that_fail_for_the_moment_are_sent_again(server, bare_csv, outp
     ("reply", "message"),
     [
         (failure(401), "Error code: 401 - no such luck. The server does not accept the key."),
-        (failure(404), "Check --model"),
-        (failure(429), "The server stays busy."),
-        ((200, b"<html>"), "is not JSON"),
-        ((200, [1]), "is not a chat completion"),
         ((200, {"choices": []}), "is not a chat completion"),
         (completion("2", reasoning_content="I think"), "Start it without a reasoning parser"),
     ],
@@ -281,14 +255,11 @@ def test_server_that_cannot_be_used_ends_the_run_at_once(server, bare_csv, outpu
 
 def test_prompt_of_another_length_is_reported_or_ends_the_run(server, bare_csv, output, tmp_path, capsys):
     server.answer = lambda request: completion(random_cot(request), prompt_tokens=7)
-    assert run_collect(bare_csv, output, server) == 0
-    assert read_report(output)["samples_with_another_prompt"] == 48
+    assert run_collect(bare_csv, output, server, num_samples=1) == 0
+    assert read_report(output)["samples_with_another_prompt"] == 2 * len(LABELS)
     assert "another length" in capsys.readouterr().out
     assert run_collect(bare_csv, tmp_path / "exact.csv", server, send_video="frames") == 2
     assert "the server's prompt of 7 tokens is not training's" in capsys.readouterr().err
-    server.answer = lambda _: failure(400, "Start the server with --trust-request-mm-kwargs")
-    assert run_collect(bare_csv, tmp_path / "other.csv", server, send_video="frames") == 2
-    assert "--trust-request-mm-kwargs. Or use --send_video clip" in capsys.readouterr().err
 
 
 def test_files_are_sent_as_they_are_and_the_key_with_them(server, bare_csv, output, tmp_path, clips, monkeypatch):
@@ -305,118 +276,84 @@ def test_files_are_sent_as_they_are_and_the_key_with_them(server, bare_csv, outp
 
 
 def test_cots_and_answers_that_exist_stay(server, output, tmp_path, clips):
-    path = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B", "A"])
     cells = {"CoT_A": ["mine", "", make_cot([2] * 5, 4)], "CoT_B": ["mine too", "half", make_cot([1] * 5, 3)]}
-    write_bare_csv(path, clips, labels=["A", "B", "A"], **cells, answer=["Video 1 is better", "", ""])
+    answers = ["Video 1 is better", "", ""]
+    path = write_bare_csv(tmp_path / "pairs.csv", clips, labels=["A", "B", "A"], **cells, answer=answers)
     assert run_collect(path, output, server, num_samples=6) == 0
-    rows = read_rows(output)
+    rows = read_table(output)
     assert [(row["CoT_A"], row["CoT_B"]) for row in rows[::2]] == list(zip(*cells.values(), strict=True))[::2]
     assert rows[0]["answer"] == "Video 1 is better"
     assert parse_annotation(rows[2]["answer"]).scores["B"]["style"] == 1
     assert {row_of(request) for request in server.requests} == {2}
     again = tmp_path / "again.csv"
     assert run_collect(path, again, server, num_samples=6, replace_cots=True, replace_answers=True) == 0
-    assert all(row["CoT_A"] not in cells["CoT_A"] for row in read_rows(again))
-    assert all(row["answer"].startswith("<answer>{") for row in read_rows(again))
+    assert all(row["CoT_A"] not in cells["CoT_A"] for row in read_table(again))
+    assert all(row["answer"].startswith("<answer>{") for row in read_table(again))
 
 
-def test_annotators_scores_make_the_answer(server, output, tmp_path, clips):
-    names = ("subject", "dynamics", "camera", "environment", "style")
-    opinions = {f"MOS_{side}_{name}": ["4.2" if side == "A" else "1"] for side in "AB" for name in names}
-    path = write_bare_csv(tmp_path / "pairs.csv", clips, labels=["A"], **opinions | {"MOS_B_style": [""]})
-    assert run_collect(path, output, server) == 0
-    annotation = parse_annotation(read_rows(output)[0]["answer"])
-    assert annotation.scores == {"A": dict.fromkeys(names, 2), "B": dict.fromkeys(names, 0) | {"style": "N/A"}}
-    assert read_report(output)["answers"] == {"label and MOS columns": 1}
-
-
-def test_other_columns_come_out_as_they_went_in(server, output, tmp_path, clips):
+def test_other_columns_come_out_as_they_went_in_and_opinions_make_the_answer(server, output, tmp_path, clips):
     notes = ['a "quoted", note', "two\r\nlines", "a lone \r return", " spaces ", "007", "NA"]
-    path = write_bare_csv(tmp_path / "pairs.csv", clips, labels=LABELS, empty=[""] * 6, notes=notes)
+    opinions = {f"MOS_{side}_{name}": ["4.2" if side == "A" else "1"] * 6 for side in "AB" for name in DIMENSIONS}
+    opinions["MOS_B_style"] = [""] * 6
+    path = write_bare_csv(tmp_path / "pairs.csv", clips, labels=LABELS, empty=[""] * 6, notes=notes, **opinions)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"a lone \r return", b'"a lone \r return"'))
     assert run_collect(path, output, server, num_samples=1) == 0
-    assert [row["notes"] for row in read_rows(output)] == notes
-    assert [row["empty"] for row in read_rows(output)] == [""] * 6
+    rows = read_table(output)
+    assert [(row["notes"], row["empty"]) for row in rows] == [(note, "") for note in notes]
     assert len(read_pairs(output, CsvNeeds())) == len(LABELS)
+    scores = {"A": dict.fromkeys(DIMENSIONS, 2), "B": dict.fromkeys(DIMENSIONS, 0) | {"style": "N/A"}}
+    assert parse_annotation(rows[0]["answer"]).scores == scores
+    assert read_report(output)["answers"] == {"label and MOS columns": 6}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"model": "other"}, "has no model 'other', only judge"),
-        ({"max_tokens": 4090}, "exceed the 4096 that the model takes"),
-        ({"max_length": 60}, "leaves no room for a CoT under --max_length 60"),
-        ({"processor": STAGE_DIR / "ds_config"}, "with --processor"),
-        ({"format_prompt": "nowhere.jinja"}, "--format_prompt nowhere.jinja"),
-        ({"api_key_file": "nowhere"}, "--api_key_file nowhere"),
-        ({"endpoint": "localhost:8000"}, "Give http://host:port/v1"),
-        ({"endpoint": "http://127.0.0.1:9/v1"}, "cannot be reached"),
-        ({"eval_dim": "motion"}, "motion"),
-    ],
-)
-def test_wrong_settings_are_refused_before_anything_is_asked(
-    server, bare_csv, output, capsys, monkeypatch, options, message
-):
-    monkeypatch.setattr(cot_endpoint, "NUM_RETRIES", 0)
-    assert run_collect(bare_csv, output, server, **options) == 2
-    assert message in capsys.readouterr().err
-    assert server.requests == []
-    assert [path.name for path in output.parent.iterdir()] == ["pairs.csv"]
-
-
-def test_wrong_files_are_refused_and_none_is_destroyed(server, tmp_path, clips, capsys, monkeypatch):
+def test_wrong_settings_and_files_are_refused_and_none_is_destroyed(server, tmp_path, clips, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(endpoint, "NUM_RETRIES", 0)
     os.symlink(clips[0], "a.mp4")
     Path("deeper").mkdir()
     Path("mine.csv").write_text("a,b\n")
     path = write_bare_csv(tmp_path / "pairs.csv", clips, labels=["A", "B"])
     content = path.read_bytes()
 
-    def write(**columns: list[str]) -> Path:
-        return write_bare_csv(tmp_path / "one.csv", clips, labels=["A"], **columns)
-
     def refuse(csv_path: Path, output: str, message: str, **options: object) -> None:
         assert run_collect(csv_path, Path(output), server, **options) == 2
         assert message in capsys.readouterr().err
 
+    def refuse_row(message: str, output: str = "out.csv", **columns: list[str]) -> None:
+        refuse(write_bare_csv(tmp_path / "one.csv", clips, labels=["A"], **columns), output, message)
+
+    refuse(path, "out.csv", "has no model 'other', only judge", model="other")
+    refuse(path, "out.csv", "exceed the 4096 that the model takes", max_tokens=4090)
+    refuse(path, "out.csv", "with --processor", processor=STAGE_DIR / "ds_config")
+    refuse(path, "out.csv", "--api_key_file nowhere", api_key_file="nowhere")
+    refuse(path, "out.csv", "cannot be reached", endpoint="http://127.0.0.1:9/v1")
     refuse(path, "pairs.csv", "--output is the input")
-    refuse(path, "out.txt", "does not end in .csv")
-    refuse(path, "none/out.csv", "a folder that does not exist")
     refuse(path, "mine.csv", "no run of this wrote it")
-    refuse(Path("none.csv"), "out.csv", "none.csv")
-    refuse(write(videos=["['a.mp4', 'a.mp4']"]), "deeper/out.csv", "which the video paths are relative to")
-    refuse(write(videos=["['a.mp4', 'b.mp4']"]), "out.csv", "row 1: video not found")
-    refuse(write(problem=["<video><Reward>"]), "out.csv", "row 1, video A: problem contains the reserved token")
-    refuse(write(problem=["<video><|im_start|>"]), "out.csv", "'<|im_start|>'")
+    refuse_row("which the video paths are relative to", "deeper/out.csv", videos=["['a.mp4', 'a.mp4']"])
+    refuse_row("row 1: video not found", videos=["['a.mp4', 'b.mp4']"])
+    refuse_row("row 1, video A: problem contains the reserved token", problem=["<video><Reward>"])
     refuse(write_pairs_csv(tmp_path / "whole.csv", clips, labels=["A"]), "out.csv", "every row has both CoTs")
     assert Path("mine.csv").read_text() == "a,b\n"
+    assert not Path("out.csv").exists()
     assert server.requests == []
 
     assert run_collect(path, Path("mine.csv"), server, overwrite=True) == 0
     refuse(path, "mine.csv", "sampling (", temperature=0.5)
     refuse(path, "mine.csv", "source ('endpoint, clip' there, 'endpoint, file' now)", send_video="file")
-    refuse(write(), "mine.csv", "data (")
-    server.models = (200, {"data": [{"id": MODEL}, {"id": "other"}]})
-    refuse(path, "mine.csv", "model ('judge' there, 'other' now)", model="other")
     assert run_collect(path, Path("mine.csv"), server, overwrite=True, temperature=0.5) == 0
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_flags_that_have_no_effect_are_refused(capsys):
+    common = ["pairs.csv", "--output", "out.csv", "--model", str(TINY_BASE)]
+    for options, message in (
         ({"concurrency": 4}, "--concurrency needs --endpoint"),
         ({"endpoint": "http://a/v1", "max_num_seqs": 4}, "--max_num_seqs has no effect with --endpoint"),
-        ({"tie_margin": -1}, "--tie_margin: -1 is not from 0 to inf"),
-        ({"num_samples": 0}, "--num_samples: 0 is not from 1 to inf"),
-        ({"top_p": 1.5}, "--top_p: 1.5 is not from 0.001 to 1"),
         ({"temperature": 0}, "Add --num_samples 1"),
-    ],
-)
-def test_flags_that_are_wrong_or_have_no_effect_are_refused(capsys, options, message):
-    with pytest.raises(SystemExit):
-        parse_options(["pairs.csv", "--output", "out.csv", "--model", str(TINY_BASE), *as_flags(**options)])
-    assert message in capsys.readouterr().err
+    ):
+        with pytest.raises(SystemExit):
+            parse_options([*common, *as_flags(**options)])
+        assert message in capsys.readouterr().err
 
 
 def test_flags_override_the_prompt_and_video_settings_of_the_model(tmp_path, caplog):
@@ -430,12 +367,3 @@ def test_flags_override_the_prompt_and_video_settings_of_the_model(tmp_path, cap
     assert "Mine: a cat" in judge.builder.render("a cat")
     assert judge.budget == replace(BUDGET, fps=4.0, max_pixels=9216)
     assert "flags override the video budget" in caplog.text
-
-
-@pytest.mark.parametrize("page", ["infer_utils/README.md", "datasets/train/README.md", "infer_utils/collect_cot.py"])
-def test_documented_commands_parse(page):
-    text = (STAGE_DIR / page).read_text().replace("\\\n", " ")
-    commands = re.findall(r"^ +python -m infer_utils\.collect_cot (.*)$", text, re.MULTILINE)
-    assert commands
-    for command in commands:
-        parse_options(command.split())

@@ -3,7 +3,6 @@
 A run that is killed and started again ends with the files of an uninterrupted one, byte for byte.
 """
 
-import csv
 import importlib.util
 import json
 import os
@@ -12,22 +11,21 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from cot_support import as_flags, read_rows
+from cot_support import as_flags
 from preference_csv import CsvNeeds, read_pairs
 from stage1_support import STAGE_DIR, TINY_BASE
+from toy_world.tables import read_table, write_table
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
-NUM_PAIRS = 24
+NUM_PAIRS = 16
 NUM_SAMPLES = 4 * 2 * NUM_PAIRS
 SECONDS = 500.0
 SAMPLING = {"max_tokens": 320, "temperature": 1.0, "top_p": 1.0, "num_samples": 4}
@@ -47,12 +45,10 @@ def pairs_csv(tmp_path_factory) -> Path:
     command = [sys.executable, "datasets/make_toy_world.py", "--output", str(world)]
     counts = ["--train_pairs", str(NUM_PAIRS), "--eval_pairs", "4"]
     subprocess.run([*command, *counts], cwd=STAGE_DIR, check=True, capture_output=True)
-    path = world / "pairs.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ("videos", "problem", "prompt", "GSB"), extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(read_rows(world / "train.csv"))
-    return path
+    columns = ("videos", "problem", "prompt", "GSB")
+    rows = [{name: row[name] for name in columns} for row in read_table(world / "train.csv")]
+    write_table(world / "pairs.csv", rows)
+    return world / "pairs.csv"
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +64,11 @@ def on_server(tmp_path_factory) -> Iterator[dict[str, object]]:
     options += ["--limit-mm-per-prompt", '{"image": 0, "video": 1}', "--trust-request-mm-kwargs"]
     process = start_python("vllm.entrypoints.openai.api_server", options, log)
     try:
-        wait_until(lambda: _is_ready(port), process, log)
+        wait_until(lambda: "Application startup complete" in log.read_text(), process, log)
         yield {"model": "tiny", "endpoint": f"http://127.0.0.1:{port}/v1", "processor": TINY_BASE}
     finally:
         process.terminate()
         process.wait(SECONDS)
-
-
-def _is_ready(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
-            return reply.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def start_python(module: str, arguments: list[str], log: Path) -> subprocess.Popen:
@@ -89,7 +77,7 @@ def start_python(module: str, arguments: list[str], log: Path) -> subprocess.Pop
         return subprocess.Popen(command, cwd=STAGE_DIR, stdout=console, stderr=subprocess.STDOUT, env=environment)
 
 
-def wait_until(is_done, process: subprocess.Popen, log: Path) -> None:
+def wait_until(is_done: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + SECONDS
     while not is_done():
         assert process.poll() is None, log.read_text()
@@ -98,10 +86,10 @@ def wait_until(is_done, process: subprocess.Popen, log: Path) -> None:
 
 
 def collect(path: Path, name: str, *, kill_at: int | None = None, **options: object) -> Path:
-    """Run `python -m infer_utils.collect_cot` to its end, or until its journal has `kill_at` lines; the output."""
+    """Run `python -m collect.collect_cot` to its end, or until its journal has `kill_at` lines; the output."""
     output, log = path.with_name(f"{name}.csv"), path.with_name(f"{name}.log")
     arguments = [str(path), "--output", str(output), *as_flags(**{**SAMPLING, **options})]
-    process = start_python("infer_utils.collect_cot", arguments, log)
+    process = start_python("collect.collect_cot", arguments, log)
     if kill_at is None:
         assert process.wait(SECONDS) == 0, log.read_text()
     else:
@@ -127,7 +115,7 @@ def offline(pairs_csv) -> Path:
 
 
 def test_tiny_base_collects_cots_that_training_takes(offline):
-    report, rows = json.loads(offline.with_suffix(".report.json").read_text()), read_rows(offline)
+    report, rows = json.loads(offline.with_suffix(".report.json").read_text()), read_table(offline)
     assert (report["videos"], report["samples"], report["failures"]) == (2 * NUM_PAIRS, NUM_SAMPLES, [])
     assert report["rows"] == report["rows_with_collected_cots"] == NUM_PAIRS
     assert report["rows_agreeing"] > 0.8 * NUM_PAIRS

@@ -1,7 +1,7 @@
 """Textures of the places and outlines of the shapes, as numpy functions of coordinates.
 
 Every texture varies along both axes with periods well above what moves between two frames half a second apart, so that
-a pan or a zoom can be told from its steps.
+the direction of a pan or a zoom is visible.
 """
 
 import numpy as np

@@ -2,8 +2,8 @@
 
 World coordinates have their origin in the middle of the frame (at the middle of a pan), x to the right, y down; the
 unit is the smaller side of the frame. A pan or zoom moves the whole world, the subject included; the subject's own
-motion is relative to the world. Both run evenly over the clip's duration. The start place is fitted so that the whole
-subject stays in view.
+motion is relative to the world. Both run evenly over the clip's duration. The start position keeps the whole subject
+in view.
 
 Training never shows the rendering "changed": larger frames, wide or tall, other frame rates, smaller subjects, more
 distractors, textures turned by a quarter, other shades. Scenes, scores and how far things move are the same.
@@ -41,7 +41,7 @@ _PANS = {"pans left": -1, "pans right": 1}
 class Rendering:
     """Ranges that a clip's nuisances are drawn from.
 
-    `sides`: width and height in pixels. `aspects`: ranges of width / height. `frame_rates` in frames a second, with
+    `sides`: width and height in pixels. `aspects`: ranges of width / height. `frame_rates` in frames per second, with
     their probabilities. `diameters`: of the subject midway through the clip, in units of the smaller side.
     """
 
@@ -65,8 +65,8 @@ class Nuisance:
     """What may differ between two clips of the same scene.
 
     `size` is the subject's diameter in units of the smaller side; `speed` in [0, 1] picks how far things move within
-    their ranges; `start` in [0, 1]^2 picks the start place (x, y) among those that keep the subject in view; `width`
-    and `height` are even, in pixels; `fps` in frames a second; `duration` in seconds, a multiple of 1 / fps.
+    their ranges; `start` in [0, 1]^2 picks the start position (x, y) among those that keep the subject in view;
+    `width` and `height` are even, in pixels; `fps` in frames per second; `duration` in seconds, a multiple of 1 / fps.
     Example: Nuisance(0.3, 0.5, (0.2, 0.8), 7, False, 96, 112, 10, 2.5, 28)
     """
 
@@ -121,7 +121,7 @@ def _within(bounds: tuple[float, float], fraction: float) -> float:
 
 @dataclass(frozen=True)
 class Track:
-    """Where things are at T moments: the camera (world x, zoom) and the subject (screen place, radius), float [T]."""
+    """Positions at T moments: the camera (world x, zoom) and the subject (position on screen, radius), float [T]."""
 
     camera_x: np.ndarray
     zoom: np.ndarray
@@ -131,7 +131,7 @@ class Track:
 
 
 def compute_track(scene: Scene, nuisance: Nuisance, times: np.ndarray) -> Track:
-    """Camera and subject at `times` (seconds, [T]); screen places in units of the smaller side from the middle."""
+    """Camera and subject at `times` (seconds, [T]); screen positions in units of the smaller side from the middle."""
     # The two ends of the clip come first: all tracks are monotone, so a subject in view at both is always in view.
     progress = np.concatenate(([0.0, 1.0], np.asarray(times, dtype=float) / nuisance.duration))
     camera_x = _PANS.get(scene.camera, 0) * _within(PAN_RANGE, nuisance.speed) * (progress - 0.5)
@@ -229,7 +229,7 @@ def _paint_world(scene: Scene, nuisance: Nuisance) -> _World:
 
 
 def _draw_subject(patch: np.ndarray, distance: np.ndarray, *, style: str, rgb: np.ndarray, pixel: float) -> np.ndarray:
-    """`patch` (float32 [h, w, 3]) with the subject on it; `distance` [h, w] and `pixel` (a side) in world units."""
+    """`patch` (float32 [h, w, 3]) with the subject on it; `distance` [h, w] and `pixel` (its side) in world units."""
     softness = 2 * BLUR_RADIUS if style == "blurred" else pixel
     if style == "outlined":
         _blend(patch, distance - BAND_WIDTH, softness, np.full(3, 255, dtype=np.float32))

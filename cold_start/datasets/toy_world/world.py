@@ -3,7 +3,7 @@
 A pair is a prompt, two clips made for it, a CoT for each clip, and a label. The label follows from the clips' true
 scores; a stated share of the pairs are ties. Training labels then get annotator noise: a stated share is replaced by
 one of the two other labels. All other labels are free of noise. A CoT is written by a careful or by a careless
-annotator, who takes in each attribute of the clip wrongly at a stated rate, and a stated share of the CoTs end in JSON
+annotator, who misperceives each attribute of the clip at a stated rate, and a stated share of the CoTs end in JSON
 that does not parse. All of a pair follows from the settings, the split and the pair's index.
 
 The combinations of color, shape and motion in "train" never occur in "eval". "in_domain" has other clips of training's
@@ -89,7 +89,7 @@ class Pair:
 
 
 def sample_pair(config: WorldConfig, split: str, index: int) -> Pair:
-    """Pair `index` of `split`, the same whenever it is asked for."""
+    """Pair `index` of `split`, always the same."""
     rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
     held_out = split == "eval"
     request = sample_request(rng, held_out)

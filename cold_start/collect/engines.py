@@ -1,8 +1,8 @@
-"""Engines that sample chains of thought (CoTs): the protocol, and vLLM in this process.
+"""What engines are given and return, and the engine that samples CoTs with vLLM in this process.
 
-Frames are sampled and resized by training's own function, and vLLM must read training's token ids; that is checked for
-every prompt. Each sample has its own seed and depends on nothing else, up to rounding: in bf16 the other samples of a
-batch change the rounding, so that a sample drawn again may differ.
+Frames are sampled and resized by training's own function, and vLLM must read training's token ids, which is checked
+for every prompt. Each sample has its own seed and depends on nothing else, up to rounding: in bf16 the other samples
+of a batch change the rounding, so that a sample drawn again may differ.
 """
 
 import hashlib
@@ -11,10 +11,10 @@ import logging
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +24,8 @@ from model_qwen3 import require_qwen3_vl
 from scored_sequence import SequenceBuilder
 from vision_process import VideoBudget, VideoError, VideoFrames, load_video
 
-NUM_LOADERS = 4
-LOADED_AHEAD = 8
-"""Videos that are decoded before vLLM needs them."""
+NUM_LOADERS, LOADED_AHEAD = 4, 8
+"""Threads that decode, and videos that are decoded before vLLM needs them."""
 CPU_BLOCK_SIZE = 32
 """Tokens per cache block; vLLM's 128 on CPUs leaves little of a short prompt to share."""
 FEWEST_BATCHED_TOKENS = 8192
@@ -54,6 +53,19 @@ class Sample:
     num_prompt_tokens: int | None
 
 
+@dataclass(frozen=True, order=True)
+class VideoFailure:
+    """A video, A or B of a row, that gets no samples, or no more."""
+
+    row: int
+    video: str
+    error: str
+
+
+Put = Callable[[Sample | VideoFailure], None]
+"""Takes each result as soon as it is there, in any order."""
+
+
 @dataclass(frozen=True)
 class VideoJob:
     """A video, and the samples to draw. `num_prompt_tokens`: of training's prompt, the video included."""
@@ -66,18 +78,9 @@ class VideoJob:
     keys: tuple[SampleKey, ...]
 
 
-@dataclass(frozen=True, order=True)
-class VideoFailure:
-    """A video, A or B of a row, that gets no samples, or no more."""
-
-    row: int
-    video: str
-    error: str
-
-
 @dataclass(frozen=True)
 class Judge:
-    """The model that writes CoTs, what it is shown, and how its CoTs are drawn.
+    """The model that writes CoTs, what it is shown, and how its CoTs are sampled.
 
     `model`: a folder, a hub name, or a server's name for it. `max_tokens`: of one CoT, its EOS included.
     """
@@ -100,48 +103,27 @@ class Judge:
         return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest()) >> 1
 
 
-class CotEngine(Protocol):
-    """What draws samples. `source`: how, for the journal, which mixes no two sources."""
-
-    source: str
-
-    def check(self) -> int | None:
-        """The most tokens of a prompt and its CoT, None if unknown. Checks what needs no loaded model.
-
-        Raises ValueError that says what to do.
-        """
-
-    def generate(self, jobs: Sequence[VideoJob]) -> Iterator[Sample | VideoFailure]:
-        """The samples of all jobs, each as soon as it is finished, in any order.
-
-        Raises ValueError if the run cannot go on; samples that came before remain valid.
-        """
-
-
-@dataclass(frozen=True)
-class _Prompt:
+class _Prompt(NamedTuple):
     """A job with the text of its prompt, training's token ids for it, and its frames in vLLM's form."""
 
     job: VideoJob
     text: str
-    ids: tuple[int, ...]
+    ids: list[int]
     video: tuple[np.ndarray, dict]
 
 
 @dataclass
 class VllmEngine:
-    """`CotEngine` with vLLM in this process. `max_num_seqs`: samples at a time."""
+    """vLLM in this process. `max_num_seqs`: samples at a time."""
 
     judge: Judge
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 64
-    source: str = field(default="vllm", init=False)
-    _running: dict[str, tuple[_Prompt, SampleKey]] = field(default_factory=dict, init=False)
-    _wraps_video: bool | None = field(default=None, init=False)
+    source = "vllm"
 
-    def check(self) -> int | None:
-        """See `CotEngine`."""
+    def check(self) -> int:
+        """The most tokens of a prompt and its CoT. Raises ValueError if the model cannot be run here."""
         require_qwen3_vl(self.judge.model)
         if importlib.util.find_spec("vllm") is None:
             raise ValueError(
@@ -150,23 +132,28 @@ class VllmEngine:
             )
         return AutoConfig.from_pretrained(self.judge.model).text_config.max_position_embeddings
 
-    def generate(self, jobs: Sequence[VideoJob]) -> Iterator[Sample | VideoFailure]:
-        """See `CotEngine`. The model is loaded now."""
+    def generate(self, jobs: Sequence[VideoJob], put: Put) -> None:
+        """Load the model and draw the samples of all jobs. Raises ValueError if the run cannot go on."""
         self._start(max(job.num_prompt_tokens for job in jobs) + self.judge.max_tokens)
+        running: dict[str, tuple[_Prompt, SampleKey]] = {}
+        wraps_video: bool | None = None
         try:
             with ThreadPoolExecutor(NUM_LOADERS) as pool:
-                prompts, has_more = self._load_ahead(jobs, pool), True
-                while has_more or self._running:
-                    while has_more and len(self._running) < 2 * self.max_num_seqs:
-                        prompt = next(prompts, None)
-                        has_more = prompt is not None
+                prompts = self._load_ahead(jobs, pool)
+                while True:
+                    while len(running) < 2 * self.max_num_seqs and (prompt := next(prompts, None)):
                         if isinstance(prompt, VideoFailure):
-                            yield prompt
-                        elif prompt is not None:
-                            self._submit(prompt)
-                    yield from (self._read(output) for output in self.llm.llm_engine.step() if output.finished)
+                            put(prompt)
+                            continue
+                        if wraps_video is None:
+                            wraps_video = self._find_form(prompt)
+                        running |= self._submit(prompt, wraps_video=wraps_video)
+                    if not running:
+                        return
+                    for output in filter(lambda output: output.finished, self.engine.step()):
+                        put(self._read(output, *running.pop(output.request_id)))
         finally:
-            self.llm.llm_engine.engine_core.shutdown()
+            self.engine.engine_core.shutdown()
 
     def _start(self, max_model_len: int) -> None:
         """Load the model."""
@@ -179,7 +166,7 @@ class VllmEngine:
         if is_cpu:
             # A prompt cut in two would make vLLM rewind its request's random generator, which CPU generators cannot.
             on_device = {"block_size": CPU_BLOCK_SIZE, "enable_chunked_prefill": False, "enforce_eager": True}
-        self.llm = vllm.LLM(
+        self.engine = vllm.LLM(
             model=self.judge.model,
             dtype="float32" if is_cpu else "bfloat16",
             max_model_len=max_model_len,
@@ -193,7 +180,7 @@ class VllmEngine:
             mm_processor_kwargs={"do_resize": False},  # frames come sampled and resized
             disable_log_stats=True,
             **on_device,
-        )
+        ).llm_engine
 
     def _load_ahead(self, jobs: Sequence[VideoJob], pool: ThreadPoolExecutor) -> Iterator[_Prompt | VideoFailure]:
         """The jobs in order, while the next few are being decoded."""
@@ -202,25 +189,24 @@ class VllmEngine:
             waiting.append(pool.submit(self._load, job))
             if len(waiting) > LOADED_AHEAD:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
 
     def _load(self, job: VideoJob) -> _Prompt | VideoFailure:
-        builder = self.judge.builder
         try:
             video = self.judge.load(job.path)
         except VideoError as error:
             return VideoFailure(job.row, job.side, str(error))
+        builder = self.judge.builder
         ids = builder.encode_prompt(job.problem, video).input_ids.tolist()
         metadata = {**video.metadata, "do_sample_frames": False}
-        return _Prompt(job, builder.render(job.problem), tuple(ids), (as_images(video), metadata))
+        return _Prompt(job, builder.render(job.problem), ids, (as_images(video), metadata))
 
-    def _submit(self, prompt: _Prompt) -> None:
+    def _submit(self, prompt: _Prompt, *, wraps_video: bool) -> dict[str, tuple[_Prompt, SampleKey]]:
+        """Ask for a video's samples; returns them by request."""
         from vllm import SamplingParams
 
-        if self._wraps_video is None:
-            self._wraps_video = self._find_form(prompt)
-        for key in prompt.job.keys:
+        requests = {f"{key.row}-{key.side}-{key.number}": (prompt, key) for key in prompt.job.keys}
+        for request_id, (_, key) in requests.items():
             parameters = SamplingParams(
                 temperature=self.judge.temperature,
                 top_p=self.judge.top_p,
@@ -230,10 +216,8 @@ class VllmEngine:
                 stop_token_ids=[self.judge.builder.tokenizer.eos_token_id],  # and none of generation_config.json
                 detokenize=False,
             )
-            request_id = f"{key.row}-{key.side}-{key.number}"
-            request = self._build_request(prompt, wraps_video=self._wraps_video)
-            self.llm.llm_engine.add_request(request_id, request, parameters)
-            self._running[request_id] = (prompt, key)
+            self.engine.add_request(request_id, self._build_request(prompt, wraps_video=wraps_video), parameters)
+        return requests
 
     def _find_form(self, prompt: _Prompt) -> bool:
         """Whether this vLLM wants a second vision start and end around a video's placeholder.
@@ -245,11 +229,11 @@ class VllmEngine:
 
         for wraps_video in (False, True):
             request = self._build_request(prompt, wraps_video=wraps_video)
-            self.llm.llm_engine.add_request("form", request, SamplingParams(max_tokens=1, detokenize=False))
+            self.engine.add_request("form", request, SamplingParams(max_tokens=1, detokenize=False))
             outputs = []
             while not (outputs and outputs[0].finished):
-                outputs = self.llm.llm_engine.step()
-            if tuple(outputs[0].prompt_token_ids) == prompt.ids:
+                outputs = self.engine.step()
+            if list(outputs[0].prompt_token_ids) == prompt.ids:
                 return wraps_video
         return False  # _read says what is wrong
 
@@ -266,9 +250,8 @@ class VllmEngine:
             "multi_modal_uuids": {"video": [f"{prompt.job.row}-{prompt.job.side}-{wraps_video}"]},
         }
 
-    def _read(self, output) -> Sample:
-        prompt, key = self._running.pop(output.request_id)
-        if tuple(output.prompt_token_ids) != prompt.ids:
+    def _read(self, output, prompt: _Prompt, key: SampleKey) -> Sample:
+        if list(output.prompt_token_ids) != prompt.ids:
             raise ValueError(
                 f"row {key.row}, video {key.side}: vLLM's prompt of {len(output.prompt_token_ids)} tokens is not "
                 f"training's of {len(prompt.ids)}: vllm and transformers do not match. Install the versions "
@@ -276,9 +259,9 @@ class VllmEngine:
             )
         tokenizer = self.judge.builder.tokenizer
         ids = list(output.outputs[0].token_ids)
-        is_finished = bool(ids) and ids[-1] == tokenizer.eos_token_id
+        is_finished = ids[-1:] == [tokenizer.eos_token_id]
         text = tokenizer.decode(ids[:-1] if is_finished else ids)
-        return Sample(key=key, text=text, is_finished=is_finished, num_prompt_tokens=len(prompt.ids))
+        return Sample(key, text, is_finished, num_prompt_tokens=len(prompt.ids))
 
 
 def _prepare_environment(*, is_cpu: bool) -> None:

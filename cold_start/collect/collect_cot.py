@@ -1,7 +1,7 @@
 """Collect chains of thought (CoTs) for a preference CSV with any Qwen3-VL, in vLLM here or on a server.
 
-    python -m infer_utils.collect_cot preferences.csv --output with_cots.csv --model Qwen/Qwen3-VL-8B-Instruct
-    python -m infer_utils.collect_cot preferences.csv --output with_cots.csv --model NAME --endpoint http://host:8000/v1
+    python -m collect.collect_cot preferences.csv --output with_cots.csv --model Qwen/Qwen3-VL-8B-Instruct
+    python -m collect.collect_cot preferences.csv --output with_cots.csv --model NAME --endpoint http://host:8000/v1
 
 Several CoTs are sampled per video. A pair of well-formed ones that agrees with the label fills CoT_A and CoT_B, and
 stage 2's `answer` is written too. A killed run resumes with the same command:
@@ -10,9 +10,9 @@ stage 2's `answer` is written too. A killed run resumes with the same command:
     with_cots.samples.jsonl   every CoT that was sampled
     with_cots.report.json     counts, rows without CoTs and why
 
-The walk of a pair: `plan_jobs` makes a job of each video; an engine (`cot_engines`: vLLM in this process,
-`cot_endpoint`: a server) samples their CoTs; `cot_results` notes each in the journal and, once all are there, fills
-the row by the rules of `cot_selection`.
+The walk of a row: `read_rows` parses it; `plan_jobs` makes a job of each video; an engine (`engines`: vLLM in this
+process, `endpoint`: a server) samples their CoTs into the journal; `annotate` in `results` fills the row by the rules
+of `selection`.
 """
 
 import argparse
@@ -23,23 +23,23 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from transformers import AutoProcessor
 
 from checkpoint import choose_format_prompt, stored_video_budget
+from collect.endpoint import VIDEO_FORMS, EndpointEngine
+from collect.engines import Judge, Sample, SampleKey, VideoFailure, VideoJob, VllmEngine
+from collect.results import ANSWER_COLUMN, CollectReport, CotJournal, Row, annotate, judge_samples
+from collect.selection import read_opinions
 from descore.csv_table import CsvTable, parse_two_paths
 from descore.progress import progress
 from fingerprint import fingerprint_weights
-from infer_utils.cot_endpoint import VIDEO_FORMS, EndpointEngine
-from infer_utils.cot_engines import CotEngine, Judge, Sample, SampleKey, VideoFailure, VideoJob, VllmEngine
-from infer_utils.cot_results import ANSWER_COLUMN, CollectReport, CotJournal, RowWriter, keeps_cots
-from infer_utils.cot_selection import read_opinions
 from infer_utils.scorer import MAX_COT_TOKENS
 from model_qwen3 import add_reward_token
-from preference_csv import CsvNeeds, PreferencePair, read_pairs, require_clean
+from preference_csv import CsvNeeds, read_pairs, require_clean
 from scored_sequence import NUM_CLOSING_TOKENS, SequenceBuilder
 from utils import quiet_libraries
 from vision_process import VideoBudget, VideoError, probe_videos
@@ -50,79 +50,62 @@ JOURNAL_SUFFIX, REPORT_SUFFIX = ".samples.jsonl", ".report.json"
 SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
 VLLM_FLAGS = ("tensor_parallel_size", "gpu_memory_utilization", "max_num_seqs")
 ENDPOINT_FLAGS = ("api_key_file", "send_video", "concurrency", "timeout")
-Rows = Sequence[Mapping[str, str]]
-"""The CSV's cells as they are, by column."""
+Engine = VllmEngine | EndpointEngine
 
 
 def collect(options: argparse.Namespace) -> CollectReport:
     """The whole run. Raises ValueError, before a model is loaded, for what is wrong with flags, CSV or files."""
-    pairs = read_pairs(options.csv, CsvNeeds(eval_dim=options.eval_dim, cots=False))
-    rows = [row.cells for row in CsvTable(options.csv).rows()]
+    rows = read_rows(options)
     output = check_output(options, rows)
     judge = build_judge(options)
     engine = build_engine(options, judge)
-    jobs, failures = plan_jobs(options, pairs, rows, judge=judge, max_model_len=engine.check())
-    identity = describe_samples(options, pairs, rows, engine)
+    jobs, failures = plan_jobs(options, rows, judge, max_model_len=engine.check())
+    identity = describe_samples(options, rows, judge, source=engine.source)
     with CotJournal(output.with_suffix(JOURNAL_SUFFIX), identity, overwrite=options.overwrite) as journal:
         failures += sample_missing(engine, jobs, journal)
-        report = CollectReport(rows=len(pairs), failures=sorted(failures))
-        writer = RowWriter(options, judge.builder, journal, {(job.row, job.side): job for job in jobs}, report)
-        table = [writer.fill(pair, cells) for pair, cells in zip(pairs, rows, strict=True)]
-    write_csv(output, [cells for cells in table if cells is not None], columns=rows[0])
+        report = CollectReport(rows=len(rows), failures=sorted(failures))
+        job_of, table = {(job.row, job.side): job for job in jobs}, []
+        for row in rows:
+            of_sides = (job_of.get((row.pair.row, side)) for side in "AB")
+            judged = [judge_samples(job, journal, judge.builder, options.max_length, report) for job in of_sides]
+            table.append(annotate(row, judged, options, report))
+    write_csv(output, [cells for cells in table if cells is not None], columns=rows[0].cells)
     text = json.dumps(vars(report), default=asdict, indent=2) + "\n"
     output.with_suffix(REPORT_SUFFIX).write_text(text, encoding="utf-8")
     return report
 
 
-def sample_missing(engine: CotEngine, jobs: Sequence[VideoJob], journal: CotJournal) -> list[VideoFailure]:
-    """Draw what the journal lacks, and note it there; returns the videos that failed."""
-    missing = [replace(job, keys=tuple(key for key in job.keys if key not in journal)) for job in jobs]
-    missing = [job for job in missing if job.keys]
-    total = sum(len(job.keys) for job in missing)
-    failures = []
-    for result in progress(engine.generate(missing) if missing else (), total=total, description="CoTs", unit="CoT"):
-        if isinstance(result, Sample):
-            journal.add(result)
-        else:
-            failures.append(result)
-            logger.warning("row %d, video %s: %s", result.row, result.video, result.error)
-    return failures
-
-
-def write_csv(path: Path, table: Rows, *, columns: Collection[str]) -> None:
-    """Write the input's columns and the new ones, under a temporary name that is then renamed."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        header = dict.fromkeys([*columns, "CoT_A", "CoT_B", ANSWER_COLUMN])
-        # Other quoting leaves a lone carriage return bare, which some readers take for the end of a line.
-        writer = csv.DictWriter(file, header, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        writer.writeheader()
-        writer.writerows(table)
-    os.replace(temporary, path)
+def read_rows(options: argparse.Namespace) -> list[Row]:
+    """The CSV's rows. Raises CsvError that lists every fault of their cells, and ValueError if there is no work."""
+    pairs = read_pairs(options.csv, CsvNeeds(eval_dim=options.eval_dim, cots=False))
+    rows, faults = [], []
+    for pair, table_row in zip(pairs, CsvTable(options.csv).rows(), strict=True):
+        has_cots = bool(pair.cot_a.strip() and pair.cot_b.strip())
+        try:
+            opinions = read_opinions(table_row.cells, pair.problem)
+        except ValueError as error:
+            faults.append(f"row {pair.row}: {error}")
+            continue
+        rows.append(Row(pair, table_row.cells, opinions, keeps_cots=has_cots and not options.replace_cots))
+    require_clean(options.csv, faults)
+    if all(row.keeps_cots for row in rows):
+        raise ValueError(f"{options.csv}: every row has both CoTs. Add --replace_cots to sample new ones.")
+    return rows
 
 
 def plan_jobs(
-    options: argparse.Namespace,
-    pairs: Sequence[PreferencePair],
-    rows: Rows,
-    *,
-    judge: Judge,
-    max_model_len: int | None,
+    options: argparse.Namespace, rows: Sequence[Row], judge: Judge, *, max_model_len: int | None
 ) -> tuple[list[VideoJob], list[VideoFailure]]:
     """Jobs of the videos of rows without CoTs. Raises CsvError that lists every fault of files and prompts.
 
     A file that exists and does not decode is not a fault of the CSV but a failure: its row is left without CoTs.
     """
-    todo = [pair for pair in pairs if not keeps_cots(pair, options)]
-    if not todo:
-        raise ValueError(f"{options.csv}: every row has both CoTs. Add --replace_cots to sample new ones.")
-    videos = [(p, side, video) for p in todo for side, video in (("A", p.video_a), ("B", p.video_b))]
+    pairs = [row.pair for row in rows if not row.keeps_cots]
+    videos = [(p, side, video) for p in pairs for side, video in (("A", p.video_a), ("B", p.video_b))]
     missing = [f"row {p.row}: video not found: {video}" for p, _, video in videos if not Path(video).is_file()]
-    faults = [f"{fault}. Correct the path or remove the row." for fault in missing] + find_wrong_opinions(pairs, rows)
-    require_clean(options.csv, faults)
+    require_clean(options.csv, [f"{fault}. Correct the path or remove the row." for fault in missing])
     headers = probe_videos((video for _, _, video in videos), judge.budget)
-    jobs: list[VideoJob] = []
-    failures: list[VideoFailure] = []
+    jobs, failures, faults = [], [], []
     for pair, side, video in videos:
         header = headers[video]
         if isinstance(header, VideoError):
@@ -141,16 +124,6 @@ def plan_jobs(
     return [job for job in jobs if job.row not in failed_rows], failures
 
 
-def find_wrong_opinions(pairs: Sequence[PreferencePair], rows: Rows) -> list[str]:
-    faults = []
-    for pair, cells in zip(pairs, rows, strict=True):
-        try:
-            read_opinions(cells, pair.problem)
-        except ValueError as error:
-            faults.append(f"row {pair.row}: {error}")
-    return faults
-
-
 def check_length(options: argparse.Namespace, num_tokens: int, max_model_len: int | None) -> None:
     """Raise ValueError if a CoT has no room after a prompt of `num_tokens`."""
     prompt = f"a prompt of {num_tokens} tokens"
@@ -163,26 +136,59 @@ def check_length(options: argparse.Namespace, num_tokens: int, max_model_len: in
         )
 
 
+def sample_missing(engine: Engine, jobs: Sequence[VideoJob], journal: CotJournal) -> list[VideoFailure]:
+    """Sample what the journal lacks into it; returns the videos that failed."""
+    missing = [replace(job, keys=tuple(key for key in job.keys if key not in journal.samples)) for job in jobs]
+    missing = [job for job in missing if job.keys]
+    failures: list[VideoFailure] = []
+    if not missing:
+        return failures
+
+    def put(result: Sample | VideoFailure) -> None:
+        bar.update()
+        if isinstance(result, Sample):
+            journal.add(result)
+        else:
+            failures.append(result)
+            logger.warning("row %d, video %s: %s", result.row, result.video, result.error)
+
+    with progress(total=sum(len(job.keys) for job in missing), description="CoTs", unit="CoT") as bar:
+        engine.generate(missing, put)
+    return failures
+
+
+def write_csv(path: Path, table: Sequence[Mapping[str, str]], *, columns: Mapping[str, str]) -> None:
+    """Write the input's columns and the new ones, under a temporary name that is then renamed."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        header = dict.fromkeys([*columns, "CoT_A", "CoT_B", ANSWER_COLUMN])
+        # Other quoting leaves a lone carriage return bare, which some readers take for the end of a line.
+        writer = csv.DictWriter(file, header, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(table)
+    os.replace(temporary, path)
+
+
 def describe_samples(
-    options: argparse.Namespace, pairs: Sequence[PreferencePair], rows: Rows, engine: CotEngine
+    options: argparse.Namespace, rows: Sequence[Row], judge: Judge, *, source: str
 ) -> dict[str, object]:
     """What samples depend on. Selection, labels and the number of samples may change from run to run."""
-    judge, folder = engine.judge, Path(options.model)
+    folder = Path(options.model)
     is_local = options.endpoint is None and folder.is_dir()
     digest = hashlib.blake2b(digest_size=8)
-    for pair, cells in zip(pairs, rows, strict=True):
-        digest.update(repr((cells["videos"], judge.builder.render(pair.problem))).encode())
+    for row in rows:
+        digest.update(repr((row.cells["videos"], judge.builder.render(row.pair.problem))).encode())
     return {
         "model": folder.resolve().name if is_local else options.model,
         "weights": fingerprint_weights(folder) if is_local else None,
-        "source": engine.source,
+        "source": source,
         "sampling": {name: getattr(options, name) for name in SAMPLING},
         "budget": asdict(judge.budget),
         "data": digest.hexdigest(),
     }
 
 
-def check_output(options: argparse.Namespace, rows: Rows) -> Path:
+def check_output(options: argparse.Namespace, rows: Sequence[Row]) -> Path:
     """The output's path. Raises ValueError where writing would destroy a file, or break relative video paths."""
     source, output = Path(options.csv).resolve(), Path(options.output).resolve()
     name = f"--output {options.output}"
@@ -194,7 +200,7 @@ def check_output(options: argparse.Namespace, rows: Rows) -> Path:
         raise ValueError(f"{name} is in a folder that does not exist. Make it, or choose another.")
     if output.exists() and not output.with_suffix(JOURNAL_SUFFIX).exists() and not options.overwrite:
         raise ValueError(f"{name} exists, and no run of this wrote it. Choose another name, or add --overwrite.")
-    has_relative = any(not os.path.isabs(v) for cells in rows for v in parse_two_paths(cells["videos"], "videos"))
+    has_relative = any(not os.path.isabs(v) for row in rows for v in parse_two_paths(row.cells["videos"], "videos"))
     if output.parent != source.parent and has_relative:
         raise ValueError(f"{name} is not in {source.parent}, which the video paths are relative to. Put it there.")
     return output
@@ -222,11 +228,11 @@ def build_judge(options: argparse.Namespace) -> Judge:
     return Judge(options.model, builder, budget, **{name: getattr(options, name) for name in SAMPLING})
 
 
-def build_engine(options: argparse.Namespace, judge: Judge) -> CotEngine:
+def build_engine(options: argparse.Namespace, judge: Judge) -> Engine:
     """The engine, not started."""
-    kind, names = (VllmEngine, VLLM_FLAGS) if options.endpoint is None else (EndpointEngine, ENDPOINT_FLAGS)
+    names = VLLM_FLAGS if options.endpoint is None else ENDPOINT_FLAGS
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if kind is VllmEngine:
+    if options.endpoint is None:
         return VllmEngine(judge, **given)
     key = read_file(given.pop("api_key_file", None), "--api_key_file")
     return EndpointEngine(judge, options.endpoint, api_key=key and key.strip(), **given)

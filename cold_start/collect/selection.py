@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from typing import NamedTuple
 
 from descore.answers import (
     JUDGEMENT_KEY,
@@ -39,20 +39,6 @@ DIGITS = 6
 Scores = Mapping[str, Score]
 
 
-class Malformed(StrEnum):
-    """Why a CoT cannot be used."""
-
-    CUT = "cut off before its end (--max_tokens)"
-    EMPTY = "empty"
-    RESERVED = "a reserved token in the text"
-    TOO_LONG = "too long for training (--max_length)"
-    NO_ANSWER = f"no <answer> with a JSON object that has {JUDGEMENT_KEY}"
-    NO_REASONING = "no reasoning before <answer>"
-    BAD_SCORES = 'no sub-scores, or others than 0, 1, 2 and "N/A"'
-    OTHER_DIMENSIONS = "other dimensions than the problem asks for"
-    BAD_OVERALL = f"no {OVERALL_KEY} from 1 to 5"
-
-
 @dataclass(frozen=True)
 class Judgement:
     """A well-formed CoT and what it says of its video: dimension -> 0, 1, 2 or "N/A"; `overall` 1 to 5 or None."""
@@ -71,8 +57,11 @@ class Judgement:
         return LOWEST_OVERALL + (HIGHEST_OVERALL - LOWEST_OVERALL) * share
 
 
-@dataclass(frozen=True)
-class PairChoice:
+Judged = Sequence[Judgement | str]
+"""What each sample of a video says; for a malformed one, what is wrong with it."""
+
+
+class PairChoice(NamedTuple):
     """The chosen CoTs of A and B.
 
     `difference`: score of A minus score of B on the scale from 1 to 5, None if they cannot be compared. `agrees`: with
@@ -84,11 +73,6 @@ class PairChoice:
     difference: float | None
     agrees: bool | None
 
-    @property
-    def confirmed_scores(self) -> tuple[Scores, Scores] | None:
-        """Sub-scores of A and B that may become ground truth: only if the CoTs agree with the label."""
-        return (self.a.scores, self.b.scores) if self.agrees else None
-
 
 def asked_dimensions(problem: str) -> tuple[str, ...]:
     """The dimensions of a problem's own example of an answer, as the built-in judge prompt has one; () without."""
@@ -96,27 +80,31 @@ def asked_dimensions(problem: str) -> tuple[str, ...]:
     return tuple(scores) if isinstance(scores, dict) else ()
 
 
-def read_judgement(cot: str, problem: str) -> Judgement | Malformed:
+def read_judgement(cot: str, problem: str) -> Judgement | str:
     """The judgement of a CoT in the form that the problem's example has, or what is wrong with it. Never raises."""
     if not cot.strip():
-        return Malformed.EMPTY
+        return "empty"
     answer = find_answer(cot, JUDGEMENT_KEY)
     if answer is None or answer.content is None or JUDGEMENT_KEY not in answer.content:
-        return Malformed.NO_ANSWER
+        return f"no <answer> with a JSON object that has {JUDGEMENT_KEY}"
     if not cot[: answer.start].strip():
-        return Malformed.NO_REASONING
-    written, dimensions = answer.content[JUDGEMENT_KEY], asked_dimensions(problem)
+        return "no reasoning before <answer>"
+    return _read_scores(cot, answer.content, problem)
+
+
+def _read_scores(cot: str, content: dict, problem: str) -> Judgement | str:
+    written, dimensions = content[JUDGEMENT_KEY], asked_dimensions(problem)
     scores = {name: parse_score(score) for name, score in written.items()} if isinstance(written, dict) else {}
     if not scores or not all(score in SUB_SCORES for score in scores.values()):
-        return Malformed.BAD_SCORES
+        return 'no sub-scores, or others than 0, 1, 2 and "N/A"'
     if dimensions and set(scores) != set(dimensions):
-        return Malformed.OTHER_DIMENSIONS
-    overall = answer.content.get(OVERALL_KEY)
-    if OVERALL_KEY not in answer.content and OVERALL_KEY not in (extract_judgement(problem) or {}):
+        return "other dimensions than the problem asks for"
+    overall = content.get(OVERALL_KEY)
+    if OVERALL_KEY not in content and OVERALL_KEY not in (extract_judgement(problem) or {}):
         return Judgement(cot, scores, None)
     is_number = isinstance(overall, int | float) and not isinstance(overall, bool)
     if not is_number or not LOWEST_OVERALL <= overall <= HIGHEST_OVERALL:
-        return Malformed.BAD_OVERALL
+        return f"no {OVERALL_KEY} from 1 to 5"
     return Judgement(cot, scores, float(overall))
 
 
@@ -128,13 +116,7 @@ def compute_difference(judgement_a: Judgement, judgement_b: Judgement) -> float 
     return None if None in values else round(values[0] - values[1], DIGITS)
 
 
-def choose_pair(
-    judged_a: Sequence[Judgement | Malformed],
-    judged_b: Sequence[Judgement | Malformed],
-    *,
-    label: str,
-    tie_margin: float,
-) -> PairChoice | None:
+def choose_pair(judged_a: Judged, judged_b: Judged, *, label: str, tie_margin: float) -> PairChoice | None:
     """The chosen pair among the samples of A and B; None if a side has no well-formed one.
 
     `label`: `A` and `B` agree with a higher score of that side, `same` with scores that differ by at most
@@ -167,10 +149,8 @@ def _compare(difference: float | None, preference: int | None, tie_margin: float
 
 def build_answer(label: str, scores: tuple[Scores, Scores] | None) -> str:
     """Stage 2's `answer` cell. `scores`: sub-scores of A and B; with None the label stands alone."""
-    content: dict[str, object] = {}
-    if scores is not None:
-        content = {key: dict(of_video) for key, of_video in zip(SCORE_KEYS.values(), scores, strict=True)}
-    return f"<answer>{json.dumps({**content, LABEL_KEY: label})}</answer>"
+    by_key = dict(zip(SCORE_KEYS.values(), scores, strict=True)) if scores else {}
+    return f"<answer>{json.dumps({**by_key, LABEL_KEY: label})}</answer>"
 
 
 def read_opinions(cells: Mapping[str, str], problem: str) -> tuple[Scores, Scores] | None:
@@ -179,20 +159,21 @@ def read_opinions(cells: Mapping[str, str], problem: str) -> tuple[Scores, Score
     None unless there are columns for every dimension that the problem asks for, and an opinion in one of them. An
     opinion below 2 is 0, below 4 is 1, else 2; an empty cell or N/A is "N/A". Raises ValueError for anything else.
     """
-    columns = [[f"MOS_{side}_{name}" for name in asked_dimensions(problem)] for side in "AB"]
-    if not all(name in cells for of_side in columns for name in of_side):
+    names = asked_dimensions(problem)
+    if not all(f"MOS_{side}_{name}" in cells for side in "AB" for name in names):
         return None
-    scores = [{name[len("MOS_A_") :]: _read_opinion(cells[name], name) for name in of_side} for of_side in columns]
-    return None if {*scores[0].values(), *scores[1].values()} <= {NOT_ASKED} else (scores[0], scores[1])
+    scores_a, scores_b = ({name: _read_opinion(cells, f"MOS_{side}_{name}") for name in names} for side in "AB")
+    return None if {*scores_a.values(), *scores_b.values()} <= {NOT_ASKED} else (scores_a, scores_b)
 
 
-def _read_opinion(text: str, column: str) -> Score:
-    if text.strip() in ("", NOT_ASKED):
+def _read_opinion(cells: Mapping[str, str], column: str) -> Score:
+    text = cells[column].strip()
+    if text in ("", NOT_ASKED):
         return NOT_ASKED
     try:
         opinion = float(text)
     except ValueError:
         opinion = math.nan
     if not LOWEST_OVERALL <= opinion <= HIGHEST_OVERALL:
-        raise ValueError(f"{column} is {text!r}. Write a number from 1 to 5, or leave it empty.")
+        raise ValueError(f"{column} is {cells[column]!r}. Write a number from 1 to 5, or leave it empty.")
     return min(int(opinion // 2), HIGHEST_SCORE)

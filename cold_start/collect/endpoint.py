@@ -2,19 +2,19 @@
 
 Frames are sampled and resized here, by training's own function. What the server reads depends on how they are sent:
 
-- `clip`: the frames as a small lossless clip, at the rate that spreads them over the length of the video. A server
-  that takes 2 frames per second and at least 4 takes them all. A timestamp may differ from training's in its last
-  digit, because the frames of a clip are evenly spaced and the sampled ones only nearly so.
-- `frames`: PNG frames with their indices, in vLLM's own format. The prompt is training's, token for token. The server
-  must be vLLM, started with --trust-request-mm-kwargs.
-- `file`: the video file. The server samples and resizes it in its own way.
+- `clip`: as a small lossless clip, at the rate that spreads them over the length of the video. A server that takes 2
+  frames per second and at least 4 takes them all. A timestamp may differ from training's in its last digit, because
+  the frames of a clip are evenly spaced and the sampled ones only nearly so.
+- `frames`: as PNG with their indices, in vLLM's own format. The prompt is training's, token for token. The server must
+  be vLLM, started with --trust-request-mm-kwargs.
+- `file`: as the video file, which the server samples and resizes in its own way.
 """
 
 import asyncio
 import base64
 import io
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -26,25 +26,23 @@ import openai
 from openai.types.chat import ChatCompletion
 from PIL import Image
 
-from infer_utils.cot_engines import Judge, Sample, SampleKey, VideoFailure, VideoJob, as_images
+from collect.engines import Judge, Put, Sample, SampleKey, VideoFailure, VideoJob, as_images
 from vision_process import VideoError, VideoFrames
 
 VideoForm = Literal["clip", "frames", "file"]
 VIDEO_FORMS: tuple[VideoForm, ...] = get_args(VideoForm)
+NUM_RETRIES = 20
+"""Of a request that fails with a lost connection, 408, 409, 429 or 5xx: about two minutes of pauses altogether."""
+CONNECT_SECONDS = 30.0
+MESSAGE_LENGTH = 300
+NO_KEY = "EMPTY"
+"""What vLLM's users send where no key is needed; with None the client would send the OPENAI_API_KEY that is set."""
 TRUST_FLAG = "--trust-request-mm-kwargs"
 WRONG_KEY = "The server does not accept the key. Give the right one with --api_key_file."
 NOT_FOUND = "The server has no such model or address. Check --model, and that --endpoint ends in /v1."
 BUSY = "The server stays busy. Start the same command again later."
 STOPPING_STATUSES = {401: WRONG_KEY, 403: WRONG_KEY, 404: NOT_FOUND, 429: BUSY, 502: BUSY, 503: BUSY, 504: BUSY}
-"""Statuses that every other request would get, too, and what to do about them."""
-NUM_RETRIES = 20
-"""Of a request that fails with a lost connection, 408, 409, 429 or 5xx; about two minutes of pauses altogether."""
-CONNECT_SECONDS = 30.0
-MESSAGE_LENGTH = 300
-NO_KEY = "EMPTY"
-"""What vLLM's users send where no key is needed; with None the client would send the OPENAI_API_KEY that is set."""
-LARGEST_DENOMINATOR = 1001
-"""Frame rates are fractions such as 30000 / 1001."""
+"""Statuses that every other request would get too, and what to do about them."""
 
 
 class RequestError(ValueError):
@@ -53,7 +51,7 @@ class RequestError(ValueError):
 
 @dataclass
 class EndpointEngine:
-    """`CotEngine` with a server. `url`: up to /v1. `timeout`: seconds that a reply may take, retries included.
+    """A server. `url`: up to /v1. `timeout`: seconds that a reply may take, retries included.
 
     `concurrency`: videos at a time. `send_video`: see this module. The server's chat template holds, and its values of
     what a request does not name, such as top_k.
@@ -72,11 +70,17 @@ class EndpointEngine:
 
     @property
     def source(self) -> str:
+        """How samples are drawn, for the journal, which mixes no two sources."""
         return f"endpoint, {self.send_video}"
 
     def check(self) -> int | None:
-        """See `CotEngine`. Asks the server for its models."""
-        reply = asyncio.run(self._list_models())
+        """The most tokens of a prompt and its CoT, None if the server does not say. Raises ValueError without it."""
+
+        async def list_models() -> object:
+            async with self._connect() as client:
+                return await self._request(client.get("/models", cast_to=object))
+
+        reply = asyncio.run(list_models())
         try:
             models = {model["id"]: model for model in reply["data"]}
         except (KeyError, TypeError) as error:
@@ -86,31 +90,17 @@ class EndpointEngine:
         limit = models[self.judge.model].get("max_model_len")  # of vLLM
         return limit if isinstance(limit, int) else None
 
-    def generate(self, jobs: Sequence[VideoJob]) -> Iterator[Sample | VideoFailure]:
-        """See `CotEngine`."""
+    def generate(self, jobs: Sequence[VideoJob], put: Put) -> None:
+        """Draw the samples of all jobs. Raises ValueError if the run cannot go on, and waits for no request then."""
 
-        async def take_next() -> Sample | VideoFailure | None:
-            return await anext(results, None)
-
-        with asyncio.Runner() as runner:
-            results = self._generate(jobs)
-            while (result := runner.run(take_next())) is not None:
-                yield result
-
-    async def _generate(self, jobs: Sequence[VideoJob]) -> AsyncIterator[Sample | VideoFailure]:
-        queue: asyncio.Queue = asyncio.Queue()
-        work = asyncio.create_task(self._answer_all(jobs, queue.put_nowait))
-        work.add_done_callback(lambda _: queue.put_nowait(None))
-        while (result := await queue.get()) is not None:
-            yield result
-        await work  # raises what ended the run
-
-    async def _answer_all(self, jobs: Sequence[VideoJob], put: Callable[[object], None]) -> None:
-        slots = asyncio.Semaphore(self.concurrency)
-        try:
+        async def answer_all() -> None:
+            slots = asyncio.Semaphore(self.concurrency)
             async with self._connect() as client, asyncio.TaskGroup() as group:
                 for job in jobs:
                     group.create_task(self._answer(client, job, slots, put))
+
+        try:
+            asyncio.run(answer_all())
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
@@ -119,13 +109,7 @@ class EndpointEngine:
         key = self.api_key or NO_KEY
         return openai.AsyncOpenAI(base_url=self.url, api_key=key, max_retries=NUM_RETRIES, timeout=timeout)
 
-    async def _list_models(self) -> object:
-        async with self._connect() as client:
-            return await self._request(client.get("/models", cast_to=object))
-
-    async def _answer(
-        self, client: openai.AsyncOpenAI, job: VideoJob, slots: asyncio.Semaphore, put: Callable[[object], None]
-    ) -> None:
+    async def _answer(self, client: openai.AsyncOpenAI, job: VideoJob, slots: asyncio.Semaphore, put: Put) -> None:
         """All samples of a video, one after the other: after the first the server has cached prompt and video."""
         async with slots:
             try:
@@ -133,18 +117,18 @@ class EndpointEngine:
                 for key in job.keys:
                     call = client.chat.completions.create(**request, seed=self.judge.seed_of(key))
                     put(self._read(job, key, await self._request(call)))
-            except (VideoError, RequestError, OSError) as error:
+            except (VideoError, RequestError) as error:
                 put(VideoFailure(job.row, job.side, str(error)))
 
     def _build_request(self, job: VideoJob) -> dict[str, object]:
         """The arguments of a video's requests, apart from the seed."""
-        extra: dict[str, object] = {}
+        fields: dict[str, object] = {}
         if self.send_video == "file":
-            url = _data_url("video/mp4", [Path(job.path).read_bytes()])
+            url = _data_url("video/mp4", [_read_video(job.path)])
         elif self.send_video == "clip":
             url = encode_clip(self.judge.load(job.path))
         else:
-            url, extra = encode_frames(self.judge.load(job.path))
+            url, fields = encode_frames(self.judge.load(job.path))
         video = {"type": "video_url", "video_url": {"url": url}}
         blocks = self.judge.builder.user_blocks(job.problem)
         return {
@@ -153,11 +137,11 @@ class EndpointEngine:
             "temperature": self.judge.temperature,
             "top_p": self.judge.top_p,
             "max_tokens": self.judge.max_tokens,
-            "extra_body": extra,
+            "extra_body": fields,
         }
 
     async def _request(self, call: Awaitable):
-        """A reply. Raises RequestError, and ValueError for what every other request would meet, too."""
+        """A reply. Raises RequestError, and ValueError for what every other request would meet too."""
         try:
             async with asyncio.timeout(self.timeout):
                 return await call
@@ -174,9 +158,8 @@ class EndpointEngine:
             raise ValueError(f"{self.url}: the reply is not JSON. Check --endpoint.") from error
         except openai.APIConnectionError as error:
             reason = error.__cause__ or error
-            raise ValueError(
-                f"{self.url} cannot be reached: {reason}. Check --endpoint, and start the server."
-            ) from error
+            message = f"{self.url} cannot be reached: {reason}. Check --endpoint, and start the server."
+            raise ValueError(message) from error
 
     def _read(self, job: VideoJob, key: SampleKey, reply: ChatCompletion) -> Sample:
         try:
@@ -196,7 +179,7 @@ class EndpointEngine:
                 "Use --send_video clip, or correct --processor."
             )
         text = text.encode(errors="replace").decode()  # JSON can hold half a character, which no file takes
-        return Sample(key=key, text=text, is_finished=is_finished, num_prompt_tokens=num_tokens)
+        return Sample(key, text, is_finished, num_tokens)
 
 
 def encode_frames(video: VideoFrames) -> tuple[str, dict[str, object]]:
@@ -223,7 +206,7 @@ def encode_frames(video: VideoFrames) -> tuple[str, dict[str, object]]:
 def encode_clip(video: VideoFrames) -> str:
     """The frames as a lossless clip, H.264 in RGB. Example: 10 frames over 125 / 24 s have a rate of 1.728."""
     images = as_images(video)
-    source_rate = Fraction(video.source_fps).limit_denominator(LARGEST_DENOMINATOR)
+    source_rate = Fraction(video.source_fps).limit_denominator(1001)  # such as 30000 / 1001
     rate = source_rate * (len(images) - 1) / (video.frame_indices[-1] - video.frame_indices[0])
     with io.BytesIO() as file:
         with av.open(file, "w", format="mp4") as container:
@@ -234,6 +217,13 @@ def encode_clip(video: VideoFrames) -> str:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode(None))
         return _data_url("video/mp4", [file.getvalue()])
+
+
+def _read_video(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise VideoError(f"video cannot be read ({error.strerror}): {path}") from error
 
 
 def _data_url(media_type: str, parts: Sequence[bytes]) -> str:
