@@ -1,7 +1,7 @@
 """What writes the responses: the interface of the rollout engines, and the seed of every response.
 
-An engine lives in a training process, next to the sharded policy. Weights are handed to it in memory; what it writes
-carries token ids and the log-probabilities under exactly the distribution that the trainer uses.
+An engine runs in a training process, next to the sharded policy. Weights are handed over in memory. Responses carry
+token ids and their log-probabilities under exactly the distribution that the trainer uses.
 """
 
 import hashlib
@@ -26,13 +26,13 @@ class RolloutEngine(Protocol):
     """
 
     def generate(self, prompts: Sequence[VideoPrompt], sampling: Sampling) -> list[list[Response]]:
-        """n responses a prompt, in order of the prompts and of `sample`; log-probs are fp32 on the CPU.
+        """n responses per prompt, in order of the prompts and of `sample`; log-probs are fp32 on the CPU.
 
-        Raises ValueError when a prompt is longer than the engine was made for.
+        Raises ValueError when a prompt and its response exceed `max_model_len`.
         """
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take over weights in place and forget everything computed with the old ones.
+        """Copy weights in place and drop everything computed with the old ones.
 
         `weights`: pairs of Hugging Face name and whole (not partitioned) tensor, on any device and in any precision.
         The iterable is always read to its end, since producing it may be collective. Needs `wake` before.
@@ -42,14 +42,14 @@ class RolloutEngine(Protocol):
         """Free the memory of weights and caches. `load_weights` must follow the next `wake`."""
 
     def wake(self) -> None:
-        """Get the memory back; the weights are undefined until `load_weights`."""
+        """Allocate the memory again; the weights are undefined until `load_weights`."""
 
     def close(self) -> None:
         """End the engine. vLLM ends the process's torch.distributed with it, so this comes last on a rank."""
 
 
 def video_seed(sampling: Sampling, key: VideoKey) -> int:
-    """Where the seeds of a video's responses start: a hash of the sampling's seed and the video's key."""
+    """Seed of a video's first response: a hash of the sampling's seed and the video's key."""
     text = f"{sampling.seed}/{key.pair_id}/{key.side}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> (64 - SEED_BITS)
 
@@ -66,5 +66,5 @@ def check_lengths(prompts: Sequence[VideoPrompt], sampling: Sampling, max_model_
         if length + sampling.max_tokens > max_model_len:
             raise ValueError(
                 f"pair {prompt.key.pair_id}, video {prompt.key.side}: a prompt of {length} tokens and a response of "
-                f"{sampling.max_tokens} exceed {max_model_len}; raise data.max_prompt_length"
+                f"{sampling.max_tokens} exceed {max_model_len}. Raise data.max_prompt_length."
             )

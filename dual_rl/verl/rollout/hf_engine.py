@@ -1,7 +1,7 @@
-"""Rollouts with transformers' own `generate`: for machines without vLLM, and for tests of the other engine.
+"""Rollouts with transformers' own `generate`: for machines without vLLM, and to test the vLLM engine against.
 
-It holds a copy of the model of its own, in evaluation mode and without gradients. Simple rather than fast: prompts are
-left padded, and each response carries its own copy of the prompt.
+The engine holds its own copy of the model, in evaluation mode and without gradients. It is simple rather than fast:
+prompts are left padded, and each response has its own copy of the prompt.
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,8 +41,7 @@ class HfEngine:
         eos_token_id: int,
         device: torch.device,
     ) -> None:
-        if config.tensor_parallel_size > 1:
-            raise ValueError("worker.rollout.name=hf has no tensor parallelism; set tensor_parallel_size to 1")
+        assert config.tensor_parallel_size == 1, "this engine has no tensor parallelism"
         self.max_model_len = max_model_len
         self.eos_token_id = eos_token_id
         self.device = device
@@ -134,9 +133,9 @@ class HfEngine:
         longest = max(row.numel() for row in rows)
         input_ids = torch.full((len(prompts), longest), self.builder.tokenizer.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
-        for number, row in enumerate(rows):
-            input_ids[number, longest - row.numel() :] = row
-            attention_mask[number, longest - row.numel() :] = 1
+        for index, row in enumerate(rows):
+            input_ids[index, longest - row.numel() :] = row
+            attention_mask[index, longest - row.numel() :] = 1
         pixel_values = {prompt.key: self.builder.pixel_values(prompt, self.device) for prompt in prompts}
         inputs = {
             "input_ids": input_ids,
@@ -149,9 +148,9 @@ class HfEngine:
 
 
 class SeededDraws(LogitsProcessor):
-    """Draws the next token of each row with the row's own generator, and notes its log-probability.
+    """Draws the next token of each row with the row's own generator, and keeps its log-probability.
 
-    What it returns has the logit 0 at the drawn token and minus infinity elsewhere, so that greedy search takes it.
+    It returns the logit 0 at the drawn token and minus infinity elsewhere, so that greedy search takes that token.
     `log_probs`: one tensor [num_rows] for each step so far.
     """
 
