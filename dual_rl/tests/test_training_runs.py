@@ -108,7 +108,7 @@ def test_a_run_writes_everything_users_expect(workplace):
         "worker.actor.offload.offload_params": True,
         "worker.actor.offload.offload_optimizer": True,
     }
-    run = run_command(workplace, "run", settings)
+    run = workplace.run(settings=settings)
     assert run.code == 0, run.output
     own = ("2 of 6 pairs do not fill", "generations of step", "  ", "step ")
     assert not [line for line in run.output.splitlines() if line.strip() and not line.startswith(own)], run.output

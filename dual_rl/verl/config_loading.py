@@ -1,9 +1,9 @@
-"""Reads the settings: a YAML file, then `key=value` arguments over it, checked before anything is started.
+"""Reads the settings, a YAML file and `key=value` arguments that override it, and checks them.
 
     load_config(["config=examples/config.yaml", "data.train_files=train.csv", "worker.rollout.n=4"])
 
-Paths are relative to where the program is called from and become absolute, so that processes on other nodes and in
-other folders find the same files.
+Paths are relative to the working directory and become absolute, so that processes on other nodes and in other folders
+find the same files.
 """
 
 import difflib

@@ -1,4 +1,4 @@
-"""What writes the responses: the interface of the rollout engines, and the seed of every response.
+"""What writes the responses: the interface of the rollout engines, the choice of one, and the seed of every response.
 
 An engine runs in a training process, next to the sharded policy. Weights are handed over in memory. Responses carry
 token ids and their log-probabilities under exactly the distribution that the trainer uses.
@@ -6,10 +6,12 @@ token ids and their log-probabilities under exactly the distribution that the tr
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from verl.config import RolloutConfig
 from verl.types import Response, ResponseKey, Sampling, VideoKey, VideoPrompt
 
 SEED_BITS = 62  # leaves room to add the sample's number within a signed 64-bit integer
@@ -46,6 +48,35 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """End the engine. vLLM ends the process's torch.distributed with it, so this comes last on a rank."""
+
+
+def build_engine(
+    folder: Path,
+    *,
+    config: RolloutConfig,
+    max_model_len: int,
+    forbidden_token_ids: Sequence[int],
+    eos_token_id: int,
+    device: torch.device,
+) -> RolloutEngine:
+    """The engine that `config.name` asks for, without weights: call `load_weights` before `generate`.
+
+    `folder`: holds config.json and the processor's files; weights in it are not read. `max_model_len`: tokens of the
+    longest prompt and its response together. `forbidden_token_ids`: never drawn, and left out of the distribution.
+    `device`: of this rank. With several ranks, torch.distributed is initialised and every rank calls this.
+    """
+    if config.name == "vllm":
+        from verl.rollout.vllm_engine import VllmEngine as Engine  # vLLM need not be installed
+    else:
+        from verl.rollout.hf_engine import HfEngine as Engine
+    return Engine(
+        folder,
+        config=config,
+        max_model_len=max_model_len,
+        forbidden_token_ids=forbidden_token_ids,
+        eos_token_id=eos_token_id,
+        device=device,
+    )
 
 
 def video_seed(sampling: Sampling, key: VideoKey) -> int:

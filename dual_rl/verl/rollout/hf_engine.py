@@ -29,7 +29,7 @@ from verl.types import Response, ResponseKey, Sampling, VideoPrompt
 
 
 class HfEngine:
-    """`RolloutEngine` with transformers; arguments as of `verl.rollout.build.build_engine`."""
+    """`RolloutEngine` with transformers; arguments as of `verl.rollout.engine.build_engine`."""
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ DISCARD_WEIGHTS = 2
 
 
 class VllmEngine:
-    """`RolloutEngine` with vLLM; arguments as of `verl.rollout.build.build_engine`."""
+    """`RolloutEngine` with vLLM; arguments as of `verl.rollout.engine.build_engine`."""
 
     def __init__(
         self,

@@ -50,7 +50,7 @@ def start_llm(
     device: torch.device,
     **overrides: object,
 ):
-    """A `vllm.LLM` whose weights are all zero; arguments as of `verl.rollout.build.build_engine`.
+    """A `vllm.LLM` whose weights are all zero; arguments as of `verl.rollout.engine.build_engine`.
 
     `overrides`: arguments of `vllm.LLM` that replace the ones here.
     """
