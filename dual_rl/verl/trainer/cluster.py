@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import ray
@@ -163,9 +163,14 @@ class WorkerGroup:
                 return
             closed, _ = ray.wait(list(closing), num_returns=len(closing), timeout=CLOSE_SECONDS)
             for call in closed:
-                ray.kill(closing.pop(call))
+                _kill(closing.pop(call))
         for actor in closing.values():
-            ray.kill(actor)
+            _kill(actor)
+
+
+def _kill(actor: ray.actor.ActorHandle) -> None:
+    with suppress(RayError):  # it is gone already
+        ray.kill(actor)
 
 
 def _reserve(settings: TrainerConfig) -> PlacementGroup:
