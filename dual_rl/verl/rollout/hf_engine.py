@@ -17,6 +17,7 @@ from transformers import (
     LogitsProcessorList,
     Qwen3VLForConditionalGeneration,
     RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -155,33 +156,24 @@ class SeededDraws(LogitsProcessor):
     """
 
     def __init__(self, sampling: Sampling, keys: Sequence[ResponseKey], *, forbidden_token_ids: torch.Tensor) -> None:
-        self.temperature = sampling.temperature
+        self.is_greedy = sampling.temperature == 0
         self.forbidden_token_ids = forbidden_token_ids
         self.log_probs: list[torch.Tensor] = []
-        self.penalties: list[LogitsProcessor] = []
-        if sampling.repetition_penalty != 1:
-            self.penalties = [RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
-        self.cuts: list[LogitsProcessor] = []
-        if self.temperature > 0:
-            self.cuts += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k > 0 else []
-            self.cuts += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
         self.generators = [torch.Generator().manual_seed(response_seed(sampling, key)) for key in keys]
+        self.processors = LogitsProcessorList()
+        if sampling.repetition_penalty != 1:
+            self.processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        if not self.is_greedy:
+            self.processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+            self.processors.extend([TopKLogitsWarper(sampling.top_k)] if sampling.top_k > 0 else [])
+            self.processors.extend([TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else [])
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """`scores`: logits [num_rows, vocab]; returns fp32 of the same shape."""
-        logits = scores.float()
-        for penalty in self.penalties:
-            logits = penalty(input_ids, logits)
-        logits = logits.index_fill(1, self.forbidden_token_ids, -torch.inf)
-        if self.temperature > 0:
-            logits = logits / self.temperature
-        for cut in self.cuts:
-            logits = cut(input_ids, logits)
-        log_probs = torch.log_softmax(logits, dim=-1)
-        if self.temperature > 0:
-            drawn = (log_probs + self._gumbel_noise(log_probs)).argmax(dim=-1, keepdim=True)
-        else:
-            drawn = log_probs.argmax(dim=-1, keepdim=True)
+        allowed = scores.float().index_fill(1, self.forbidden_token_ids, -torch.inf)
+        log_probs = torch.log_softmax(self.processors(input_ids, allowed), dim=-1)
+        noisy = log_probs if self.is_greedy else log_probs + self._gumbel_noise(log_probs)
+        drawn = noisy.argmax(dim=-1, keepdim=True)
         self.log_probs.append(log_probs.gather(1, drawn).squeeze(1))
         return torch.full_like(log_probs, -torch.inf).scatter(1, drawn, 0.0)
 
