@@ -30,8 +30,7 @@ from verl.config import ModelConfig, RolloutConfig
 from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids
 from verl.model.building import build_policy
 from verl.model.reward_files import save_engine_folder
-from verl.rollout.build import build_engine
-from verl.rollout.engine import RolloutEngine
+from verl.rollout.engine import RolloutEngine, build_engine
 from verl.types import Sampling, VideoPrompt
 
 LONGEST, FIXED = 1000, 600

@@ -5,12 +5,12 @@
 #       bash dual_rl/examples/train.sh
 #   MODEL_PATH=... TRAIN_FILES=... bash dual_rl/examples/train.sh worker.rollout.n=4 trainer.max_steps=100      any key
 #
-# Paths are relative to where it is called from. Run again, it continues where it stopped.
+# Paths are relative to the working directory. The same command continues a run that stopped.
 set -euo pipefail
 stage="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 MODEL_PATH="${MODEL_PATH:?set it to a stage 1 checkpoint-N, or the actor/huggingface folder of a stage 2 checkpoint}"
-HEAD_PATH="${HEAD_PATH:-}"                              # rm_head.pth; empty: the one beside the model
+HEAD_PATH="${HEAD_PATH:-}"                              # rm_head.pth; empty: that of the model
 EXP_NAME="${EXP_NAME:-dual_rl}"                         # names the run and its folder
 TRAIN_FILES="${TRAIN_FILES:?set it to a CSV with videos, problem and answer; see dual_rl/data/README.md}"
 VAL_FILES="${VAL_FILES:-}"                              # held-out CSV of the same form; empty: no validation

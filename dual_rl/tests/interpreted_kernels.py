@@ -5,7 +5,6 @@ Shared-prompt decoding against attention request by request in fp32, draws again
 
 import itertools
 
-import pytest
 import torch
 
 from rollout_support import chi_square_of
@@ -33,15 +32,9 @@ def make_step(prompts: list[tuple[int, int]], *, seed: int = 0) -> tuple[torch.T
     return table, torch.tensor(lengths, dtype=torch.int32)
 
 
-def make_grouping(max_requests: int = 32, *, most_members: int = 16) -> Grouping:
-    return Grouping(
-        max_requests,
-        width=WIDTH,
-        block_size=BLOCK,
-        least_tokens=LEAST,
-        most_members=most_members,
-        device=torch.device("cpu"),
-    )
+def make_grouping(*, most_members: int = 16) -> Grouping:
+    device = torch.device("cpu")
+    return Grouping(32, width=WIDTH, block_size=BLOCK, least_tokens=LEAST, most_members=most_members, device=device)
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,18 +45,19 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tup
     return torch.einsum("ht,thd->hd", scores.softmax(dim=1), values), scores.logsumexp(dim=1)
 
 
-def read_cache(cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
-    return cache[blocks.long()].reshape(-1, KV_HEADS, SIZE)[:length]
+def read_cache(cache: torch.Tensor, blocks: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [length, kv_heads, size] of a cache [blocks, 2, block, kv_heads, size]."""
+    keys, values = cache[blocks.long()].transpose(0, 1).reshape(2, -1, KV_HEADS, SIZE)[:, :length]
+    return keys, values
 
 
 def attend_virtually(queries: torch.Tensor, cache: torch.Tensor, batch: VirtualBatch) -> tuple[torch.Tensor, ...]:
     """What the attention call on the device does: every row's queries over the row's keys; elsewhere NaN."""
     parts, lse = torch.full_like(queries, torch.nan), torch.full((HEADS, len(queries)), torch.nan)
     for row, length in enumerate(batch.num_keys.tolist()):
-        keys = read_cache(cache[:, 0], batch.block_table[row], length)
-        values = read_cache(cache[:, 1], batch.block_table[row], length)
-        for place in range(*batch.starts[row : row + 2].tolist()):
-            parts[place], lse[:, place] = attend(queries[place], keys, values)
+        keys, values = read_cache(cache, batch.block_table[row], length)
+        for index in range(*batch.starts[row : row + 2].tolist()):
+            parts[index], lse[:, index] = attend(queries[index], keys, values)
     return parts, lse
 
 
@@ -76,21 +70,23 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_grouped_attention_is_attention_request_by_request(name):
-    table, lengths = make_step(STEPS[name])
+def test_grouped_attention_is_attention_request_by_request():
+    """Every step with the same buffers: none leaves anything to the next."""
     generator = torch.Generator().manual_seed(1)
     cache = torch.randn(NUM_BLOCKS, 2, BLOCK, KV_HEADS, SIZE, generator=generator)
-    queries = torch.randn(len(lengths), HEADS, SIZE, generator=generator)
-    batch = make_grouping(most_members=4).group(table, lengths)
-    output = torch.full_like(queries, torch.nan)
-    parts, lse = attend_virtually(gather_queries(queries, batch), cache, batch)
-    merge_parts(parts, lse, batch, output)
-    expected = [
-        attend(query, read_cache(cache[:, 0], row, length), read_cache(cache[:, 1], row, length))[0]
-        for query, row, length in zip(queries, table, lengths.tolist(), strict=True)
-    ]
-    torch.testing.assert_close(output, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    grouping = make_grouping(most_members=4)
+    for seed, prompts in enumerate(STEPS.values()):
+        table, lengths = make_step(prompts, seed=seed)
+        queries = torch.randn(len(lengths), HEADS, SIZE, generator=generator)
+        batch = grouping.group(table, lengths)
+        output = torch.full_like(queries, torch.nan)
+        parts, lse = attend_virtually(gather_queries(queries, batch), cache, batch)
+        merge_parts(parts, lse, batch, output)
+        expected = [
+            attend(query, *read_cache(cache, row, length))[0]
+            for query, row, length in zip(queries, table, lengths.tolist(), strict=True)
+        ]
+        torch.testing.assert_close(output, torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
 def members(batch: VirtualBatch) -> list[list[int]]:
@@ -108,46 +104,23 @@ def test_requests_of_a_prompt_are_one_group_wherever_they_stand():
     assert batch.num_keys[batch.num_groups :].tolist() == [5, 1, 9, 5 * BLOCK + 4, 2, 8, 6 * BLOCK + 7]
 
 
-def test_large_groups_are_split():
+def test_large_groups_are_split_and_short_beginnings_are_not_shared():
     table, lengths = make_step(STEPS["more members than one group takes"])
     assert members(make_grouping(most_members=4).group(table, lengths)) == [[0, 1, 2, 3], [4, 5, 6, 7], [9, 10]]
-
-
-def test_short_shared_beginnings_are_not_grouped():
     table, lengths = make_step([(0, 5), (1, 5), (0, 6)])
     table[1, :1] = table[0, :1]  # as a system prompt would be
     assert members(make_grouping().group(table, lengths)) == [[0, 2]]
-    table[2, 1:] = 150 + torch.arange(WIDTH - 1)
-    assert members(make_grouping().group(table, lengths)) == []
 
 
-def test_the_block_that_is_written_to_is_never_shared():
+def test_the_block_that_is_written_to_is_never_shared_and_rows_that_fill_up_a_graph_have_no_keys():
     """A request whose present token is the first of a block reads the blocks before it; that one itself is its own."""
-    table, lengths = make_step([(0, 1), (0, 1)])
-    lengths -= 1  # the present token is the prompt's last
-    batch = make_grouping().group(table, lengths)
-    assert batch.num_keys[0] == 2 * BLOCK
-    assert batch.num_keys[batch.num_groups :].tolist() == [BLOCK, BLOCK]
-
-
-def test_rows_that_only_fill_up_a_graph_have_no_keys():
-    table, lengths = make_step([(0, 5), (0, 6), (0, 7), (0, 8)])
+    table, lengths = make_step([(0, 1), (0, 1), (0, 7), (0, 8)])
+    lengths[:2] -= 1  # the present token is the prompt's last
     lengths[2:] = 0
     batch = make_grouping().group(table, lengths)
     assert members(batch) == [[0, 1]]
-    assert batch.num_keys[batch.num_groups :].tolist() == [5, 6, 0, 0]
-
-
-def test_a_step_leaves_nothing_to_the_next():
-    grouping = make_grouping()
-    grouping.group(*make_step(STEPS["groups of equal size, side by side"]))
-    step = make_step(STEPS["members scattered, sizes differ"], seed=2)
-    again, fresh = grouping.group(*step), make_grouping().group(*step)
-    for name in ("starts", "num_keys", "grouped"):
-        assert torch.equal(getattr(again, name), getattr(fresh, name))
-    for row, length in enumerate(fresh.num_keys.tolist()):
-        num_blocks = -(-length // BLOCK)
-        assert torch.equal(again.block_table[row, :num_blocks], fresh.block_table[row, :num_blocks])
+    assert batch.num_keys[0] == 2 * BLOCK
+    assert batch.num_keys[batch.num_groups :].tolist() == [BLOCK, BLOCK, 0, 0]
 
 
 VOCAB = 301  # no multiple of what the kernel works on at once
@@ -180,11 +153,8 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
     return counter
 
 
-def test_philox_is_that_of_the_paper():
+def test_draws_are_gumbel_max_over_counted_noise_in_any_batch():
     assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # its known answer
-
-
-def test_draws_are_gumbel_max_over_counted_noise():
     seeds, position = [7, 2**61 + 12345], 3
     logits = some_logits(len(seeds))
     quarter = -(-VOCAB // 4)
@@ -194,16 +164,9 @@ def test_draws_are_gumbel_max_over_counted_noise():
         uniform = torch.tensor(words, dtype=torch.float64).T.reshape(-1)[:VOCAB].add(0.5).div(2**32)
         noise = -torch.log(-torch.log1p(-uniform))
         assert tokens[row] == (logits[row] + noise).argmax()
+        assert draw(logits[row : row + 1], [seed], position=position)[0] == tokens[row]
     expected = logits.log_softmax(dim=1)[range(len(seeds)), tokens]
     torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
-
-
-def test_draws_do_not_depend_on_the_batch():
-    seeds, logits = [5, 6, 7, 8], some_logits(4)
-    together, _ = draw(logits, seeds)
-    for row, seed in enumerate(seeds):
-        assert draw(logits[row : row + 1], [seed])[0] == together[row]
-    assert torch.equal(draw(logits.flip(0), seeds[::-1])[0], together.flip(0))
 
 
 def test_draws_follow_softmax():

@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGenerat
 from verl.config import RolloutConfig
 from verl.data.scored_sequence import REWARD_TOKEN, SequenceBuilder, forbidden_token_ids, judge_problem
 from verl.data.vision_process import VideoFrames
-from verl.rollout.build import build_engine
-from verl.rollout.engine import RolloutEngine
+from verl.rollout.engine import RolloutEngine, build_engine
 from verl.types import Response, Sampling, VideoKey, VideoPrompt
 
 TINY_BASE = Path(__file__).resolve().parents[2] / "cold_start" / "model" / "tiny_base"

@@ -6,16 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
 from verl.config import TrainerConfig
-from verl.trainer.checkpoints import TRACKER_FILE, CheckpointFolder, find_resume, load_state, step_of, write_atomically
+from verl.trainer.checkpoints import TRACKER_FILE, CheckpointFolder, find_resume, load_state, step_of
 
 FILES = {"actor/huggingface/model.safetensors": 3000, "actor/rm_head.pth": 100, "config.yaml": 10}
 STAGE_DIR = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{STAGE_DIR}:{STAGE_DIR / 'tests'}"}
 
 
 def save(folder: CheckpointFolder, step: int, **settings) -> None:
@@ -40,30 +40,17 @@ def folder(tmp_path) -> CheckpointFolder:
     return CheckpointFolder(tmp_path / "results" / "exp")
 
 
-def test_a_checkpoint_appears_with_everything_in_it(folder):
-    assert (folder.find_last(), folder.find_best(), folder.steps()) == (None, None, [])
-    with folder.writing(2, state={}) as path:
-        assert folder.steps() == []
-        assert path.name.endswith(".tmp")
-    save(folder, 10)
-    assert folder.steps() == [2, 10]
-    assert_whole(folder.find_last())
-    assert not list(folder.root.glob("*.tmp"))
-
-
 def test_tracker_names_last_and_best(folder):
-    save(folder, 1)
-    assert tracker_of(folder) == {
-        "last_global_step": 1,
-        "best_global_step": None,
-        "best_val": None,
-        "last_actor_path": str(folder.root / "global_step_1" / "actor"),
-    }
-    for step, val in ((2, 0.7), (3, 0.7), (4, 0.5), (5, None)):
+    assert folder.find_last() is None
+    for step, val, best in ((1, None, None), (2, 0.7, 2), (3, 0.7, 3), (10, 0.5, 3)):
         save(folder, step, val=val)
-    tracker = tracker_of(folder)
-    assert (tracker["last_global_step"], tracker["best_global_step"], tracker["best_val"]) == (5, 3, 0.7)
-    assert Path(tracker["last_actor_path"]) == folder.find_last() / "actor"
+        assert tracker_of(folder) == {
+            "last_global_step": step,
+            "best_global_step": best,
+            "best_val": 0.7 if best else None,
+            "last_actor_path": str(folder.root / f"global_step_{step}" / "actor"),
+        }
+    assert_whole(folder.find_last())
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(-1, [1, 2, 3, 4, 5]), (1, [2, 5]), (2, [2, 4, 5]), (9, [1, 2, 3, 4, 5])])
@@ -74,27 +61,17 @@ def test_the_newest_and_the_best_are_kept(folder, limit, kept):
 
 
 def test_a_failed_save_leaves_nothing_and_removes_nothing(folder):
-    def fail_half_way() -> None:
-        with folder.writing(2, state={}, save_limit=1) as path:
-            (path / "half").write_text("x")
-            raise OSError("disk full")
-
     save(folder, 1)
-    with pytest.raises(OSError, match="disk full"):
-        fail_half_way()
-    assert folder.steps() == [1]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save(folder, 2, val=float("nan"), save_limit=1)
     assert tracker_of(folder)["last_global_step"] == 1
     assert sorted(path.name for path in folder.root.iterdir()) == [TRACKER_FILE, "global_step_1"]
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        save(folder, 2, val=float("nan"))
-    assert folder.steps() == [1]
 
 
-def test_a_folder_without_its_state_is_no_checkpoint(folder):
+def test_a_folder_without_its_state_is_not_a_checkpoint_and_is_replaced(folder):
     save(folder, 1)
     save(folder, 2)
     (folder.path_of(2) / "state.json").unlink()
-    (folder.root / "global_step_x").mkdir()
     assert folder.find_last() == folder.path_of(1)
     save(folder, 2)
     assert_whole(folder.find_last())
@@ -132,8 +109,7 @@ while True:
 
 def test_a_kill_at_any_point_of_writing_leaves_whole_checkpoints(tmp_path):
     """A real process is killed with SIGKILL before its 1st, 2nd, 3rd, ... operation on files."""
-    environment = os.environ | {"PYTHONPATH": f"{STAGE_DIR}:{STAGE_DIR / 'tests'}"}
-    subprocess.run([sys.executable, "-c", KILLED_AT_EVERY_POINT, str(tmp_path)], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", KILLED_AT_EVERY_POINT, str(tmp_path)], env=ENVIRONMENT, check=True)
     shutil.rmtree(tmp_path / "start")
     roots = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
     assert len(roots) > 20
@@ -149,41 +125,24 @@ def test_a_kill_at_any_point_of_writing_leaves_whole_checkpoints(tmp_path):
         for step in before:
             assert_whole(folder.path_of(step))
         assert {path.name for path in root.iterdir()} == {TRACKER_FILE, *(f"global_step_{step}" for step in before)}
-        assert tracker_of(folder) == {
-            "last_global_step": before[-1],
-            "best_global_step": 1,
-            "best_val": 0.9,
-            "last_actor_path": str(folder.path_of(before[-1]) / "actor"),
-        }
+        tracker = tracker_of(folder)
+        assert (tracker["last_global_step"], tracker["best_global_step"]) == (before[-1], 1)
         outcomes.append(before)
     assert outcomes[0] == [1, 2]
     assert outcomes[-1] == [1, 3], "the last root is of the process that was not killed"
     assert [1, 2, 3] in outcomes, "some were killed between the new one's arrival and the old one's end"
 
 
-def test_a_file_that_cannot_be_written_keeps_its_old_content(tmp_path):
-    path = tmp_path / "tracker.json"
-    write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \ud800")
-    assert path.read_text() == "old"
-    write_atomically(path, "new")
-    assert path.read_text() == "new"
-
-
 def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(folder):
-    program = """
+    program = """if True:
         import sys, time
         from verl.trainer.checkpoints import CheckpointFolder
-        folder = CheckpointFolder(sys.argv[1])
-        folder.lock()
-        sys.stdout.write("locked\\n")
-        sys.stdout.flush()
+        CheckpointFolder(sys.argv[1]).lock()
+        print("locked", flush=True)
         time.sleep(60)
     """
-    command = [sys.executable, "-c", textwrap.dedent(program), str(folder.root)]
-    environment = os.environ | {"PYTHONPATH": str(STAGE_DIR)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as first:
+    command = [sys.executable, "-c", program, str(folder.root)]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as first:
         try:
             assert first.stdout.readline() == "locked\n"
             with pytest.raises(ValueError, match=rf"{folder.root} is in use by process {first.pid} on "):
@@ -202,26 +161,13 @@ def test_resume_point_follows_the_settings(folder, tmp_path):
         find_resume(folder, TrainerConfig(find_last_checkpoint=False))
     with pytest.raises(ValueError, match=r"already holds global_step_2, which .*global_step_1 would mix"):
         find_resume(folder, TrainerConfig(load_checkpoint_path=str(folder.path_of(1))))
-    assert find_resume(folder, TrainerConfig(load_checkpoint_path=str(folder.path_of(2)))) == folder.path_of(2)
     other = CheckpointFolder(tmp_path / "other")
     assert find_resume(other, TrainerConfig(load_checkpoint_path=str(folder.path_of(1)))) == folder.path_of(1)
-    save(other, 1)
-    with pytest.raises(ValueError, match="would mix"):
-        find_resume(other, TrainerConfig(load_checkpoint_path=str(folder.path_of(2))))
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
         find_resume(other, TrainerConfig(load_checkpoint_path=str(tmp_path)))
 
 
-def test_a_model_only_checkpoint_says_that_it_cannot_be_continued(folder):
+def test_a_model_only_checkpoint_says_that_it_cannot_be_resumed(folder):
     save(folder, 1, state=None)
-    assert folder.steps() == [1]
     with pytest.raises(ValueError, match=r"save_model_only.*model_path=.*global_step_1/actor/huggingface"):
         load_state(folder.find_last())
-
-
-def test_a_step_is_written_once(folder):
-    save(folder, 1)
-    with pytest.raises(AssertionError, match="would be written again"):
-        save(folder, 1)
-    with pytest.raises(ValueError, match="must be global_step_N"):
-        step_of(folder.root)

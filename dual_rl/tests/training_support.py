@@ -7,10 +7,9 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import forkserver
@@ -68,22 +67,21 @@ class Run:
 
     @property
     def checkpoints(self) -> list[str]:
-        """Names of the checkpoint folders that are there now, unfinished ones included."""
+        """Names of the checkpoint folders, unfinished ones included."""
         return sorted(path.name for path in self.folder.glob("global_step_*"))
 
     def weights(self, step: int) -> dict[str, torch.Tensor]:
         """Everything that the checkpoint of `step` holds for users, fp32."""
         actor = self.folder / f"global_step_{step}" / "actor"
-        weights: dict[str, torch.Tensor] = {}
+        weights: dict[str, torch.Tensor] = torch.load(actor / "rm_head.pth", weights_only=True)
         for file in sorted((actor / "huggingface").glob("*.safetensors")):
             weights |= load_file(file)
-        head = torch.load(actor / "rm_head.pth", weights_only=True)
-        return {name: tensor.float() for name, tensor in {**weights, **head}.items()}
+        return {name: tensor.float() for name, tensor in weights.items()}
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """A folder with a small model, six pairs of toy clips, and a reward function that can be told to fail."""
+    """A folder with a small model, six pairs of toy clips, and a reward function with faults on demand."""
 
     root: Path
     settings: dict[str, object] = field(default_factory=dict)
@@ -91,18 +89,25 @@ class Workplace:
     @classmethod
     def make(cls, root: Path, **settings: object) -> "Workplace":
         """Pairs are other combinations of the example's clips, so that each epoch has a different order."""
-        root.mkdir(parents=True, exist_ok=True)
-        videos = root / "videos"
-        shutil.copytree(EXAMPLE_CSV.parent / "videos", videos)
+        shutil.copytree(EXAMPLE_CSV.parent / "videos", root / "videos")
         with EXAMPLE_CSV.open(newline="") as file:
             rows = list(csv.DictReader(file))
         for number in range(2):
             rows.append({**rows[number], "videos": str([f"videos/example_{number}_a.mp4", "videos/example_3_b.mp4"])})
-        with (root / "pairs.csv").open("w", newline="") as file:
+        workplace = cls(root, settings)
+        workplace.write_pairs("pairs.csv", rows)
+        return workplace
+
+    def write_pairs(self, name: str, rows: Sequence[Mapping[str, str]]) -> Path:
+        with (self.root / name).open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        return cls(root, settings)
+        return self.root / name
+
+    def read_pairs(self) -> list[dict[str, str]]:
+        with (self.root / "pairs.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
 
     @property
     def fault(self) -> Path:
@@ -110,23 +115,20 @@ class Workplace:
         return self.root / "fault"
 
     @property
-    def children(self) -> dict[int, str]:
-        """Name by id of the processes that the run of fault `kill_run` had when it was killed."""
-        return {int(pid): name for pid, name in json.loads(self.fault.with_suffix(".children").read_text()).items()}
-
-    @property
     def calls(self) -> list[list]:
         """What the reward function was called with, in order: [answer, side, response] of every response."""
-        return [json.loads(line) for line in (self.root / "calls.jsonl").read_text().splitlines()]
+        path = self.root / "calls.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # complete ones
+        return [json.loads(line) for line in lines]
 
     def arguments(self, folder: Path, settings: Mapping[str, object]) -> list[str]:
         """The command line's arguments of a run into `folder`."""
-        places = {"log": self.root / "calls.jsonl", "fault": self.fault, "videos": self.root / "videos"}
+        paths = {"log": self.root / "calls.jsonl", "fault": self.fault, "videos": self.root / "videos"}
         values = {
             **SMALL_RUN,
             "data.train_files": self.root / "pairs.csv",
             "worker.reward.reward_function": f"{SPYING_REWARD}:compute_score",
-            "worker.reward.reward_function_kwargs": json.dumps({name: str(path) for name, path in places.items()}),
+            "worker.reward.reward_function_kwargs": json.dumps({name: str(path) for name, path in paths.items()}),
             "trainer.save_checkpoint_path": folder,
             **self.settings,
             **settings,
@@ -161,19 +163,15 @@ class Running:
 
     def __init__(self, folder: Path, arguments: list[str], variables: Mapping[str, str]) -> None:
         self.folder = folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
         self.console = folder.with_name(f"{folder.name}.console")
         self.process = forks().Process(target=_main, args=(arguments, str(self.console), dict(variables)))
         self.process.start()
 
-    def kill_when(self, path: Path) -> None:
-        """SIGKILL as soon as `path` exists."""
-        deadline = time.monotonic() + RUN_TIMEOUT
-        while not path.exists():
-            assert self.process.is_alive(), f"ended before {path} was there:\n{self.console.read_text()}"
-            assert time.monotonic() < deadline, f"no {path} after {RUN_TIMEOUT} s"
-            time.sleep(0.002)
+    def kill(self) -> dict[int, str]:
+        """SIGKILL; returns the processes that the run had started, name by id."""
+        children = {child.pid: child.name() for child in psutil.Process(self.process.pid).children(recursive=True)}
         os.kill(self.process.pid, signal.SIGKILL)
+        return children
 
     def wait(self) -> Run:
         """Its end, again and again if need be; one that hangs is killed and fails the test."""
@@ -198,20 +196,13 @@ def _main(arguments: list[str], console: str, variables: dict[str, str]) -> None
     sys.exit(main(arguments))
 
 
-def run_command(folder: Path, arguments: list[str], **variables: str) -> Run:
-    """A run just as users start it, with stdout and stderr together."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    result = subprocess.run(
-        [sys.executable, "-m", "verl.trainer.main", *arguments],
-        cwd=DUAL_RL,
-        env={**environment, "OMP_NUM_THREADS": "1", **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=RUN_TIMEOUT,
-        check=False,
-    )
-    return Run(result.returncode, result.stdout, folder)
+def wait_for(condition, *, running: Running, seconds: float = RUN_TIMEOUT) -> None:
+    """Wait until `condition()` holds, while `running` runs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert running.process.is_alive(), f"ended before:\n{running.console.read_text()}"
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.002)
 
 
 def wait_until_gone(processes: set[int], *, seconds: float = 20.0) -> set[int]:
@@ -220,15 +211,6 @@ def wait_until_gone(processes: set[int], *, seconds: float = 20.0) -> set[int]:
     while time.monotonic() < deadline and any(map(psutil.pid_exists, processes)):
         time.sleep(0.1)
     return {process for process in processes if psutil.pid_exists(process)}
-
-
-def wait_for_line(log: Path, text: str, *, process: subprocess.Popen, seconds: float = 60.0) -> None:
-    """Wait until `text` stands in what `process` writes into `log`."""
-    deadline = time.monotonic() + seconds
-    while text not in log.read_text():
-        assert process.poll() is None, f"ended:\n{log.read_text()}"
-        assert time.monotonic() < deadline, f"no {text!r} after {seconds} s:\n{log.read_text()}"
-        time.sleep(0.1)
 
 
 def free_port() -> int:

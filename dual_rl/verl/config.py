@@ -1,6 +1,6 @@
-"""Every setting of stage 2 with its default and its bounds; `config_loading.py` reads them and checks what must agree.
+"""Every setting of stage 2 with its default and its bounds; `config_loading.py` reads and checks them.
 
-A key that no code reads does not exist, and an unknown one is an error. This module imports nothing of ours.
+Every key is read by some code, and an unknown key is an error. This module imports nothing of ours.
 """
 
 from dataclasses import field
@@ -46,26 +46,26 @@ class DataConfig:
     answer_key: str = "answer"
     video_key: str = "videos"
     image_dir: str | None = None
-    """Folder that relative video paths start from; by default the CSV's own."""
+    """Folder of relative video paths; by default that of the CSV."""
     video_fps: Positive | None = None
-    """Frames per second; by default, like the pixel limits, what the model was trained with."""
+    """Frames per second. By default this and the pixel limits are those that the model was trained with."""
     min_pixels: Count | None = None
     max_pixels: Count | None = None
     max_prompt_length: Count = 8192
-    """Tokens of the user turn, the video's included."""
+    """Tokens of the user turn, including the video's."""
     max_response_length: Count = 2048
     rollout_batch_size: Count = 128
-    """Pairs drawn in each step."""
+    """Pairs per step."""
     val_batch_size: Count = 64
-    """Pairs validated at a time; the last batch may be smaller, nothing is left out."""
+    """Pairs validated at a time; the last batch may be smaller."""
     format_prompt: str | None = None
     """Jinja file around the problem (variable `content`); by default the checkpoint's own."""
     shuffle: bool = True
     seed: NonNegativeInt = 1
     filter_overlong_prompts: bool = True
-    """Leave out pairs with a longer prompt and say how many; otherwise they are an error."""
+    """Leave out and count pairs whose prompt is too long; otherwise they are an error."""
     max_dropped_share: ShareBelowOne = 0.01
-    """Share of a CSV's pairs that may be dropped because a video no longer decodes; beyond it the run ends."""
+    """Share of a CSV's pairs that may be dropped because a video no longer decodes. With more, the run ends."""
 
 
 @settings
@@ -73,16 +73,16 @@ class AlgorithmConfig:
     adv_estimator: AdvantageEstimator = "grpo"
     disable_kl: bool = False
     use_kl_loss: bool = True
-    """KL to the reference as a loss; otherwise it is taken off the reward."""
+    """KL to the reference as a loss; otherwise it is subtracted from the reward."""
     kl_penalty: KlPenalty = "low_var_kl"
     kl_coef: NonNegative = 1e-5
     online_filtering: bool = False
-    """Keep only pairs with a group whose mean `filter_key` lies between the limits; draw until there are enough."""
+    """Keep only pairs with a group whose mean `filter_key` is between the limits; draw until a batch is full."""
     filter_key: str = "overall"
     filter_low: float = 0.01
     filter_high: float = 0.99
     max_filter_rounds: Count = 20
-    """Give up when so many batches did not fill one step."""
+    """Stop with an error when this many batches do not fill one step."""
 
     @property
     def has_kl_loss(self) -> bool:
@@ -110,9 +110,9 @@ class ModelConfig:
     """Train the head and the `<Reward>` row with Bradley-Terry."""
     freeze_vision_tower: bool = True
     enable_gradient_checkpointing: bool = True
-    """Compute activations again in the backward pass where they do not fit into the device's memory (CPUs: always)."""
+    """Recompute activations in the backward pass where they do not fit into the device's memory (CPUs: always)."""
     max_kept_layers: NonNegativeInt | None = None
-    """Most layers that keep their activations on a GPU, by default as many as fit; 0 takes the least memory."""
+    """Upper limit of layers that keep their activations on a GPU. By default as many as fit; 0 needs least memory."""
     enable_compile: bool = True
     """Fuse the text layers with torch.compile, on GPUs; the first step takes a minute longer."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -129,7 +129,7 @@ class OptimConfig:
     """Share of all steps over which the learning rate rises from zero."""
     lr_scheduler_type: Literal["constant", "cosine"] = "constant"
     min_lr_ratio: Share = 0.0
-    """Where cosine ends, as a share of lr."""
+    """Final learning rate of cosine, as a share of lr."""
 
 
 @settings
@@ -151,7 +151,7 @@ class RefOffloadConfig:
 @settings
 class OffloadConfig(RefOffloadConfig):
     offload_optimizer: bool = False
-    """Keep the optimizer state in host memory outside of the optimizer's step."""
+    """Keep the optimizer state in host memory outside the optimizer step."""
 
 
 @settings
@@ -211,13 +211,13 @@ class RolloutConfig:
     max_num_seqs: Count = 256
     enforce_eager: bool = False
     shared_prompt_decoding: bool = False
-    """Read a prompt's cache once for all its responses, where that can be done: vllm on Hopper cards."""
+    """Read a prompt's cache once for all its responses, where supported: vllm on Hopper GPUs."""
     kv_cache_gib: Count | None = None
     """Memory of vLLM's KV cache; None: what gpu_memory_utilization leaves, 1 on a CPU."""
     log_prob_bound: Positive = 0.1
-    """Tokens whose log-prob differs by more between rollout and trainer are counted and logged."""
+    """Tokens whose log-prob differs by more than this between rollout and trainer are counted and logged."""
     val_override_config: ValSamplingConfig = field(default_factory=ValSamplingConfig)
-    """Sampling of validation; what is null is as in training."""
+    """Sampling of validation; null values are as in training."""
 
 
 @settings
@@ -248,7 +248,7 @@ class TrainerConfig:
     n_cpu_ranks_per_node: Count = 1
     """Training processes per node where n_gpus_per_node is 0."""
     master_port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of the processes' meeting point; 0: a free one."""
+    """Port at which the training processes meet; 0: any free one."""
     val_freq: MinusOneOrCount = -1
     """Steps between validations; -1: only after the last."""
     val_before_train: bool = True
@@ -257,9 +257,9 @@ class TrainerConfig:
     save_freq: MinusOneOrCount = -1
     """Steps between checkpoints; -1: only after the last."""
     save_limit: MinusOneOrCount = -1
-    """Checkpoints kept beside the best; -1: all."""
+    """Newest checkpoints kept, besides the best; -1: all."""
     save_model_only: bool = False
-    """Leave out what resuming needs."""
+    """Save no state for resuming."""
     save_checkpoint_path: str | None = None
     """By default results/EXPERIMENT_NAME."""
     load_checkpoint_path: str | None = None

@@ -1,9 +1,9 @@
-"""Reads the settings: a YAML file, then `key=value` arguments over it, checked before anything is started.
+"""Reads the settings, a YAML file and `key=value` arguments that override it, and checks them.
 
     load_config(["config=examples/config.yaml", "data.train_files=train.csv", "worker.rollout.n=4"])
 
-Paths are relative to where the program is called from and become absolute, so that processes on other nodes and in
-other folders find the same files.
+Paths are relative to the working directory and become absolute, so that processes on other nodes and in other folders
+find the same files.
 """
 
 import difflib
@@ -28,6 +28,12 @@ CONFIG_ARGUMENT = "config"
 CONFIG_FILE = "config.yaml"
 USAGE = "usage: python3 -m verl.trainer.main config=examples/config.yaml data.train_files=train.csv key=value ..."
 ADAPTER = TypeAdapter(Config)
+REQUIRED = ("data.train_files", "worker.actor.model.model_path", "worker.reward.reward_function")
+PATHS = (
+    "data.train_files", "data.val_files", "data.image_dir", "data.format_prompt",
+    "worker.actor.model.head_path", "trainer.load_checkpoint_path",
+)  # fmt: skip
+"""Settings that must be a file or folder where they are set."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,25 +44,7 @@ def load_config(argv: Sequence[str]) -> Config:
     `argv`: `config=FILE` at most once, and `key=value` in any order; later ones win, all of them over the file.
     Raises ValueError, naming key and remedy, for whatever cannot be used.
     """
-    config = parse_config(argv)
-    required = ("data.train_files", "worker.actor.model.model_path", "worker.reward.reward_function")
-    if missing := [key for key in required if not get_setting(config, key)]:
-        raise ValueError(f"not set: {', '.join(missing)}. Give each as key=value.\n{USAGE}")
-    _make_paths_absolute(config)
-    if problems := find_problems(config):
-        raise ValueError("settings do not fit together:\n" + "\n".join(f"- {problem}" for problem in problems))
-    _warn(config)
-    return config
-
-
-def parse_config(argv: Sequence[str]) -> Config:
-    """`load_config` without looking at files that settings name, and at what must agree across settings."""
-    arguments = []
-    for argument in argv:
-        key, separator, value = argument.partition("=")
-        if not separator or not key or key.startswith("-"):
-            raise ValueError(f"{argument} is not of the form key=value.\n{USAGE}")
-        arguments.append((key.strip(), value))
+    arguments = [_split(argument) for argument in argv]
     files = [value for key, value in arguments if key == CONFIG_ARGUMENT]
     if len(files) > 1:
         raise ValueError(f"{CONFIG_ARGUMENT}= is given {len(files)} times. Give one file at most.")
@@ -64,7 +52,14 @@ def parse_config(argv: Sequence[str]) -> Config:
     for file, values in zip(files, sources, strict=True):
         _build(values, source=f"{file}: ")
     sources += [_read_override(key, value) for key, value in arguments if key != CONFIG_ARGUMENT]
-    return _build(OmegaConf.merge({}, *sources))
+    config = _build(OmegaConf.merge({}, *sources))
+    if missing := [key for key in REQUIRED if not get_setting(config, key)]:
+        raise ValueError(f"not set: {', '.join(missing)}. Give each as key=value.\n{USAGE}")
+    _make_paths_absolute(config)
+    if problems := find_problems(config):
+        raise ValueError("settings do not fit together:\n" + "\n".join(f"- {problem}" for problem in problems))
+    _warn(config)
+    return config
 
 
 def save_config(config: Config, folder: Path) -> Path:
@@ -92,6 +87,13 @@ def leaf_types(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", hint
 
 
+def _split(argument: str) -> tuple[str, str]:
+    key, separator, value = argument.partition("=")
+    if not separator or not key or key.startswith("-"):
+        raise ValueError(f"{argument} is not of the form key=value.\n{USAGE}")
+    return key.strip(), value
+
+
 def _read_yaml(file: str) -> DictConfig:
     if not Path(file).is_file():
         raise ValueError(f"{CONFIG_ARGUMENT}={file}: no such file (from {Path.cwd()})")
@@ -105,7 +107,7 @@ def _read_yaml(file: str) -> DictConfig:
 
 
 def _read_override(key: str, value: str) -> DictConfig:
-    """One `key=value`. Texts are taken as they stand: `experiment_name=007` is not the number 7."""
+    """One `key=value`. Strings are taken literally: `experiment_name=007` is not the number 7."""
     if dict(leaf_types()).get(key) in (str, str | None) and value not in ("", "null", "~"):
         override = OmegaConf.create({})
         OmegaConf.update(override, key, value)
@@ -117,7 +119,7 @@ def _read_override(key: str, value: str) -> DictConfig:
 
 
 def _build(values: DictConfig, *, source: str = "") -> Config:
-    """Raises ValueError that lists every unknown key and every value of the wrong kind or out of bounds."""
+    """Raises ValueError that lists every unknown key and every value of the wrong type or out of bounds."""
     try:
         return ADAPTER.validate_json(json.dumps(OmegaConf.to_container(values, resolve=True)))
     except ValidationError as errors:
@@ -128,32 +130,25 @@ def _build(values: DictConfig, *, source: str = "") -> Config:
 
 def _describe(error: dict[str, Any]) -> str:
     key = ".".join(map(str, error["loc"]))
-    if error["type"] == "unexpected_keyword_argument":
-        return f"unknown key {key}{_suggest(key)}"
-    wrong = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return f"{key}={error['input']} {wrong}"
-
-
-def _suggest(key: str) -> str:
-    """A hint at the settings and groups of settings that were probably meant by `key`."""
-    known = list(
-        dict.fromkeys(name for leaf, _ in leaf_types() for name in accumulate(leaf.split("."), "{}.{}".format))
-    )
+    if error["type"] != "unexpected_keyword_argument":
+        wrong = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        return f"{key}={error['input']} {wrong}"
+    known = dict.fromkeys(name for leaf, _ in leaf_types() for name in accumulate(leaf.split("."), "{}.{}".format))
     close = [name for name in known if name.endswith(f".{key.rpartition('.')[2]}")]
     close += difflib.get_close_matches(key, known, n=2, cutoff=0.7)
-    return f"; did you mean {' or '.join(dict.fromkeys(close[:3]))}?" if close else ""
+    hint = f"; did you mean {' or '.join(dict.fromkeys(close[:3]))}?" if close else ""
+    return f"unknown key {key}{hint}"
 
 
 def _make_paths_absolute(config: Config) -> None:
-    """Resolve paths against the working directory. Raises ValueError for what does not exist."""
-    for key in ("data.train_files", "data.val_files", "data.image_dir", "data.format_prompt",
-                "worker.actor.model.head_path", "trainer.load_checkpoint_path"):  # fmt: skip
+    """Resolve paths against the working directory. Raises ValueError for a path that does not exist."""
+    for key in PATHS:
         group, _, name = key.rpartition(".")
         setattr(get_setting(config, group), name, _existing(get_setting(config, key), key))
     model, reward = config.worker.actor.model, config.worker.reward
     if os.path.isdir(model.model_path):
         model.model_path = os.path.abspath(model.model_path)
-    elif model.model_path.startswith((".", "/", "~")) or model.model_path.count("/") != 1:
+    elif model.model_path.startswith((".", "/", "~")) or model.model_path.count("/") != 1:  # no name of a Hub model
         raise ValueError(f"worker.actor.model.model_path={model.model_path}: no such folder (from {Path.cwd()})")
     config.trainer.save_checkpoint_path = str(config.trainer.output_folder)
     path, separator, name = reward.reward_function.rpartition(":")
@@ -217,12 +212,8 @@ def _warn(config: Config) -> None:
     rollout, trainer = config.worker.rollout, config.trainer
     if rollout.top_p < 1.0 or rollout.top_k != -1:
         logger.warning("top_p or top_k cuts the distribution that responses are drawn from; the update ignores that")
-    if (
-        config.data.val_files
-        and trainer.val_freq > 0
-        and trainer.save_freq > 0
-        and trainer.save_freq % trainer.val_freq
-    ):
+    validates = config.data.val_files and trainer.val_freq > 0
+    if validates and trainer.save_freq > 0 and trainer.save_freq % trainer.val_freq:
         logger.warning(
             "trainer.save_freq=%d is not a multiple of trainer.val_freq=%d: the best checkpoint is chosen only among "
             "those that were validated at their own step", trainer.save_freq, trainer.val_freq,

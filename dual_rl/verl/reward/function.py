@@ -1,4 +1,4 @@
-"""The reward plug-in: a user's own Python function, found by path, and all that is checked about what it returns.
+"""The reward plug-in: a user's own Python function, loaded by path, and the checks of what it returns.
 
     def compute_score(reward_inputs: list[dict], **kwargs) -> list[dict]
 
@@ -24,7 +24,7 @@ OVERALL = "overall"
 
 
 class RewardFunctionError(ValueError):
-    """A reward plug-in that cannot be loaded, raises, or returns what cannot be used. The message names it."""
+    """A reward plug-in that does not load, raises, or returns something unusable. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class RewardFunction:
 def load_reward_function(spec: str, kwargs: Mapping[str, Any] | None = None) -> RewardFunction:
     """Load `path.py:function`; `kwargs` are passed to every call.
 
-    Raises RewardFunctionError when the file does not run, or has no such function that takes `kwargs` beside its
-    inputs.
+    Raises RewardFunctionError when the file does not run, or has no such function that takes `kwargs`.
     """
     path, _, name = spec.rpartition(":")
     path, kwargs = Path(path), dict(kwargs or {})
@@ -73,8 +72,8 @@ def score_responses(
 ) -> dict[ResponseKey, dict[str, float]]:
     """Scores of every response by its key. `texts`: the decoded CoT of every response in `rollouts`.
 
-    The plug-in is called once with all responses. Raises RewardFunctionError naming the plug-in, the response and the
-    remedy when it raises or does not return one dict of finite numbers with `overall` per response.
+    The plug-in is called once with all responses. Raises RewardFunctionError when it raises, or does not return one
+    dict of finite numbers with `overall` per response.
     """
     inputs = {
         response.key: {
@@ -94,8 +93,8 @@ def score_responses(
         scores = function(list(inputs.values()))
     except Exception as error:
         raise RewardFunctionError(f"reward function {function.name} raised {_describe(error)}") from error
-    if not isinstance(scores, list | tuple) or len(scores) != len(inputs):
-        found = f"{len(scores)} items" if isinstance(scores, list | tuple) else type(scores).__name__
+    found = f"{len(scores)} items" if isinstance(scores, list | tuple) else type(scores).__name__
+    if found != f"{len(inputs)} items":
         raise RewardFunctionError(
             f"reward function {function.name} returned {found} for {len(inputs)} responses. Return a list with one "
             "dict per response, in their order."
@@ -103,10 +102,8 @@ def score_responses(
     for index, item in enumerate(scores):
         if problem := _find_problem(item, scores[0]):
             raise RewardFunctionError(f"reward function {function.name}, item {index}: {problem}")
-    return {
-        key: {str(name): float(value) for name, value in item.items()}
-        for key, item in zip(inputs, scores, strict=True)
-    }
+    by_key = zip(inputs, scores, strict=True)
+    return {key: {str(name): float(value) for name, value in item.items()} for key, item in by_key}
 
 
 def _find_problem(item: object, first: object) -> str | None:

@@ -2,8 +2,8 @@
 
 By itself vLLM launches a kernel for each seeded request and token, and takes every token's log-prob to the host, where
 each becomes an object. Here one kernel draws for all rows, by a counter (`draw_kernel`), and log-probs stay on the
-device until the responses are finished. A logits processor, which changes no logits, follows which request stands in
-which row; `install` puts the draw itself in the place of vLLM's.
+device until the responses are finished. A logits processor, which changes no logits, tracks which request is in which
+row; `install` replaces vLLM's own draw.
 """
 
 import os
@@ -42,7 +42,7 @@ class DeviceDraws:
         self.log_probs = torch.zeros(len(self.slots), max_tokens, device=self.device)
 
     def end(self) -> dict[int, torch.Tensor]:
-        """By seed, float32 [max_tokens] on the CPU: the log-prob of each token of the response, zeros behind them."""
+        """By seed, float32 [max_tokens] on the CPU: the log-prob of each token of the response, then zeros."""
         log_probs = self.log_probs.cpu()
         return {seed: log_probs[slot] for seed, slot in self.slots.items()}
 
@@ -68,7 +68,7 @@ class DeviceDraws:
         return FollowRows
 
     def install(self, llm) -> None:
-        """Draw in the place of vLLM's sampler, in the worker of this process."""
+        """Replace the draw of vLLM's sampler, in the worker of this process."""
         llm.collective_rpc(_replace_draw, args=(_Draw(self),))
 
     def _row(self, parameters, _prompt_ids, output_ids: list[int]) -> _Row | None:
@@ -87,7 +87,7 @@ class DeviceDraws:
 
 
 class _Draw(torch.nn.Module):
-    """In the place of vLLM's `TopKTopPSampler`."""
+    """Replaces vLLM's `TopKTopPSampler`."""
 
     def __init__(self, draws: DeviceDraws) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Rollouts with transformers' own `generate`: for machines without vLLM, and for tests of the other engine.
+"""Rollouts with transformers' own `generate`: for machines without vLLM, and to test the vLLM engine against.
 
-It holds a copy of the model of its own, in evaluation mode and without gradients. Simple rather than fast: prompts are
-left padded, and each response carries its own copy of the prompt.
+The engine holds its own copy of the model, in evaluation mode and without gradients. It is simple rather than fast:
+prompts are left padded, and each response has its own copy of the prompt.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,6 +17,7 @@ from transformers import (
     LogitsProcessorList,
     Qwen3VLForConditionalGeneration,
     RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -29,7 +30,7 @@ from verl.types import Response, ResponseKey, Sampling, VideoPrompt
 
 
 class HfEngine:
-    """`RolloutEngine` with transformers; arguments as of `verl.rollout.build.build_engine`."""
+    """`RolloutEngine` with transformers; arguments as of `verl.rollout.engine.build_engine`."""
 
     def __init__(
         self,
@@ -41,8 +42,7 @@ class HfEngine:
         eos_token_id: int,
         device: torch.device,
     ) -> None:
-        if config.tensor_parallel_size > 1:
-            raise ValueError("worker.rollout.name=hf has no tensor parallelism; set tensor_parallel_size to 1")
+        assert config.tensor_parallel_size == 1, "this engine has no tensor parallelism"
         self.max_model_len = max_model_len
         self.eos_token_id = eos_token_id
         self.device = device
@@ -134,9 +134,9 @@ class HfEngine:
         longest = max(row.numel() for row in rows)
         input_ids = torch.full((len(prompts), longest), self.builder.tokenizer.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
-        for number, row in enumerate(rows):
-            input_ids[number, longest - row.numel() :] = row
-            attention_mask[number, longest - row.numel() :] = 1
+        for index, row in enumerate(rows):
+            input_ids[index, longest - row.numel() :] = row
+            attention_mask[index, longest - row.numel() :] = 1
         pixel_values = {prompt.key: self.builder.pixel_values(prompt, self.device) for prompt in prompts}
         inputs = {
             "input_ids": input_ids,
@@ -149,40 +149,31 @@ class HfEngine:
 
 
 class SeededDraws(LogitsProcessor):
-    """Draws the next token of each row with the row's own generator, and notes its log-probability.
+    """Draws the next token of each row with the row's own generator, and keeps its log-probability.
 
-    What it returns has the logit 0 at the drawn token and minus infinity elsewhere, so that greedy search takes it.
+    It returns the logit 0 at the drawn token and minus infinity elsewhere, so that greedy search takes that token.
     `log_probs`: one tensor [num_rows] for each step so far.
     """
 
     def __init__(self, sampling: Sampling, keys: Sequence[ResponseKey], *, forbidden_token_ids: torch.Tensor) -> None:
-        self.temperature = sampling.temperature
+        self.is_greedy = sampling.temperature == 0
         self.forbidden_token_ids = forbidden_token_ids
         self.log_probs: list[torch.Tensor] = []
-        self.penalties: list[LogitsProcessor] = []
-        if sampling.repetition_penalty != 1:
-            self.penalties = [RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
-        self.cuts: list[LogitsProcessor] = []
-        if self.temperature > 0:
-            self.cuts += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k > 0 else []
-            self.cuts += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
         self.generators = [torch.Generator().manual_seed(response_seed(sampling, key)) for key in keys]
+        self.processors = LogitsProcessorList()
+        if sampling.repetition_penalty != 1:
+            self.processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        if not self.is_greedy:
+            self.processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+            self.processors.extend([TopKLogitsWarper(sampling.top_k)] if sampling.top_k > 0 else [])
+            self.processors.extend([TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else [])
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """`scores`: logits [num_rows, vocab]; returns fp32 of the same shape."""
-        logits = scores.float()
-        for penalty in self.penalties:
-            logits = penalty(input_ids, logits)
-        logits = logits.index_fill(1, self.forbidden_token_ids, -torch.inf)
-        if self.temperature > 0:
-            logits = logits / self.temperature
-        for cut in self.cuts:
-            logits = cut(input_ids, logits)
-        log_probs = torch.log_softmax(logits, dim=-1)
-        if self.temperature > 0:
-            drawn = (log_probs + self._gumbel_noise(log_probs)).argmax(dim=-1, keepdim=True)
-        else:
-            drawn = log_probs.argmax(dim=-1, keepdim=True)
+        allowed = scores.float().index_fill(1, self.forbidden_token_ids, -torch.inf)
+        log_probs = torch.log_softmax(self.processors(input_ids, allowed), dim=-1)
+        noisy = log_probs if self.is_greedy else log_probs + self._gumbel_noise(log_probs)
+        drawn = noisy.argmax(dim=-1, keepdim=True)
         self.log_probs.append(log_probs.gather(1, drawn).squeeze(1))
         return torch.full_like(log_probs, -torch.inf).scatter(1, drawn, 0.0)
 

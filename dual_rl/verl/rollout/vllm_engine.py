@@ -25,7 +25,7 @@ DISCARD_WEIGHTS = 2
 
 
 class VllmEngine:
-    """`RolloutEngine` with vLLM; arguments as of `verl.rollout.build.build_engine`."""
+    """`RolloutEngine` with vLLM; arguments as of `verl.rollout.engine.build_engine`."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class VllmEngine:
         self.llm.llm_engine.engine_core.shutdown()
 
     def _forget(self) -> None:
-        """Drop everything computed with the present weights."""
+        """Drop everything computed with the current weights."""
         self.llm.reset_prefix_cache()
         self.llm.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
@@ -115,11 +115,11 @@ class VllmEngine:
         return [finished[str(index)] for index in range(1, number + 1)]
 
     def _step(self) -> dict[str, object]:
-        """Outputs of the requests that are finished by now, by their names."""
+        """Outputs of the requests that finished in this step, by request id."""
         return {output.request_id: output for output in self.llm.llm_engine.step() if output.finished}
 
     def _request(self, prompt: VideoPrompt) -> dict:
-        """vLLM's form of a prompt. Its identifier is new each time: no feature outlives the weights it came from."""
+        """vLLM's request for a prompt. Its video id is new each time: features must not outlive their weights."""
         self.num_videos += 1
         return self.form.request(prompt, video_id=f"video-{self.num_videos}")
 
@@ -158,7 +158,7 @@ class VllmEngine:
         return responses
 
     def _response(self, key: ResponseKey, completion, log_probs: torch.Tensor | None) -> Response:
-        """`log_probs`: of the tokens, and whatever behind them; None where vLLM has them."""
+        """`log_probs`: of the tokens, perhaps with more after them; None where vLLM's completion has them."""
         ids = list(completion.token_ids)
         is_finished = bool(ids) and ids[-1] == self.eos_token_id
         if log_probs is None:

@@ -1,7 +1,7 @@
-"""Our prompts in vLLM's form, by token ids, and the proof that vLLM reads the very tokens that the trainer has.
+"""Our prompts as vLLM's requests, by token ids, and the check that vLLM reads the very tokens that the trainer has.
 
-A request holds the chat text's ids with its one video placeholder, which vLLM expands to timestamps and video tokens,
-and the ids of what the model has written so far; nothing is tokenised a second time.
+A request holds the ids of the chat text with its one video placeholder, which vLLM expands to timestamps and video
+tokens, and the ids of what the model has written so far; nothing is tokenised a second time.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from verl.types import VideoPrompt
 
 
 class PromptForm:
-    """How one vLLM wants our prompts. `learn` comes before `request`. `device`: where frames become patches.
+    """The form of prompts that the installed vLLM needs. Call `learn` first. `device`: where frames become patches.
 
     transformers from 5.10 on expands the video token alone and keeps the vision start and end around it; vLLM as old
     as 0.24 replaces all three. There a second start and end around them give the same tokens.
@@ -31,9 +31,9 @@ class PromptForm:
         self.wraps_video: bool | None = None
 
     def learn(self, prompt: VideoPrompt, read_ids: Callable[[dict], Sequence[int]]) -> None:
-        """Find out, once, by a prompt whatever it is. `read_ids`: gives the prompt ids that vLLM makes of a request.
+        """Find the form, once, by trying any prompt. `read_ids`: the prompt ids that vLLM makes of a request.
 
-        Raises ValueError when vLLM makes other ids than the trainer's of either form.
+        Raises ValueError when neither form gives the trainer's ids.
         """
         if self.wraps_video is not None:
             return
@@ -80,9 +80,9 @@ def require_same_prompt(prompt: VideoPrompt, engine_ids: Sequence[int], continua
     if list(engine_ids) == trainer_ids:
         return
     pairs = enumerate(zip(engine_ids, trainer_ids, strict=False))
-    place = next((i for i, (theirs, ours) in pairs if theirs != ours), min(len(engine_ids), len(trainer_ids)))
+    index = next((i for i, (theirs, ours) in pairs if theirs != ours), min(len(engine_ids), len(trainer_ids)))
     raise ValueError(
         f"pair {prompt.key.pair_id}, video {prompt.key.side}: vLLM reads a prompt of {len(engine_ids)} tokens, the "
-        f"trainer one of {len(trainer_ids)}, different from token {place} on. The versions of vllm and transformers "
-        f"do not fit together: install those of requirements.txt, or take the hf engine"
+        f"trainer one of {len(trainer_ids)}, different from token {index} on. The versions of vllm and transformers "
+        f"do not fit together. Install those of requirements.txt, or set worker.rollout.name=hf."
     )

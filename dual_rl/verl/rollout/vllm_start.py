@@ -1,7 +1,7 @@
 """Starting vLLM inside a training process, without weights, and leaving the process as it was.
 
-vLLM seeds the global random generators, replaces `torch.set_num_threads` on CPUs and writes environment variables;
-all of that is put back, so that training in the same process goes on as if it were alone.
+vLLM seeds the global random generators, replaces `torch.set_num_threads` on CPUs and sets environment variables. All
+of that is restored, for the training in the same process.
 """
 
 import importlib.util
@@ -50,16 +50,15 @@ def start_llm(
     device: torch.device,
     **overrides: object,
 ):
-    """A `vllm.LLM` whose weights are all zero; arguments as of `verl.rollout.build.build_engine`.
+    """A `vllm.LLM` whose weights are all zero; arguments as of `verl.rollout.engine.build_engine`.
 
-    `overrides`: arguments of `vllm.LLM` that take the place of these.
+    `overrides`: arguments of `vllm.LLM` that replace the ones here.
     """
     import vllm
 
     _register_loader()
     is_distributed = torch.distributed.is_initialized()
-    if config.tensor_parallel_size > 1 and not is_distributed:
-        raise ValueError("worker.rollout.tensor_parallel_size > 1 needs several ranks; set it to 1")
+    assert is_distributed or config.tensor_parallel_size == 1, "tensor parallelism needs several ranks"
     on_device: dict[str, object] = {"enable_sleep_mode": True}
     num_batched_tokens = config.max_num_batched_tokens
     if device.type == "cpu":
@@ -145,7 +144,7 @@ def random_state_kept() -> Iterator[None]:
 
 @contextmanager
 def process_state_kept(device: torch.device) -> Iterator[None]:
-    """Give vLLM the variables of its launcher while it starts; afterwards the process is as it was."""
+    """Give vLLM its launcher's variables while it starts, and restore the process afterwards."""
     variables = {name: os.environ.get(name) for name in OVERWRITTEN_VARIABLES}
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     if device.type == "cuda":

@@ -1,11 +1,11 @@
 """Checkpoint folders of a run: complete or absent, the newest and the best kept, safe against a kill at any moment.
 
     EXP/global_step_4/             what the caller wrote, and state.json, which is written last
-    EXP/global_step_6.tmp/         being written, or left by a run that was killed; removed by the next run
+    EXP/global_step_6.tmp/         being written, or left by a killed run; the next run removes it
     EXP/checkpoint_tracker.json    {"last_global_step", "best_global_step", "best_val", "last_actor_path"}
 
-A folder gets its name only once everything in it is written. Older ones go only after that. The tracker is for
-readers: it is made from the folders, never the other way round. Only one process, the driver, calls what is here.
+A folder gets its name once everything in it is written, and older ones are removed only after that. The tracker is
+for readers: it is derived from the folders, never the other way round. Only the driver calls what is here.
 """
 
 import json
@@ -54,14 +54,8 @@ class CheckpointFolder:
         steps = self.steps()
         return self.path_of(steps[-1]) if steps else None
 
-    def find_best(self) -> Path | None:
-        """The complete checkpoint with the highest validation score (the later of equals), or None without scores."""
-        scores = ((_read_state(self.path_of(step))["val"], step) for step in self.steps())
-        best = max((pair for pair in scores if pair[0] is not None), default=None)
-        return None if best is None else self.path_of(best[1])
-
     def clean(self) -> None:
-        """Remove what killed runs left half written, and bring the tracker up to date. Call it with the lock held."""
+        """Remove what killed runs left half written, and update the tracker. Call it with the lock held."""
         for path in self.root.glob(f"*{TEMPORARY_SUFFIX}"):
             logger.info("removing %s, which was never finished", path)
             _remove(path)
@@ -72,15 +66,16 @@ class CheckpointFolder:
     def writing(
         self, step: int, *, state: Mapping[str, Any] | None, val: float | None = None, save_limit: int = -1
     ) -> Iterator[Path]:
-        """Gives an empty folder to write the checkpoint of `step` into; when the block ends well, it becomes
-        `global_step_N`, the tracker follows, and older checkpoints beyond `save_limit` go (see `prune`).
+        """Gives an empty folder to write the checkpoint of `step` into. When the block ends well, the folder becomes
+        `global_step_N`, the tracker follows, and only the newest `save_limit` checkpoints (-1: all) and the best stay.
 
-        `state`: what the trainer needs to continue, as JSON; None for a checkpoint that cannot be resumed from. `val`:
-        validation score of these very weights, higher is better. All writers, on every rank, must have closed their
-        files when the block ends. If it raises, nothing remains of it and older checkpoints stay as they are.
+        `state`: what the trainer needs to resume, as JSON; None for a checkpoint that cannot be resumed from. `val`:
+        validation score of these very weights, higher is better. All ranks must have closed their files when the
+        block ends. If it raises, nothing remains of it and older checkpoints stay as they are.
         """
         final = self.path_of(step)
         assert step not in self.steps(), f"{final} is complete and would be written again"
+        assert save_limit == -1 or save_limit >= 1, f"save_limit {save_limit} would remove the last checkpoint"
         temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
         _remove(temporary)
         temporary.mkdir()
@@ -93,36 +88,31 @@ class CheckpointFolder:
             raise
         _remove(final)  # if anything of that name is there, it is no complete checkpoint
         os.rename(temporary, final)
-        self._write_tracker()
-        self.prune(save_limit)
+        best = self._write_tracker()
+        for old in self.steps()[:-save_limit] if save_limit > 0 else ():
+            if old != best:
+                _remove(self.path_of(old))
 
-    def prune(self, save_limit: int) -> None:
-        """Keep the newest `save_limit` checkpoints and the best; -1 keeps all. Never removes the newest."""
-        if save_limit == -1:
-            return
-        assert save_limit >= 1, f"save_limit {save_limit} would remove the last checkpoint"
-        best = self.find_best()
-        for step in self.steps()[:-save_limit]:
-            if self.path_of(step) != best:
-                _remove(self.path_of(step))
-
-    def _write_tracker(self) -> None:
-        last, best = self.find_last(), self.find_best()
-        assert last is not None, "a tracker needs a checkpoint"
+    def _write_tracker(self) -> int | None:
+        """Returns the step with the highest validation score, the later of equals; None without scores."""
+        steps = self.steps()
+        scores = [(_read_state(self.path_of(step))["val"], step) for step in steps]
+        best_val, best = max((pair for pair in scores if pair[0] is not None), default=(None, None))
         tracker = {
-            "last_global_step": step_of(last),
-            "best_global_step": None if best is None else step_of(best),
-            "best_val": None if best is None else _read_state(best)["val"],
-            "last_actor_path": str((last / ACTOR_FOLDER).absolute()),
+            "last_global_step": steps[-1],
+            "best_global_step": best,
+            "best_val": best_val,
+            "last_actor_path": str((self.path_of(steps[-1]) / ACTOR_FOLDER).absolute()),
         }
         write_atomically(self.root / TRACKER_FILE, json.dumps(tracker, indent=2) + "\n")
+        return best
 
 
 def step_of(checkpoint: Path) -> int:
     """The step N of a folder global_step_N. Raises ValueError for another name."""
     match = STEP_NAME.fullmatch(Path(checkpoint).name)
     if not match:
-        raise ValueError(f"{checkpoint}: not a checkpoint folder; its name must be global_step_N")
+        raise ValueError(f"{checkpoint} is not a checkpoint folder. Its name must be global_step_N.")
     return int(match[1])
 
 
@@ -131,17 +121,17 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     state = _read_state(checkpoint)["state"]
     if state is None:
         raise ValueError(
-            f"{checkpoint} was saved with trainer.save_model_only=true and cannot be continued. Start a new "
+            f"{checkpoint} was saved with trainer.save_model_only=true and cannot be resumed. Start a new "
             f"trainer.experiment_name with worker.actor.model.model_path={checkpoint}/{ACTOR_FOLDER}/huggingface."
         )
     return state
 
 
 def find_resume(folder: CheckpointFolder, trainer: TrainerConfig) -> Path | None:
-    """The checkpoint that the settings ask to continue from; None for a fresh start.
+    """The checkpoint that the settings ask to resume from; None for a new run.
 
-    Raises ValueError rather than mix two runs in one folder: for a fresh start, or one from another checkpoint than
-    the folder's last, where there are checkpoints already.
+    Raises ValueError rather than mix two runs in one folder: when checkpoints are there already, only the last of
+    them can be resumed from.
     """
     last = folder.find_last()
     if trainer.load_checkpoint_path is None:
@@ -153,7 +143,7 @@ def find_resume(folder: CheckpointFolder, trainer: TrainerConfig) -> Path | None
         return last
     wanted = Path(trainer.load_checkpoint_path)
     if not (wanted / STATE_FILE).is_file():
-        raise ValueError(f"trainer.load_checkpoint_path={wanted}: no complete checkpoint (it has no {STATE_FILE})")
+        raise ValueError(f"trainer.load_checkpoint_path={wanted} is not a complete checkpoint. It lacks {STATE_FILE}.")
     if last is not None and wanted.resolve() != last.resolve():
         raise ValueError(
             f"{folder.root} already holds {last.name}, which trainer.load_checkpoint_path={wanted} would mix "
@@ -177,17 +167,16 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not readable: {error}") from error
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or folder; a folder loses its name first, so that a kill in between leaves no half checkpoint."""
-    if path.is_dir() and not path.is_symlink():
-        doomed = path
-        if not path.name.endswith(TEMPORARY_SUFFIX):
-            doomed = path.with_name(f"{path.name}.old{TEMPORARY_SUFFIX}")
-            _remove(doomed)
-            os.rename(path, doomed)
-        shutil.rmtree(doomed)
-    else:
+    """Remove a file or folder. A folder loses its name first: a kill in between must not leave half a checkpoint."""
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
+        return
+    if not path.name.endswith(TEMPORARY_SUFFIX):
+        doomed = path.with_name(f"{path.name}.old{TEMPORARY_SUFFIX}")
+        _remove(doomed)
+        path = path.rename(doomed)
+    shutil.rmtree(path)

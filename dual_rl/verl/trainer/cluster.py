@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import ray
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 ANSWER_TIMEOUT_SECONDS = 10
 PLACEMENT_TIMEOUT_SECONDS = 120
 CLOSE_SECONDS = 5.0
-SECONDS_FOR_OTHER_FAILURES = 5.0  # one rank's failure makes others fail; the first to be noticed need not be the cause
+SECONDS_FOR_OTHER_FAILURES = 5.0  # one rank's failure makes others fail, and the cause need not be the first to arrive
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -29,12 +29,11 @@ QUIET_LIBRARIES = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of ranks that fail because another did
 }
-"""Environment of driver and workers: libraries' notes to developers are not for the console. Users' own values win."""
-
+"""Environment of driver and workers, which keeps libraries' notes off the console. Users' own values win."""
 MAX_SESSION_FOLDER_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 """Paths of Unix sockets have at most 107 bytes."""
 session_folders = ExitStack()
-"""Of this process's Ray, until it ends."""
+"""Of this process's Ray, until the process ends."""
 
 
 class WorkerError(RuntimeError):
@@ -44,15 +43,14 @@ class WorkerError(RuntimeError):
 def connect(settings: TrainerConfig) -> None:
     """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine for this run.
 
-    Raises ValueError when it has too few nodes, GPUs or CPUs for what the configuration asks.
+    Raises ValueError when it has fewer nodes, GPUs or CPUs than the settings ask for.
     """
     environment = {name: os.environ.setdefault(name, value) for name, value in QUIET_LIBRARIES.items()}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
-    arguments = {
-        "logging_level": logging.ERROR,
-        "log_to_driver": True,
-        "runtime_env": {"env_vars": {**environment, **_thread_limits(settings)}},
-    }
+    if not settings.n_gpus_per_node:  # CPU ranks share the cores; more threads than cores wait for each other
+        threads = max(1, (os.cpu_count() or 1) // settings.n_cpu_ranks_per_node)
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(threads)
+    arguments = {"logging_level": logging.ERROR, "log_to_driver": True, "runtime_env": {"env_vars": environment}}
     address = os.environ.get("RAY_ADDRESS")
     if address or settings.nnodes > 1:
         try:
@@ -62,34 +60,20 @@ def connect(settings: TrainerConfig) -> None:
             reason = f"nothing answers at RAY_ADDRESS={address}" if address else "RAY_ADDRESS is not set"
             raise ValueError(
                 f"no Ray cluster to join, {reason}: start it with `ray start --head` here and "
-                "`ray start --address=HEAD:6379` on the other nodes, RAY_AUTH_MODE and the token being the "
-                "same everywhere; or unset RAY_ADDRESS and set trainer.nnodes=1"
+                "`ray start --address=HEAD:6379` on the other nodes, with the same RAY_AUTH_MODE and token "
+                "everywhere; or unset RAY_ADDRESS and set trainer.nnodes=1"
             ) from error
     else:
         num_cpus = max(os.cpu_count() or 1, settings.ranks_per_node)
-        arguments["_temp_dir"] = _choose_session_folder()
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **arguments)
+        folder = _choose_session_folder()
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, _temp_dir=folder, **arguments)
     _require_resources(settings)
 
 
-def _choose_session_folder() -> str | None:
-    """A temporary folder for the sessions of this process's Ray; None, for Ray's default, where users choose one.
-
-    Sockets lie in it, whose paths the system limits.
-    """
-    if "RAY_TMPDIR" in os.environ:
-        return None
-    folder = session_folders.enter_context(temporary_folder("ray"))
-    if len(os.fsencode(folder)) > MAX_SESSION_FOLDER_BYTES:
-        logger.warning("TMPDIR is too long a path for Ray's sockets: Ray's files will stay in its default folder")
-        return None
-    return str(folder)
-
-
 def _require_answer(address: str | None) -> None:
-    """Raise ConnectionError if nothing listens at host:port, for which Ray itself would wait many minutes.
+    """Raise ConnectionError if nothing listens at host:port; Ray itself would wait for many minutes.
 
-    Without an address Ray would join whatever cluster it finds on this machine, perhaps another user's.
+    Without an address, Ray would join any cluster that it finds on this machine, perhaps another user's.
     """
     if not address:
         raise ConnectionError("RAY_ADDRESS is not set")
@@ -101,108 +85,108 @@ def _require_answer(address: str | None) -> None:
             raise ConnectionError(f"{address}: {error}") from error
 
 
-def _thread_limits(settings: TrainerConfig) -> dict[str, str]:
-    """CPU ranks share the machine's cores; more threads than cores make them wait for each other."""
-    if settings.n_gpus_per_node:
-        return {}
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // settings.n_cpu_ranks_per_node))
-    return {"OMP_NUM_THREADS": threads}
+def _choose_session_folder() -> str | None:
+    """A temporary folder for Ray's sessions; None, for Ray's default, where users choose one or the path is too long
+    for the sockets in it."""
+    if "RAY_TMPDIR" in os.environ:
+        return None
+    folder = session_folders.enter_context(temporary_folder("ray"))
+    if len(os.fsencode(folder)) > MAX_SESSION_FOLDER_BYTES:
+        logger.warning("TMPDIR is too long a path for Ray's sockets: Ray's files stay in its default folder")
+        return None
+    return str(folder)
 
 
 def _require_resources(settings: TrainerConfig) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    kind, wanted = ("GPU", settings.n_gpus_per_node) if settings.n_gpus_per_node else ("CPU", settings.ranks_per_node)
-    fitting = sum(node.get(kind, 0) >= wanted for node in nodes)
-    if fitting < settings.nnodes:
+    kind, key = ("GPU", "n_gpus_per_node") if settings.n_gpus_per_node else ("CPU", "n_cpu_ranks_per_node")
+    wanted = settings.ranks_per_node
+    if sum(node.get(kind, 0) >= wanted for node in nodes) < settings.nnodes:
         found = ", ".join(f"{node.get(kind, 0):g} {kind}(s)" for node in nodes)
         raise ValueError(
             f"the run asks for {settings.nnodes} node(s) with {wanted} {kind}(s) each, but the Ray cluster has "
-            f"{len(nodes)} node(s) with {found}; lower trainer.nnodes or trainer.n_{kind.lower()}"
-            f"{'s' if kind == 'GPU' else '_ranks'}_per_node"
-            f"{'; trainer.n_gpus_per_node=0 trains on CPUs' if kind == 'GPU' else ''}"
+            f"{len(nodes)} node(s) with {found}. Lower trainer.nnodes or trainer.{key}"
+            f"{'; trainer.n_gpus_per_node=0 trains on CPUs' if kind == 'GPU' else ''}."
         )
 
 
 class WorkerGroup:
-    """One worker per rank; ranks of a node are neighbours, so that node i has ranks i * per_node and on."""
+    """One worker per rank; node i has the ranks from i * ranks_per_node on."""
 
     def __init__(self, config: Config) -> None:
         settings = config.trainer
-        self.per_node = settings.ranks_per_node
         self.world_size = settings.num_ranks
-        self._actors: list = []
         actor_class = ray.remote(num_cpus=1, num_gpus=min(settings.n_gpus_per_node, 1))(Worker)
-        reserved = self._reserve(settings)
+        reserved = _reserve(settings)
+        self._actors = []
         for rank in range(self.world_size):
-            place = PlacementGroupSchedulingStrategy(reserved, placement_group_bundle_index=rank // self.per_node)
-            actor = actor_class.options(scheduling_strategy=place).remote(config, rank, self.world_size)
-            self._actors.append(actor)
+            node = PlacementGroupSchedulingStrategy(
+                reserved, placement_group_bundle_index=rank // settings.ranks_per_node
+            )
+            self._actors.append(actor_class.options(scheduling_strategy=node).remote(config, rank, self.world_size))
         meeting_point = self._actors[0].choose_meeting_point.remote(settings.master_port)
         ((address, port),) = self._wait("choose_meeting_point", [meeting_point])
         self.call("start", address, port)
 
-    def _reserve(self, settings: TrainerConfig) -> PlacementGroup:
-        """One bundle a node, each on a node of its own."""
-        bundle = {"CPU": self.per_node}
-        if settings.n_gpus_per_node:
-            bundle["GPU"] = self.per_node
-        group = placement_group([bundle] * settings.nnodes, strategy="STRICT_SPREAD")
-        if not group.wait(PLACEMENT_TIMEOUT_SECONDS):
-            raise ValueError(
-                f"{settings.nnodes} node(s) with {self.per_node} free place(s) each could not be reserved within "
-                f"{PLACEMENT_TIMEOUT_SECONDS} s: is another run on this cluster? See `ray status`"
-            )
-        return group
-
     def call(self, method: str, *arguments: object) -> list:
         """Call a method with the same arguments on every rank; results in order of rank."""
-        return self._wait(method, [getattr(actor, method).remote(*arguments) for actor in self._actors])
+        return self.call_each(method, [arguments] * len(self._actors))
 
     def call_each(self, method: str, per_rank: Sequence[tuple]) -> list:
         """Call a method with each rank's own arguments; results in order of rank."""
         calls = zip(self._actors, per_rank, strict=True)
         return self._wait(method, [getattr(actor, method).remote(*arguments) for actor, arguments in calls])
 
-    def _wait(self, method: str, references: list) -> list:
+    def _wait(self, method: str, calls: list[ray.ObjectRef]) -> list:
         """Results of all calls; the first failure ends the wait, since other ranks may be waiting for that one."""
-        pending = list(references)
+        pending = calls
         while pending:
             done, pending = ray.wait(pending, num_returns=1)
             if _find_failures(done):
                 more, _ = ray.wait(pending, num_returns=len(pending), timeout=SECONDS_FOR_OTHER_FAILURES)
                 failures = _find_failures([*done, *more])
                 self.stop()
-                cause = min(failures, key=lambda reference: _rank_of_cause(failures[reference]))
-                raise WorkerError(_describe(failures[cause], references.index(cause), method)) from failures[cause]
-        return ray.get(references)
+                cause = min(failures, key=lambda call: _order_of_cause(failures[call]))
+                raise WorkerError(_describe(failures[cause], calls.index(cause), method)) from failures[cause]
+        return ray.get(calls)
 
     def stop(self) -> None:
         """Let every worker remove its files, and end it; may be called twice.
 
-        A rank that waits for a collective cannot close. The end of those it waits for frees it on most networks, so
-        that the first to close end first; what is left after that is ended as it is.
+        A rank that waits for a collective cannot close. On most networks it is freed by the end of those that it
+        waits for, so those that close are ended first, and what is left after a second round is ended as it is.
         """
         closing = {actor.close.remote(): actor for actor in self._actors}
         self._actors = []
         for _ in range(2):
-            closed, _ = (
-                ray.wait(list(closing), num_returns=len(closing), timeout=CLOSE_SECONDS) if closing else ([], [])
-            )
-            for reference in closed:
-                _kill(closing.pop(reference))
+            if not closing:
+                return
+            closed, _ = ray.wait(list(closing), num_returns=len(closing), timeout=CLOSE_SECONDS)
+            for call in closed:
+                _kill(closing.pop(call))
         for actor in closing.values():
             _kill(actor)
 
 
 def _kill(actor: ray.actor.ActorHandle) -> None:
-    try:
+    with suppress(RayError):  # it is gone already
         ray.kill(actor)
-    except RayError as error:
-        logger.debug("worker already gone: %s", error)
+
+
+def _reserve(settings: TrainerConfig) -> PlacementGroup:
+    """One bundle per node, each on a node of its own."""
+    bundle = {"CPU": settings.ranks_per_node} | ({"GPU": settings.n_gpus_per_node} if settings.n_gpus_per_node else {})
+    group = placement_group([bundle] * settings.nnodes, strategy="STRICT_SPREAD")
+    if not group.wait(PLACEMENT_TIMEOUT_SECONDS):
+        raise ValueError(
+            f"{settings.nnodes} node(s) with {settings.ranks_per_node} free GPU(s) or CPU(s) each could not be "
+            f"reserved within {PLACEMENT_TIMEOUT_SECONDS} s. Is another run on this cluster? See `ray status`."
+        )
+    return group
 
 
 def _find_failures(references: Sequence[ray.ObjectRef]) -> dict[ray.ObjectRef, RayError]:
-    """The calls, of finished ones, that failed, and how."""
+    """Of finished calls, those that failed, and how."""
     failures = {}
     for reference in references:
         try:
@@ -212,8 +196,8 @@ def _find_failures(references: Sequence[ray.ObjectRef]) -> dict[ray.ObjectRef, R
     return failures
 
 
-def _rank_of_cause(error: RayError) -> int:
-    """0 for what makes other ranks fail: a death; then mistakes of users; last what may be its consequence."""
+def _order_of_cause(error: RayError) -> int:
+    """The likely cause first: a dead rank, then a user's mistake, then what may follow from either."""
     if isinstance(error, RayActorError):
         return 0
     return 1 if isinstance(error.cause, ValueError) else 2

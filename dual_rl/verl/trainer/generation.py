@@ -61,7 +61,7 @@ class ScoredBatch:
         return ScoredBatch(self.rollouts + added.rollouts, self.rewards | added.rewards)
 
     def without_prompts(self) -> "ScoredBatch":
-        """Lets go of the prompts, which Ray keeps as long as a rollout names them."""
+        """Without the references to prompts, which keep them in Ray's store."""
         return replace(self, rollouts=tuple(replace(rollout, prompts=None) for rollout in self.rollouts))
 
 
@@ -100,7 +100,7 @@ class Generator:
     ) -> ScoredBatch:
         """n responses for both videos of every pair of `source` that loads, with rewards.
 
-        Meanwhile the videos of `upcoming` are decoded.
+        The videos of `upcoming` are decoded meanwhile.
         """
         loaded = source.loader.load(pairs)
         source.loader.prefetch(upcoming)
@@ -120,7 +120,7 @@ class Generator:
         return ScoredBatch(rollouts, score_responses(self.reward_function, rollouts, texts=texts))
 
     def _write(self, prompts: Sequence[ray.ObjectRef], sampling: Sampling) -> dict[VideoKey, tuple[Response, ...]]:
-        """Spread the pairs over the engines; with tensor parallelism several neighbouring ranks are one engine."""
+        """Spread the pairs over the engines; with tensor parallelism, neighbouring ranks share an engine."""
         size = self.config.worker.rollout.tensor_parallel_size
         num_engines = self.workers.world_size // size
         arguments = [(prompts[rank // size :: num_engines], sampling) for rank in range(self.workers.world_size)]

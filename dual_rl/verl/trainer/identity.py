@@ -1,4 +1,4 @@
-"""What makes a run the same run: it is written into every checkpoint and compared before a run continues.
+"""What makes a run the same run: written into every checkpoint and compared before a run continues.
 
 A checkpoint does not hold everything that a run depends on: frozen weights and the reference (known by content), the
 data and its order, how clips become frames, the format prompt, and which weights train.
@@ -30,7 +30,7 @@ def describe_run(config: Config, checkpoint: PolicyCheckpoint, train_pairs: Sequ
     """What a continued run must share, as JSON values by name. `checkpoint`: what training starts from."""
     settings = {key: get_setting(config, key) for key in (*ORDER_SETTINGS.values(), *MODEL_SETTINGS)}
     digest = hashlib.sha256()
-    for pair in train_pairs:  # not where the videos are, which may be moved between two runs
+    for pair in train_pairs:  # without the paths: videos may be moved between two runs
         digest.update(repr((pair.pair_id, pair.problem, pair.answer)).encode())
     return settings | {
         "training data": digest.hexdigest()[:16],
@@ -41,7 +41,7 @@ def describe_run(config: Config, checkpoint: PolicyCheckpoint, train_pairs: Sequ
 
 
 def read_identity(checkpoint: Path, state: Mapping[str, Any]) -> Identity:
-    """The identity in the state of a checkpoint; older ones have its parts in several places."""
+    """The identity of a checkpoint. Older checkpoints have its parts in `stream`, `model` and the saved settings."""
     if "identity" in state:
         return state["identity"]
     stream, saved = state["stream"], OmegaConf.load(checkpoint / CONFIG_FILE)

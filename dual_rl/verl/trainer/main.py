@@ -1,7 +1,7 @@
 """Stage 2's entry point: `python3 -m verl.trainer.main config=examples/config.yaml key=value ...`, from dual_rl/.
 
-Everything that can be wrong with settings, data, model files and the reward function is looked at before a worker
-starts. A mistake ends in one message and exit status 1.
+Settings, data, model files and the reward function are checked before a worker starts. A mistake ends in one message
+and exit status 1.
 """
 
 import logging
@@ -25,7 +25,7 @@ logger = logging.getLogger("verl")
 
 
 def run(config: Config) -> None:
-    """Train as `config` says. Raises ValueError or WorkerError with a message for people."""
+    """Train as `config` says. Raises ValueError or WorkerError with a message for the user."""
     checkpoints = CheckpointFolder(config.trainer.output_folder)
     checkpoints.lock()
     checkpoints.clean()

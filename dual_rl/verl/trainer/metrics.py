@@ -1,7 +1,4 @@
-"""What a step tells a researcher, as one flat dict of numbers. Pure: looks at results, not at machines.
-
-Metrics of the update itself (`actor/`, `bt/`, `rollout/`) and of memory are made in the workers, where they are known.
-"""
+"""Metrics of a step, as flat dicts of numbers. The workers add those of the update and of memory."""
 
 import time
 from collections import defaultdict
@@ -12,26 +9,25 @@ import numpy as np
 
 from verl.types import SIDES, PairRollout, PreferencePair, Response, ResponseKey, VideoKey
 
-OVERALL = "overall"
-
 
 def reward_metrics(rewards: Mapping[ResponseKey, Mapping[str, float]], *, prefix: str = "reward") -> dict[str, float]:
     """Means over responses of everything that the reward function returned; of `overall` also spread and extremes.
 
     Example: {"overall": 0.5, "sub": 0.4} for every response gives reward/overall/{mean,std,min,max} and
-    reward/sub/mean. A number that came with some responses only is averaged over these.
+    reward/sub/mean. A number that only some responses have is averaged over these.
     """
     assert rewards, "no rewards to describe"
     columns: dict[str, list[float]] = defaultdict(list)
     for scores in rewards.values():
         for name, value in scores.items():
-            columns[name].append(float(value))
-    metrics = {f"{prefix}/{name}/mean": float(np.mean(values)) for name, values in columns.items()}
-    overall = columns[OVERALL]
-    metrics[f"{prefix}/{OVERALL}/std"] = float(np.std(overall))
-    metrics[f"{prefix}/{OVERALL}/min"] = min(overall)
-    metrics[f"{prefix}/{OVERALL}/max"] = max(overall)
-    return metrics
+            columns[name].append(value)
+    overall = columns["overall"]
+    return {
+        **{f"{prefix}/{name}/mean": float(np.mean(values)) for name, values in columns.items()},
+        f"{prefix}/overall/std": float(np.std(overall)),
+        f"{prefix}/overall/min": min(overall),
+        f"{prefix}/overall/max": max(overall),
+    }
 
 
 def group_metrics(scores: Mapping[ResponseKey, float]) -> dict[str, float]:
@@ -62,12 +58,12 @@ def response_metrics(responses: Sequence[Response], *, prefix: str = "response_l
     }
 
 
-def packing_metrics(rollouts: Sequence[PairRollout]) -> dict[str, float]:
-    """What packing with a shared prompt saves.
+def packing_metrics(rollouts: Sequence[PairRollout], *, seconds: float, num_devices: int) -> dict[str, float]:
+    """What packing with a shared prompt saves, and the speed of a step of `seconds`, rollout included.
 
     `perf/packed_tokens`: positions of one forward over all pairs. `perf/packing_efficiency`: these as a share of what
     one row per response would compute, each with its own prompt and `<Reward>`, padded to the longest row of its pair;
-    lower is better.
+    lower is better. `perf/tokens_per_second_per_device`: packed tokens.
 
     Example: prompts of 100 tokens, CoTs of 9 and 19 tokens on each video: 2 x (100 + 10 + 20) = 260 packed, against
     4 x 120 = 480, is 0.54.
@@ -75,18 +71,16 @@ def packing_metrics(rollouts: Sequence[PairRollout]) -> dict[str, float]:
     packed = sum(rollout.num_tokens for rollout in rollouts)
     separate = sum(len(rollout.responses) * _longest_row(rollout) for rollout in rollouts)
     assert separate, "no rollouts to describe"
-    return {"perf/packed_tokens": float(packed), "perf/packing_efficiency": packed / separate}
+    return {
+        "perf/packed_tokens": float(packed),
+        "perf/packing_efficiency": packed / separate,
+        "perf/tokens_per_second_per_device": packed / seconds / num_devices,
+    }
 
 
 def _longest_row(rollout: PairRollout) -> int:
     sides = zip(rollout.prompt_tokens, (rollout.responses_a, rollout.responses_b), strict=True)
     return max(prompt + len(response.cot_ids) + 1 for prompt, responses in sides for response in responses)
-
-
-def throughput_metrics(rollouts: Sequence[PairRollout], *, seconds: float, num_devices: int) -> dict[str, float]:
-    """Packed tokens per second of the whole step, rollout included, and per device."""
-    tokens = sum(rollout.num_tokens for rollout in rollouts)
-    return {"perf/tokens_per_second_per_device": tokens / seconds / num_devices}
 
 
 def pair_metrics(
@@ -95,8 +89,8 @@ def pair_metrics(
     """How often the head's reward is strictly higher for the preferred video: `gsb_acc`; mean margin; `bt_loss`.
 
     Ties and rows without a label are left out. For accuracy and margin a video's reward is the mean over its
-    responses; of two equal rewards neither is preferred, which counts as wrong. `bt_loss` is Bradley-Terry's over the
-    response pairs (A_i, B_i), as in training. Without a single preference there is only their number.
+    responses; equal rewards count as wrong. `bt_loss` is Bradley-Terry's over the response pairs (A_i, B_i), as in
+    training. Without a single preference, `num_decided_pairs` is all there is.
     """
     by_video: dict[VideoKey, dict[int, float]] = defaultdict(dict)
     for key, reward in head_rewards.items():
@@ -116,30 +110,27 @@ def pair_metrics(
 
 
 class Stopwatch:
-    """Seconds of a step by phase. Phases follow one another and may come again; they do not nest.
+    """Seconds of a step by phase. Phases may come again; they must not nest.
 
     Example:
         watch = Stopwatch()
-        with watch("rollout"):
+        with watch("generate"):
             ...
-        watch.metrics()   # timing/seconds/{rollout,step}, timing/share/{rollout,other}
+        watch.metrics()   # timing/seconds/{generate,step}, timing/share/{generate,other}
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self._is_running = False
         self._start = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Time the block as part of `phase`."""
-        assert not self._is_running, f"phase {phase} begins within another"
-        self._is_running, begin = True, time.perf_counter()
+        begin = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[phase] += time.perf_counter() - begin
-            self._is_running = False
 
     @property
     def total(self) -> float:
@@ -148,11 +139,7 @@ class Stopwatch:
 
     def metrics(self) -> dict[str, float]:
         """Seconds of each phase and of the step, and each phase's share of it; `other` is what no phase covers."""
-        total = max(self.total, 1e-9)
-        shares = {phase: seconds / total for phase, seconds in self.seconds.items()}
-        return {
-            **{f"timing/seconds/{phase}": seconds for phase, seconds in self.seconds.items()},
-            "timing/seconds/step": total,
-            **{f"timing/share/{phase}": share for phase, share in shares.items()},
-            "timing/share/other": max(0.0, 1.0 - sum(shares.values())),
-        }
+        total = self.total
+        seconds = {f"timing/seconds/{phase}": value for phase, value in self.seconds.items()}
+        shares = {f"timing/share/{phase}": value / total for phase, value in self.seconds.items()}
+        return {**seconds, "timing/seconds/step": total, **shares, "timing/share/other": 1.0 - sum(shares.values())}

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with data, model files and the reward function, looked at before a worker starts."""
+"""Checks data, model files and the reward function before a worker starts."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from verl.workers.model_setup import read_checkpoint
 
 @dataclass(frozen=True)
 class PairSet:
-    """The pairs of a CSV, of which every video was opened and every prompt fits, and what loads them."""
+    """The pairs of a CSV and what loads them. Every video was opened, and every prompt fits."""
 
     pairs: list[PreferencePair]
     loader: PairLoader

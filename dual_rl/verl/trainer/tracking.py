@@ -1,7 +1,7 @@
-"""Sends a run's numbers and sample generations to the loggers it asks for: console, file, tensorboard, wandb.
+"""Sends a run's metrics and sample generations to its loggers: console, file, tensorboard, wandb.
 
-All of them continue cleanly: what a killed run logged after the checkpoint that is resumed from is dropped. Each
-imports its library only when it is asked for.
+A resumed run continues each of them without a break: what was logged after the checkpoint is dropped. A logger's
+library is imported only if the run uses it.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import sys
 import textwrap
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from tqdm import tqdm
 from verl.config import Config
 from verl.config_loading import to_yaml
 from verl.trainer.checkpoints import write_atomically
-from verl.types import ResponseKey
 
 HEADLINE = {
     "reward": "reward/overall/mean",
@@ -37,109 +36,47 @@ HEADLINE = {
     "val_acc": "val/gsb_acc",
     "seconds": "timing/seconds/step",
 }
-"""What the console's line shows of a step's metrics, where they are present."""
+"""Metrics on the console's line, by label."""
 CONSOLE_RESPONSE_CHARACTERS = 96
 
-
-@dataclass(frozen=True)
-class GenerationSample:
-    """One generation for people to read.
-
-    `prompt`: the problem; `response`: decoded text without special tokens; `rewards`: what the reward function gave,
-    by name; `head_reward`: the head's reward, if it was read; `answer`: the annotation.
-    """
-
-    key: ResponseKey
-    prompt: str
-    response: str
-    rewards: Mapping[str, float]
-    head_reward: float | None
-    answer: str
-
-    def row(self, step: int) -> dict[str, Any]:
-        """The sample as one flat record."""
-        rewards = {f"reward/{name}": value for name, value in self.rewards.items()}
-        texts = {"prompt": self.prompt, "response": self.response, "head_reward": self.head_reward}
-        return {"step": step, **self.key._asdict(), **rewards, **texts, "answer": self.answer}
+Metrics = Mapping[str, float]
+Generation = Mapping[str, Any]
+"""A response as one flat record: step, pair_id, side, sample, reward/NAME, prompt, response, head_reward, answer."""
 
 
-class Tracker:
-    """Sends metrics to every logger in `trainer.logger`. One process, the driver, has one."""
+class MetricLogger:
+    """One destination. `start_step`: the step resumed from, 0 for a new run. `num_steps`: the run's last step."""
 
-    def __init__(self, config: Config, start_step: int, *, num_steps: int | None = None) -> None:
-        """`start_step`: the step resumed from, 0 for a fresh run, which drops what an earlier one logged.
+    def __init__(self, config: Config, start_step: int, num_steps: int | None) -> None: ...
 
-        `num_steps`: the last step of the run, for the progress bar.
-        """
-        folder = config.trainer.output_folder
-        folder.mkdir(parents=True, exist_ok=True)
-        builders = {
-            "console": lambda: ConsoleSink(start_step, num_steps),
-            "file": lambda: FileSink(folder, start_step),
-            "tensorboard": lambda: TensorboardSink(folder, start_step, config),
-            "wandb": lambda: WandbSink(folder, start_step, config),
-        }
-        self._sinks: list[Sink] = [builders[name]() for name in dict.fromkeys(config.trainer.logger)]
+    def log(self, metrics: Metrics, step: int) -> None: ...
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log numbers of a step; a step may be logged in several parts."""
-        for sink in self._sinks:
-            sink.log(metrics, step)
+    def log_generations(self, rows: Sequence[Generation], step: int) -> None: ...
 
-    def log_generations(self, samples: Sequence[GenerationSample], step: int) -> None:
-        """Log a table of generations."""
-        rows = [sample.row(step) for sample in samples]
-        for sink in self._sinks if rows else ():
-            sink.log_generations(rows, step)
+    def show_phase(self, phase: str) -> None: ...
 
-    def show_phase(self, phase: str) -> None:
-        """Show on the console's progress bar what the run is doing now."""
-        for sink in self._sinks:
-            sink.show_phase(phase)
-
-    def close(self) -> None:
-        """Flush and close everything; may be called twice."""
-        with contextlib.ExitStack() as stack:
-            for sink in self._sinks:
-                stack.callback(sink.close)
-        self._sinks = []
+    def close(self) -> None: ...
 
 
-class Sink:
-    """One place that metrics go to."""
+class ConsoleLogger(MetricLogger):
+    """A progress bar on a terminal, and one line per call of `log`."""
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        raise NotImplementedError
-
-    def log_generations(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        raise NotImplementedError
-
-    def show_phase(self, phase: str) -> None:
-        """Only the console has something to show."""
-
-    def close(self) -> None:
-        """Flush and close what is open."""
-
-
-class ConsoleSink(Sink):
-    """A progress bar over steps on a terminal, and one line for each call of `log`."""
-
-    def __init__(self, start_step: int, num_steps: int | None) -> None:
+    def __init__(self, config: Config, start_step: int, num_steps: int | None) -> None:
         self.num_steps = num_steps
         self.bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Metrics, step: int) -> None:
         shown = [f"{label} {metrics[name]:.4g}" for label, name in HEADLINE.items() if name in metrics]
         of_all = f"/{self.num_steps}" if self.num_steps else ""
         self._write(f"step {step}{of_all}  {'  '.join(shown)}".rstrip())
         self.bar.update(max(0, step - self.bar.n))
 
-    def log_generations(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    def log_generations(self, rows: Sequence[Generation], step: int) -> None:
         lines = [f"generations of step {step}:", "  pair  side  overall  head     response"]
         for row in rows:
             response = textwrap.shorten(row["response"], CONSOLE_RESPONSE_CHARACTERS, placeholder=" ...")
-            numbers = [f"{_number(row.get(name)):<7}" for name in ("reward/overall", "head_reward")]
-            lines.append(f"  {row['pair_id']:<5} {row['side']:<5} {numbers[0]}  {numbers[1]}  {response}")
+            numbers = f"{row['reward/overall']:<7.3f}  {row['head_reward']:<7.3f}"
+            lines.append(f"  {row['pair_id']:<5} {row['side']:<5} {numbers}  {response}")
         self._write("\n".join(lines))
 
     def show_phase(self, phase: str) -> None:
@@ -154,19 +91,19 @@ class ConsoleSink(Sink):
         sys.stdout.flush()
 
 
-class FileSink(Sink):
-    """`train_log.jsonl` with {"step", metric: value, ...} a line, and `generations.jsonl` with one sample a line."""
+class FileLogger(MetricLogger):
+    """`train_log.jsonl` with one {"step", metric: value, ...} per line, `generations.jsonl` with one response."""
 
-    def __init__(self, folder: Path, start_step: int) -> None:
-        self.metrics_path = folder / "train_log.jsonl"
-        self.generations_path = folder / "generations.jsonl"
+    def __init__(self, config: Config, start_step: int, num_steps: int | None) -> None:
+        folder = config.trainer.output_folder
+        self.metrics_path, self.generations_path = folder / "train_log.jsonl", folder / "generations.jsonl"
         for path in (self.metrics_path, self.generations_path):
             _drop_lines_after(path, start_step)
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Metrics, step: int) -> None:
         self._append(self.metrics_path, [{"step": step, **metrics}])
 
-    def log_generations(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    def log_generations(self, rows: Sequence[Generation], step: int) -> None:
         self._append(self.generations_path, rows)
 
     @staticmethod
@@ -176,21 +113,22 @@ class FileSink(Sink):
             file.write("".join(f"{line}\n" for line in lines))
 
 
-class TensorboardSink(Sink):
-    """Event files under `tensorboard/`."""
+class TensorboardLogger(MetricLogger):
+    """Event files in `tensorboard/`."""
 
-    def __init__(self, folder: Path, start_step: int, config: Config) -> None:
+    def __init__(self, config: Config, start_step: int, num_steps: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
+        folder = config.trainer.output_folder / "tensorboard"
+        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
         self.writer.add_text("config", f"```yaml\n{to_yaml(config)}```", start_step)
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Metrics, step: int) -> None:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
-    def log_generations(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    def log_generations(self, rows: Sequence[Generation], step: int) -> None:
         for index, row in enumerate(rows):
             self.writer.add_text(f"generations/{index}", f"```json\n{json.dumps(row, indent=2)}\n```", step)
 
@@ -198,19 +136,20 @@ class TensorboardSink(Sink):
         self.writer.close()
 
 
-class WandbSink(Sink):
-    """A wandb run that a resumed training continues. Steps that are run again give what is there already.
+class WandbLogger(MetricLogger):
+    """A wandb run, which a resumed training continues. wandb ignores the steps that it already has.
 
-    Settings of its own come from its environment variables, e.g. WANDB_MODE=offline.
+    wandb reads its own environment variables, e.g. WANDB_MODE=offline.
     """
 
-    def __init__(self, folder: Path, start_step: int, config: Config) -> None:
+    def __init__(self, config: Config, start_step: int, num_steps: int | None) -> None:
         import wandb
 
-        self.wandb = wandb
+        folder = config.trainer.output_folder
         id_file = folder / "wandb_run_id"
         run_id = id_file.read_text().strip() if start_step and id_file.is_file() else uuid.uuid4().hex
         id_file.write_text(run_id)
+        self.make_table = wandb.Table
         self.run = wandb.init(
             project=config.trainer.project_name,
             name=config.trainer.experiment_name,
@@ -220,16 +159,50 @@ class WandbSink(Sink):
             resume="allow",
         )
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Metrics, step: int) -> None:
         self.run.log(dict(metrics), step=step)
 
-    def log_generations(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    def log_generations(self, rows: Sequence[Generation], step: int) -> None:
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        table = self.wandb.Table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
+        table = self.make_table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
         self.run.log({"generations": table}, step=step)
 
     def close(self) -> None:
         self.run.finish()
+
+
+LOGGERS = {
+    "console": ConsoleLogger, "file": FileLogger, "tensorboard": TensorboardLogger, "wandb": WandbLogger,
+}  # fmt: skip
+
+
+class Tracker(MetricLogger):
+    """All loggers of `trainer.logger` as one. Only the driver has one."""
+
+    def __init__(self, config: Config, start_step: int, num_steps: int | None = None) -> None:
+        config.trainer.output_folder.mkdir(parents=True, exist_ok=True)
+        self._loggers = [LOGGERS[name](config, start_step, num_steps) for name in dict.fromkeys(config.trainer.logger)]
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        """Log metrics of a step; a step may be logged in several parts."""
+        for logger in self._loggers:
+            logger.log(metrics, step)
+
+    def log_generations(self, rows: Sequence[Generation], step: int) -> None:
+        """Log a table of generations, which have all fields of `Generation` but the step."""
+        for logger in self._loggers if rows else ():
+            logger.log_generations([{"step": step, **row} for row in rows], step)
+
+    def show_phase(self, phase: str) -> None:
+        """Show on the progress bar what the run is doing."""
+        for logger in self._loggers:
+            logger.show_phase(phase)
+
+    def close(self) -> None:
+        """Flush and close every logger, also when one of them fails."""
+        with contextlib.ExitStack() as stack:
+            for logger in self._loggers:
+                stack.callback(logger.close)
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
@@ -245,12 +218,8 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 
 def _finite_or_null(record: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN and no infinity."""
+    """JSON has no NaN and no infinity."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()
     }
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

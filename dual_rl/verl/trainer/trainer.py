@@ -1,11 +1,10 @@
 """Stage 2 as an algorithm: think (roll out), judge the thoughts by rule, learn from both objectives, repeat.
 
-The driver holds the data order, rewards and advantages, all keyed by response; the workers hold the model. The draw of
-a response depends on (seed, step, response) only, so that a resumed run writes what the uninterrupted one would have.
+The driver holds the data order, rewards and advantages, all keyed by response; the workers hold the model. How a
+response is drawn depends on (seed, step, response) only, so a resumed run writes what an uninterrupted one writes.
 
-A pair with a video that no longer decodes is dropped, and its batch is smaller: losses are divided by counts of what
-is there. Filling the batch up with the pairs that follow would shift every later batch, and a resumed run would have
-to know by how much.
+A pair whose video no longer decodes is dropped and its batch is smaller: losses are divided by the counts of what
+remains. Filling the batch up would shift every later batch, and a resumed run would have to know by how much.
 """
 
 import logging
@@ -23,14 +22,7 @@ from verl.data.batches import BatchStream
 from verl.trainer.checkpoints import CheckpointFolder, load_state
 from verl.trainer.cluster import WorkerGroup
 from verl.trainer.generation import Generator, ScoredBatch
-from verl.trainer.metrics import (
-    Stopwatch,
-    group_metrics,
-    packing_metrics,
-    response_metrics,
-    reward_metrics,
-    throughput_metrics,
-)
+from verl.trainer.metrics import Stopwatch, group_metrics, packing_metrics, response_metrics, reward_metrics
 from verl.trainer.preflight import Inputs
 from verl.trainer.tracking import Tracker
 from verl.trainer.validation import SCORE, Validator
@@ -41,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class DualTrainer:
-    """Runs stage 2 from `start_step` to the last step. Close it whatever happens."""
+    """Runs stage 2 from `start_step` to the last step. Close it in any case."""
 
     def __init__(self, config: Config, inputs: Inputs, checkpoints: CheckpointFolder, *, start_step: int = 0) -> None:
         self.config = config
@@ -89,8 +81,7 @@ class DualTrainer:
     def collect(self, step: int) -> ScoredBatch:
         """Draw pairs, let the policy write n responses for each of their videos, and reward them by rule.
 
-        Draws on where none of a batch's pairs loads. With online filtering, draws on until `rollout_batch_size` pairs
-        can teach something.
+        Draws again when no pair of a batch loads; with online filtering, until `rollout_batch_size` pairs pass.
         """
         algorithm, limit = self.config.algorithm, self.stream.batch_size
         wanted = limit if algorithm.online_filtering else 1
@@ -114,9 +105,9 @@ class DualTrainer:
         return kept
 
     def prepare(self, batch: ScoredBatch) -> dict[ResponseKey, float]:
-        """Whole pairs to ranks, by tokens; there vision features, old and reference log-probs.
+        """Balance whole pairs over ranks by tokens; compute vision features, old and reference log-probs there.
 
-        Returns the KL by response where the reward takes it.
+        Returns the KL by response if it goes into the reward, else nothing.
         """
         actor = self.config.worker.actor
         mini_batches = distribute_pairs(
@@ -142,16 +133,15 @@ class DualTrainer:
             **group_metrics(batch.overall),
             **response_metrics(responses),
             **({"reward/kl/mean": statistics.fmean(kl.values())} if kl else {}),
-            **packing_metrics(batch.rollouts),
-            **throughput_metrics(batch.rollouts, seconds=seconds, num_devices=self.workers.world_size),
+            **packing_metrics(batch.rollouts, seconds=seconds, num_devices=self.workers.world_size),
         }
 
     def validate(self, step: int) -> dict[str, float]:
         """Metrics on the held-out pairs; sample generations go to the loggers."""
         if self.validator is None:
             return {}
-        metrics, samples = self.validator.validate()
-        self.tracker.log_generations(samples, step)
+        metrics, generations = self.validator.validate()
+        self.tracker.log_generations(generations, step)
         return metrics
 
     def save(self, step: int, *, val: float | None) -> None:
@@ -169,14 +159,14 @@ class DualTrainer:
             save_config(self.config, folder)
 
     def resume(self, checkpoint: Path) -> None:
-        """Take over the state of `checkpoint`, that of `start_step`."""
+        """Restore the state of `checkpoint`, that of `start_step`."""
         state = load_state(checkpoint)
         self.stream.load_state_dict(state["stream"])
         self.inputs.train.loader.dropped.update(state.get("dropped", ()))
         self.workers.call("load", str(checkpoint))
 
     def list_dropped(self) -> None:
-        """Say once more which pairs were dropped, for whoever reads the end of the log."""
+        """List the dropped pairs once more at the end of the log."""
         for pair_set in filter(None, (self.inputs.train, self.inputs.val)):
             if pair_set.loader.dropped:
                 logger.warning("%s", pair_set.loader.describe_dropped())
@@ -200,6 +190,6 @@ class DualTrainer:
 
 
 def merge_ranks(by_rank: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of an update: the same on every rank, but for memory, of which the largest counts."""
+    """Metrics of an update: the same on every rank except memory, of which the largest counts."""
     largest = {name: max(metrics[name] for metrics in by_rank) for name in by_rank[0] if name.startswith("perf/")}
     return by_rank[0] | largest

@@ -5,7 +5,7 @@ from verl.trainer.cluster import WorkerGroup
 from verl.trainer.generation import Generator, ScoredBatch
 from verl.trainer.metrics import pair_metrics, response_metrics, reward_metrics
 from verl.trainer.preflight import PairSet
-from verl.trainer.tracking import GenerationSample
+from verl.trainer.tracking import Generation
 from verl.types import ResponseKey
 
 SCORE = "val/gsb_acc"
@@ -20,8 +20,8 @@ class Validator:
         self.generator = generator
         self.workers = workers
 
-    def validate(self) -> tuple[dict[str, float], list[GenerationSample]]:
-        """Metrics under `val/`, and sample generations of the first pairs with what they were rewarded."""
+    def validate(self) -> tuple[dict[str, float], list[Generation]]:
+        """Metrics under `val/`, and the generations of the first `val_generations_to_log` pairs."""
         sampling = self.generator.validation_sampling()
         pairs, size = self.held_out.pairs, self.config.data.val_batch_size
         batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
@@ -37,19 +37,21 @@ class Validator:
             **response_metrics(responses, prefix="val/response_length"),
             **pair_metrics([rollout.pair for rollout in scored.rollouts], head_rewards),
         }
-        samples = [
-            GenerationSample(
-                key=response.key,
-                prompt=rollout.pair.problem,
-                response=self.generator.decode(response),
-                rewards=scored.rewards[response.key],
-                head_reward=head_rewards[response.key],
-                answer=rollout.pair.answer,
-            )
+        return metrics, self._list_generations(scored, head_rewards)
+
+    def _list_generations(self, scored: ScoredBatch, head_rewards: dict[ResponseKey, float]) -> list[Generation]:
+        return [
+            {
+                **response.key._asdict(),
+                **{f"reward/{name}": value for name, value in scored.rewards[response.key].items()},
+                "prompt": rollout.pair.problem,
+                "response": self.generator.decode(response),
+                "head_reward": head_rewards[response.key],
+                "answer": rollout.pair.answer,
+            }
             for rollout in scored.rollouts[: self.config.trainer.val_generations_to_log]
             for response in rollout.responses
         ]
-        return metrics, samples
 
     def _score(self, batch: ScoredBatch) -> dict[ResponseKey, float]:
         """The head's reward of every response."""

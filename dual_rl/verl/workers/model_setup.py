@@ -25,8 +25,7 @@ from verl.model.reward_files import (
     save_policy,
 )
 from verl.model.ulysses import SequenceGroup, build_sequence_group
-from verl.rollout.build import build_engine
-from verl.rollout.engine import RolloutEngine
+from verl.rollout.engine import RolloutEngine, build_engine
 from verl.types import VideoPrompt
 from verl.workers.optimizer import build_optimizer
 from verl.workers.parallel import Rank, iterate_weights, materialize, shard_model

@@ -1,7 +1,7 @@
 """Decoding that reads the cache of a prompt once for all its responses, with an attention backend for vLLM.
 
 A decode step is bound by memory, and stock attention reads a prompt's keys and values again for each of the n
-responses. `choose_backend` says whether this vLLM on this device can do without, and logs it.
+responses. `choose_backend` turns sharing on where vLLM and the device support it, and logs whether it is on.
 """
 
 import importlib
@@ -41,12 +41,12 @@ def find_obstacle(config: RolloutConfig, device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) != HOPPER:
         return f"its attention kernel needs a Hopper card, and this is a {torch.cuda.get_device_name(device)}"
     if config.tensor_parallel_size > 1:
-        return "it was not tried with tensor parallelism"
+        return "it is not tested with tensor parallelism"
     return find_obstacle_in_vllm()
 
 
 def find_obstacle_in_vllm() -> str | None:
-    """What of the installed vLLM does not fit the backend, which extends vLLM's own for FlashAttention 3."""
+    """Why the installed vLLM does not fit the backend, which extends its FlashAttention 3 backend; None if it fits."""
     importlib.import_module("vllm.entrypoints.llm")  # first: some of vLLM's modules import each other
     flash_attn = importlib.import_module("vllm.v1.attention.backends.flash_attn")
     if flash_attn.get_flash_attn_version() != 3:

@@ -2,11 +2,11 @@
 
 A step of B requests with one query each becomes one attention call over a virtual batch. Its first rows are groups:
 the queries of all members against the blocks that they share. The other B rows are the requests' own parts: one query
-each, against the rest of its keys. A query in a group so has two results, which are merged by their log-sum-exps.
+each, against the rest of its keys. A query in a group thus has two results, which are merged by their log-sum-exps.
 
-All of it is found on the device, from the block table and the lengths, in buffers that stay where they are: the layers
-can be in a CUDA graph, and the host does not wait. There is room for B // 2 groups; those that are not there have
-neither queries nor keys.
+All of it is computed on the device, from the block table and the lengths, in buffers that are not reallocated: the
+layers can be in a CUDA graph, and the host does not wait. There is room for B // 2 groups; unused ones have neither
+queries nor keys.
 
 Example, blocks of 16 tokens: requests 0 and 2 begin with blocks 7, 8, 9, and request 1 shares none. Row 0 holds the
 queries of 0 and 2 and 48 keys, row 1 the query of request 0 and its other keys, row 2 that of request 1 and all its
@@ -36,7 +36,7 @@ def _find_leaders(
     """For each request the leader of its group and how many blocks it shares with it.
 
     Requests belong together when block least - 1 is the same; most of them, in order, make a group, led by its first.
-    Blocks are compared by their place in memory, which prefix caching makes the same for the same content.
+    Blocks are compared by their address; prefix caching gives the same content the same address.
     """
     request = tl.program_id(0)
     others = tl.arange(0, span)
@@ -46,9 +46,9 @@ def _find_leaders(
     own_block = tl.load(table + request.to(tl.int64) * stride + least - 1, mask=is_long, other=-1)
     other_blocks = tl.load(table + others.to(tl.int64) * stride + least - 1, mask=others_long, other=-1)
     matches = ((other_blocks == own_block) & others_long & is_long).to(tl.int32)
-    place = tl.sum(tl.where(others < request, matches, 0), 0)
-    places = tl.cumsum(matches, 0) - 1
-    is_leader = (matches == 1) & (places == place // most * most)
+    position = tl.sum(tl.where(others < request, matches, 0), 0)
+    positions = tl.cumsum(matches, 0) - 1
+    is_leader = (matches == 1) & (positions == position // most * most)
     leader = tl.where(is_long, tl.min(tl.where(is_leader, others, span), 0), request)
     limit = tl.minimum(num_full, _full_blocks(lengths, leader, num_requests, block_size))
     num_shared = limit
@@ -105,7 +105,7 @@ def _write_own_parts(
     starts, num_keys, rows, row_stride, width, queries, grouped,
     block_size: tl.constexpr, span: tl.constexpr, chunk: tl.constexpr,
 ):  # fmt: skip
-    """Row num_groups + i of the virtual batch, and the places of request i's query: in its group, and by itself."""
+    """Row num_groups + i of the virtual batch, and the positions of request i's query: in its group, and by itself."""
     request = tl.program_id(0)
     row = num_groups + request
     others = tl.arange(0, span)
@@ -116,13 +116,13 @@ def _write_own_parts(
     num_blocks = tl.load(blocks + leader)
     before = tl.sum(tl.where(others < leader, size, 0), 0)
     followers = tl.load(leaders + others, mask=others < request, other=-1) == leader
-    place = before + tl.sum(followers.to(tl.int32), 0)
+    position = before + tl.sum(followers.to(tl.int32), 0)
     tl.store(starts + row, num_grouped + request)
     tl.store(starts + row + 1, num_grouped + num_requests, mask=request == num_requests - 1)
     tl.store(num_keys + row, tl.load(lengths + request) - num_blocks * block_size)
     tl.store(queries + num_grouped + request, request)
-    tl.store(queries + place, request, mask=is_grouped)
-    tl.store(grouped + request, tl.where(is_grouped, place, -1))
+    tl.store(queries + position, request, mask=is_grouped)
+    tl.store(grouped + request, tl.where(is_grouped, position, -1))
     for start in range(0, width, chunk):
         index = start + tl.arange(0, chunk)
         source = table + request.to(tl.int64) * stride + num_blocks + index
@@ -162,7 +162,7 @@ class VirtualBatch:
     """One step's rows, for G = B // 2 groups (at least 1) and B requests. All int32, on the device.
 
     `starts` [G + B + 1]: where each row's queries start. `num_keys` [G + B]. `block_table` [G + B, width].
-    `queries` [2B]: whose query stands at each place. `grouped` [B]: the place of a query in its group, or -1.
+    `queries` [2B]: the request at each position. `grouped` [B]: the position of a query in its group, or -1.
     """
 
     starts: torch.Tensor
