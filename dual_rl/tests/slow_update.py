@@ -7,13 +7,13 @@ import torch
 
 from model_support import make_builder, small_checkpoint
 from slow_path import compute_log_distributions, compute_reward, load_policy
-from update_support import TEMPERATURE, Case, Tensors, advantages_of, batch_of, make_config, shift_weights, trained
+from update_support import TEMPERATURE, Case, Tensors, make_advantages, make_batch, make_config, shift_weights, trained
 from verl.model.policy import PolicyModel
 from verl.types import PairRollout, Response, ResponseKey
 
 
 class SlowUpdate:
-    """The update on one process without packing, sharding, caching or micro-batches: every formula by hand."""
+    """The update on one process without packing, sharding, caching or micro-batches."""
 
     def __init__(self, model: Path, case: Case) -> None:
         self.config = make_config(model, case.settings)
@@ -21,21 +21,16 @@ class SlowUpdate:
         self.builder = make_builder(checkpoint)
         self.model = load_policy(checkpoint, self.config.worker.actor.model)
         shift_weights(self.model)
-        plain = make_config(model, {}).worker.actor.model
-        self.reference = load_policy(checkpoint, plain)
-        self.batch = batch_of(case, self.builder)
-        self.advantages = advantages_of(case, self.batch)
+        self.reference = load_policy(checkpoint, make_config(model, {}).worker.actor.model)
+        self.rollouts, self.prompts = make_batch(case, self.builder)
+        self.advantages = make_advantages(case)
 
     def distributions(self, model: PolicyModel, response: Response) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-distributions, [num_labels, vocab], and the log-probs of what was drawn."""
-        prompt = self.batch.prompts[response.key.video]
+        prompt = self.prompts[response.key.video]
         found = compute_log_distributions(model, prompt, response, self.builder, temperature=TEMPERATURE)
         labels = torch.tensor([*response.cot_ids, self.builder.tokenizer.eos_token_id])[: response.num_labels]
         return found, found.gather(1, labels.long().unsqueeze(1)).squeeze(1)
-
-    @torch.no_grad()
-    def old_log_probs(self) -> dict[ResponseKey, torch.Tensor]:
-        return {response.key: self.distributions(self.model, response)[1] for response in self.batch.responses}
 
     def gradient(
         self, rollouts: Sequence[PairRollout], old: Mapping[ResponseKey, torch.Tensor] | None = None
@@ -80,12 +75,12 @@ class SlowUpdate:
         for rollout in rollouts:
             if rollout.pair.preference in (1, -1):
                 for both in zip(rollout.responses_a, rollout.responses_b, strict=True):
-                    a, b = (compute_reward(self.model, self.batch.prompts[r.key.video], r, self.builder) for r in both)
+                    a, b = (compute_reward(self.model, self.prompts[r.key.video], r, self.builder) for r in both)
                     losses.append((1 + (rollout.pair.preference * (b - a)).exp()).log())
         return torch.stack(losses).mean() if losses else torch.zeros(())
 
-    def run(self, *, has_old: bool) -> list[Tensors]:
-        """Gradients of every optimizer step: `ppo_epochs` times all mini-batches, with AdamW in between."""
+    def run(self) -> list[Tensors]:
+        """Clipped gradients of every optimizer step: `ppo_epochs` times all mini-batches, with AdamW in between."""
         actor, parameters = self.config.worker.actor, trained(self.model)
         optim = actor.optim
         groups = [
@@ -93,12 +88,16 @@ class SlowUpdate:
             for is_decayed, decay in ((True, optim.weight_decay), (False, 0.0))
         ]
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas)
-        old = self.old_log_probs() if has_old else None
-        starts = range(0, len(self.batch.rollouts), actor.global_batch_size)
+        with torch.no_grad():
+            responses = [response for rollout in self.rollouts for response in rollout.responses]
+            old = {response.key: self.distributions(self.model, response)[1] for response in responses}
+        starts = range(0, len(self.rollouts), actor.global_batch_size)
         gradients = []
         for start in [*starts] * actor.ppo_epochs:
-            gradients.append(self.gradient(self.batch.rollouts[start : start + actor.global_batch_size], old)[1])
+            _, found = self.gradient(self.rollouts[start : start + actor.global_batch_size], old)
             for name, parameter in parameters.items():
-                parameter.grad = gradients[-1][name]
+                parameter.grad = found[name]
+            torch.nn.utils.clip_grad_norm_(parameters.values(), actor.max_grad_norm)
+            gradients.append({name: parameter.grad.clone() for name, parameter in parameters.items()})
             optimizer.step()
         return gradients
