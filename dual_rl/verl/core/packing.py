@@ -66,12 +66,12 @@ def pack_groups(groups: Sequence[tuple[VideoPrompt, Sequence[Response]]], builde
     """Lay groups into one row, on the CPU. `builder` knows the ids of `<Reward>`, video tokens and EOS."""
     assert groups, "nothing to pack"
     assert all(responses for _, responses in groups), "a video without responses"
-    tokens = builder.sequence_tokens
+    video_id, eos_id = builder.processor.video_token_id, builder.tokenizer.eos_token_id
     ids, positions, labels, label_positions, reward_positions = [], [], [], [], []
     num_packed = 0
     for prompt, responses in groups:
         prompt_positions = compute_mrope_positions(
-            prompt.input_ids, video_token_id=tokens.video_id, grid_thw=prompt.grid_thw, merge_size=tokens.merge_size
+            prompt.input_ids, video_token_id=video_id, grid_thw=prompt.grid_thw, merge_size=builder.merge_size
         )
         first_position = int(prompt_positions.max()) + 1
         ids.append(prompt.input_ids)
@@ -80,9 +80,9 @@ def pack_groups(groups: Sequence[tuple[VideoPrompt, Sequence[Response]]], builde
         last_of_prompt = num_packed - 1
         for response in responses:
             cot, count = response.cot_ids, response.num_labels
-            ids.append(torch.tensor([*cot, tokens.reward_id]))
+            ids.append(torch.tensor([*cot, builder.reward_token_id]))
             positions.append(torch.arange(first_position, first_position + len(cot) + 1).expand(3, -1))
-            labels += (*cot, tokens.eos_id)[:count]
+            labels += (*cot, eos_id)[:count]
             label_positions += (last_of_prompt, *range(num_packed, num_packed + len(cot)))[:count]
             num_packed += len(cot) + 1
             reward_positions.append(num_packed - 1)
@@ -92,7 +92,7 @@ def pack_groups(groups: Sequence[tuple[VideoPrompt, Sequence[Response]]], builde
     return PackedGroups(
         input_ids=input_ids,
         position_ids=torch.cat(positions, dim=1),
-        video_positions=(input_ids == tokens.video_id).nonzero().squeeze(1),
+        video_positions=(input_ids == video_id).nonzero().squeeze(1),
         labels=torch.tensor(labels, dtype=torch.long),
         label_positions=torch.tensor(label_positions, dtype=torch.long),
         label_owner=torch.arange(len(responses)).repeat_interleave(torch.tensor(num_labels)),
