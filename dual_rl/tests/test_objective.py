@@ -119,12 +119,6 @@ def test_losses_and_metrics_of_rows_add_up_to_those_of_one_row(groups):
         assert sum(metrics[name].item() for _, metrics, *_ in parts) == pytest.approx(whole[name].item(), abs=1e-6)
 
 
-def test_ties_and_missing_labels_leave_a_zero_that_is_attached_to_the_graph(groups):
-    _, metrics, _, by_reward = run(pack(groups, (0, 1)), make_config(), preferences={0: 0, 1: None})
-    assert metrics["bt/loss"].item() == 0.0
-    assert set(by_reward.values()) == {0.0}
-
-
 def test_importance_weights_scale_the_policy_loss_but_not_the_kl(groups):
     _, plain, *_ = run(pack(groups, (0, 1)), make_config(), old=True)
     _, capped, *_ = run(pack(groups, (0, 1)), make_config(importance_sampling_cap=1.01), old=True)

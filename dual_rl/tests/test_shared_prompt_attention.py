@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from plain_kernels import PlainKernels
 from verl.core.row_layout import SharedPromptLayout
 from verl.model.attention import SharedPromptFlash, merge_attention, shared_prompt_attention
 from verl.model.flash_kernels import FlashAttention2, FlashAttention4, has_flash4
@@ -17,44 +18,6 @@ LAYOUTS = {
     "unequal": SharedPromptLayout((70, 1, 130), ((65, 1, 129), (4,), (1, 1))),
     "equal": SharedPromptLayout((48, 48), ((32, 32), (32, 32))),
 }
-
-
-class PlainKernels:
-    """What flash kernels compute, sequence by sequence, with every matrix written out."""
-
-    @staticmethod
-    def pieces(query, key, value, bounds, is_causal, scaling):
-        """Of each sequence: (queries, keys, query, key, value, scores), [heads, length, dim], keys repeated."""
-        groups = query.shape[1] // key.shape[1]
-        for (q0, q1), (k0, k1) in zip(*(b.unfold(0, 2, 1).tolist() for b in bounds), strict=True):
-            q = query[q0:q1].transpose(0, 1)
-            k, v = (tensor[k0:k1].repeat_interleave(groups, dim=1).transpose(0, 1) for tensor in (key, value))
-            scores = q @ k.transpose(1, 2) * scaling
-            if is_causal:
-                scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), float("-inf"))
-            yield slice(q0, q1), slice(k0, k1), q, k, v, scores
-
-    @classmethod
-    def forward(cls, query, key, value, bounds, longest, *, is_causal, scaling):
-        assert longest == tuple(int(b.diff().max()) for b in bounds)
-        output, lse = torch.empty_like(query), torch.empty(query.shape[1], len(query))
-        for queries, _, _, _, v, scores in cls.pieces(query, key, value, bounds, is_causal, scaling):
-            output[queries] = (scores.softmax(-1) @ v).transpose(0, 1)
-            lse[:, queries] = scores.logsumexp(-1)
-        return output, lse
-
-    @classmethod
-    def backward(cls, gradient, query, key, value, output, lse, bounds, longest, *, is_causal, scaling):
-        totals = tuple(torch.zeros_like(tensor) for tensor in (query, key, value))
-        for queries, keys, q, k, v, scores in cls.pieces(query, key, value, bounds, is_causal, scaling):
-            grad_output = gradient[queries].transpose(0, 1)
-            probabilities = (scores - lse[:, queries].unsqueeze(-1)).exp()
-            delta = (gradient[queries] * output[queries]).sum(-1).t().unsqueeze(-1)
-            grad_scores = probabilities * (grad_output @ v.transpose(1, 2) - delta) * scaling
-            shares = (grad_scores @ k, grad_scores.transpose(1, 2) @ q, probabilities.transpose(1, 2) @ grad_output)
-            for total, tokens, share in zip(totals, (queries, keys, keys), shares, strict=True):
-                total[tokens] += share.transpose(0, 1).unflatten(1, (total.shape[1], -1)).sum(2)
-        return totals
 
 
 def run_module(query, key, value, layout):

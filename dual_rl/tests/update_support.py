@@ -20,7 +20,7 @@ from verl.model.policy import PolicyModel
 from verl.types import PairRollout, PreferencePair, ResponseKey, VideoKey, VideoPrompt
 from verl.workers.experience import ExperienceMaker
 from verl.workers.learner import Learner
-from verl.workers.model_setup import PolicyRuntime, build_runtime
+from verl.workers.model_setup import PolicyRuntime, build_runtime, read_checkpoint
 from verl.workers.offload import WeightOffload, local_part
 from verl.workers.parallel import Rank, gather_tensor, join_process_group
 from verl.workers.rank_batch import RankBatch
@@ -214,7 +214,7 @@ class Bench:
         settings = (actor.model, actor.fsdp, actor.optim, actor.ulysses_size, config.worker.ref)
         key = repr((*settings, config.algorithm.disable_kl, case.is_compiled))
         if key not in self._built:
-            runtime = build_runtime(config, self.rank)
+            runtime = build_runtime(read_checkpoint(config, with_weights=self.rank.index == 0), config, self.rank)
             shift_weights(runtime.actor)
             for model in filter(None, (runtime.actor, runtime.reference)) if case.is_compiled else ():
                 model.compile_layers()

@@ -98,13 +98,8 @@ def read_checkpoint(config: Config, *, with_weights: bool) -> PolicyCheckpoint:
     return dataclasses.replace(checkpoint, video_budget=budget, format_prompt=format_prompt)
 
 
-def build_runtime(config: Config, rank: Rank) -> PolicyRuntime:
-    """Load and shard everything. Only rank 0 reads weights and sends them to the others."""
-    return assemble_runtime(read_checkpoint(config, with_weights=rank.index == 0), config, rank)
-
-
-def assemble_runtime(checkpoint: PolicyCheckpoint, config: Config, rank: Rank) -> PolicyRuntime:
-    """`build_runtime` from a checkpoint in memory, which has weights on rank 0."""
+def build_runtime(checkpoint: PolicyCheckpoint, config: Config, rank: Rank) -> PolicyRuntime:
+    """Build and shard everything. Only rank 0 needs a checkpoint with weights; it sends them to the others."""
     actor_config = config.worker.actor
     sequence_group = build_sequence_group(actor_config.ulysses_size)
     actor = _build_sharded(checkpoint, actor_config.model, actor_config.fsdp, rank=rank)

@@ -18,7 +18,7 @@ from verl.temporary import temporary_folder
 from verl.types import PairRollout, Response, ResponseKey, Sampling, VideoPrompt
 from verl.workers.experience import ExperienceMaker
 from verl.workers.learner import Learner
-from verl.workers.model_setup import build_rollout_engine, build_runtime, save_actor
+from verl.workers.model_setup import build_rollout_engine, build_runtime, read_checkpoint, save_actor
 from verl.workers.offload import WeightOffload
 from verl.workers.parallel import iterate_weights, join_process_group
 from verl.workers.rank_batch import RankBatch
@@ -53,7 +53,8 @@ class Worker:
         """Join the process group, build the policy, the reference and the engine, and hand over the first weights."""
         actor = self.config.worker.actor
         self.rank = join_process_group(index=self.index, world_size=self.world_size, address=address, port=port)
-        self.runtime = build_runtime(self.config, self.rank)
+        checkpoint = read_checkpoint(self.config, with_weights=self.index == 0)
+        self.runtime = build_runtime(checkpoint, self.config, self.rank)
         self.experience = ExperienceMaker(
             self.runtime,
             micro_batch_size=actor.micro_batch_size_per_device_for_experience,
