@@ -90,7 +90,7 @@ def read_checkpoint(config: Config, *, with_weights: bool) -> PolicyCheckpoint:
     if data.format_prompt is not None:
         format_prompt = Path(data.format_prompt).read_text()
         FormatPrompt(format_prompt, source=data.format_prompt)
-    if not with_weights:  # the driver's copy: one warning is enough
+    if not torch.distributed.is_initialized():  # the driver: one warning is enough
         if budget != checkpoint.video_budget:
             logger.warning("the model was trained with %s, this run uses %s", checkpoint.video_budget, budget)
         if format_prompt != checkpoint.format_prompt:
