@@ -50,11 +50,10 @@ def test_scores_are_read_with_and_without_tags_fence_and_text_around(form):
     assert annotation.preference == -1
 
 
-@pytest.mark.parametrize("label", [{}, {"gsb_result": None}, {"gsb_result": "invalid"}])
-def test_scores_without_a_label_have_no_preference(label):
-    annotation = parse_annotation(json.dumps({"video_1_scores": SCORES_A, **label}))
-    assert annotation.preference is None
-    assert annotation.scores == {"A": SCORES_A, "B": {}}
+def test_scores_without_a_label_have_no_preference():
+    for label in ({}, {"gsb_result": None}, {"gsb_result": "invalid"}):
+        annotation = parse_annotation(json.dumps({"video_1_scores": SCORES_A, **label}))
+        assert (annotation.preference, annotation.scores) == (None, {"A": SCORES_A, "B": {}})
 
 
 @pytest.mark.parametrize(

@@ -87,14 +87,9 @@ def test_videos_are_fetched_once_not_kept_and_tokenised_one_at_a_time(loader, bu
     assert set(most) == {1}
 
 
-@pytest.fixture
-def half_gone(pairs, tmp_path) -> list[PreferencePair]:
-    """Four pairs, of which two have a video that was there and is damaged or gone."""
+def test_pairs_with_a_video_that_fails_are_dropped_whole_and_listed_once(builder, pairs, tmp_path, caplog):
     gone = replace(pairs[1], videos=(str(tmp_path / "gone.mp4"), pairs[1].videos[1]))
-    return [pairs[0], gone, broken_pair(pairs[2], tmp_path, pair_id=7), pairs[3]]
-
-
-def test_pair_with_a_video_that_fails_is_dropped_whole_and_said_once(builder, half_gone, tmp_path, caplog):
+    half_gone = [pairs[0], gone, broken_pair(pairs[2], tmp_path, pair_id=7), pairs[3]]
     with make_loader(builder, max_dropped_share=0.5) as loader, caplog.at_level(logging.WARNING):
         for _ in range(2):
             loaded = loader.load(half_gone)
@@ -104,9 +99,6 @@ def test_pair_with_a_video_that_fails_is_dropped_whole_and_said_once(builder, ha
         assert said[0] == f"some.csv: pair dropped: row 2, video A: video not found: {tmp_path / 'gone.mp4'}"
         assert said[1].startswith("some.csv: pair dropped: row 8, video B: ")
         assert str(tmp_path / "cut_7.mp4") in said[1]
-
-
-def test_more_dropped_pairs_than_the_share_are_an_error_that_lists_them(builder, half_gone):
     with make_loader(builder, max_dropped_share=0.3) as loader:
         loader.load(half_gone[:2])
         with pytest.raises(VideoError, match=r"(?s)2 of 4 pairs dropped.*row 2.*row 8.*data\.max_dropped_share=0\.3"):
@@ -149,7 +141,7 @@ def test_faults_of_videos_and_texts_are_listed_together(builder, pairs, tmp_path
     with pytest.raises(CsvError) as raised:
         check(faulty, builder)
     lines = raised.value.problems
-    assert [line.split(":")[0] for line in lines] == [
+    expected = [
         "row 1, video A",
         "row 2, video A",
         "row 2, video B",
@@ -157,5 +149,6 @@ def test_faults_of_videos_and_texts_are_listed_together(builder, pairs, tmp_path
         "row 4, video A",
         "row 4, video B",
     ]
+    assert [line.split(":")[0] for line in lines] == expected
     assert f"video is empty (0 bytes): {empty}; replace the file or remove the row" in lines[0]
     assert "reserved token '<Reward>'" in lines[4]

@@ -9,7 +9,7 @@ from model_support import Group, make_builder, make_group, make_policy, pixels_o
 from slow_path import compute_separately
 from update_support import largest_error, relative_error
 from verl.core.objective import PolicyOutput
-from verl.core.packing import pack_groups, split_labels
+from verl.core.packing import pack_groups
 from verl.data.scored_sequence import SequenceBuilder
 from verl.model.policy import PolicyModel
 from verl.model.reward_files import PolicyCheckpoint
@@ -79,18 +79,6 @@ def part_of(name: str) -> str:
     return next((part for part in parts if part in name), "layers")
 
 
-def test_gradients_do_not_depend_on_what_shares_a_row(checkpoint, builder, groups):
-    model = make_policy(checkpoint, freeze_vision_tower=False)
-    together = run_packed(model, groups, builder)
-    alone = [run_packed(model, [group], builder) for group in groups]
-    found = split_labels(together.log_probs, pack_groups(groups, builder))
-    for group, output in zip(groups, alone, strict=True):
-        for key, log_probs in split_labels(output.log_probs, pack_groups([group], builder)).items():
-            torch.testing.assert_close(found[key], log_probs, rtol=BOUND, atol=1e-6)
-    joined = PolicyOutput(*(torch.cat([output[index] for output in alone]) for index in range(2)))
-    assert largest_error(gradients(model, together), gradients(model, joined)) < BOUND
-
-
 def test_adapter_disabled_is_the_model_before_lora(checkpoint, builder, groups):
     plain, adapted = make_policy(checkpoint), make_policy(checkpoint, lora_rank=4)
     with torch.no_grad():
@@ -102,11 +90,3 @@ def test_adapter_disabled_is_the_model_before_lora(checkpoint, builder, groups):
     assert torch.equal(found.rewards, expected.rewards)
     assert (changed.log_probs - expected.log_probs).abs().max() > 0.1
     assert all(p.requires_grad == ("lora_" in n) for n, p in adapted.backbone.named_parameters())
-
-
-def test_rewards_alone_need_no_temperature(checkpoint, builder, groups):
-    model, packed, pixels = make_policy(checkpoint), pack_groups(groups, builder), pixels_of(groups, builder)
-    with torch.no_grad():
-        alone, full = (model(packed, None, pixels, temperature=temperature) for temperature in (None, 1.0))
-    assert torch.equal(alone.rewards, full.rewards)
-    assert alone.log_probs is None

@@ -80,7 +80,7 @@ def test_labels_split_by_response_and_join_again(builder, groups, packed):
         join_labels({**pieces, packed.keys[0]: values[:1]}, packed)
 
 
-def test_layout_of_the_documented_example():
+def test_layout_of_the_documented_example_and_of_several_groups():
     layout = SharedPromptLayout((3,), ((2, 1),))
     assert layout.segment_bounds.tolist() == [0, 3, 5, 6]
     (group,) = layout.groups
@@ -89,8 +89,6 @@ def test_layout_of_the_documented_example():
     assert source.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 0]]
     assert index.tolist() == [0, 1, 2, 3, 4, 8]
 
-
-def test_layout_finds_every_token_of_several_groups():
     layout = SharedPromptLayout((3, 1, 4), ((2, 1), (5,), (1, 1, 3)))
     source, index = layout.unrolled
     assert source.flatten()[index].tolist() == list(range(21))

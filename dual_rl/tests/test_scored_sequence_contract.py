@@ -65,11 +65,11 @@ def test_prompt_length_is_known_without_decoding(builders):
         assert builders[1].count_prompt_tokens("what <video> is it", header, budget) == prompt.input_ids.numel()
 
 
-@pytest.mark.parametrize("problem", ["look: <video> done?", "no placeholder", "<video>"])
-def test_rendered_text_is_that_of_stage_1_and_has_one_placeholder(builders, processor, problem):
-    text = builders[1].render(problem)
-    assert text == builders[0].render(problem)
-    assert text.count(processor.video_token) == 1
+def test_rendered_text_is_that_of_stage_1_and_has_one_placeholder(builders, processor):
+    for problem in ("look: <video> done?", "no placeholder", "<video>"):
+        text = builders[1].render(problem)
+        assert text == builders[0].render(problem)
+        assert text.count(processor.video_token) == 1
 
 
 @pytest.mark.parametrize("text", ["two <video> and <video>", "a literal <Reward>", "a <|video_pad|>", "<|im_end|>"])
