@@ -39,7 +39,7 @@ from verl.model.policy import PolicyModel
 from verl.model.reward_files import PolicyCheckpoint
 from verl.workers.experience import ExperienceMaker
 from verl.workers.learner import Learner
-from verl.workers.model_setup import PolicyRuntime, assemble_runtime
+from verl.workers.model_setup import PolicyRuntime, build_runtime
 from verl.workers.parallel import join_process_group
 from verl.workers.rank_batch import RankBatch
 
@@ -87,7 +87,7 @@ class Ours:
         rank = join_process_group(index=0, world_size=1, address="localhost", port=PORT)
         checkpoint = make_checkpoint(options, layers=layers, dtype=torch.bfloat16)
         config = make_config(options)
-        self.runtime: PolicyRuntime = assemble_runtime(checkpoint, config, rank)
+        self.runtime: PolicyRuntime = build_runtime(checkpoint, config, rank)
         fill_adapters(self.runtime.actor)
         micro_batch_size = config.worker.actor.micro_batch_size_per_device_for_experience
         self.experience = ExperienceMaker(self.runtime, micro_batch_size=micro_batch_size, temperature=1.0)

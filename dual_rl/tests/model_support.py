@@ -1,4 +1,4 @@
-"""What the tests of packing and of the model share: a small reward model, prompts of made-up clips, responses."""
+"""A small reward model, prompts of made-up clips, and responses, for the tests of packing and of the model."""
 
 import copy
 import json

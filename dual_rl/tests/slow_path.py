@@ -2,7 +2,7 @@
 
 Every response is a full sequence of its own through stock transformers: its own vision pass, stock positions, stock
 attention, logits at every position over the whole vocabulary, and a second forward for the reward. It shares the
-parameters of a PolicyModel and no code with its forward.
+parameters of a PolicyModel, but no code with its forward.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,18 +38,16 @@ def load_policy(
 
 
 @contextmanager
-def stock_attention(model: PolicyModel, implementation: str = "sdpa") -> Iterator[None]:
+def stock_attention(model: PolicyModel) -> Iterator[None]:
     """Within it text and vision attend by transformers' own implementation."""
     config = model.backbone.config
     parts = (config, config.text_config, config.vision_config)
-    before = [part._attn_implementation for part in parts]
+    before = config._attn_implementation
     for part in parts:
-        part._attn_implementation = implementation
-    try:
-        yield
-    finally:
-        for part, name in zip(parts, before, strict=True):
-            part._attn_implementation = name
+        part._attn_implementation = "sdpa"
+    yield
+    for part in parts:
+        part._attn_implementation = before
 
 
 def compute_separately(
@@ -58,17 +56,24 @@ def compute_separately(
     builder: SequenceBuilder,
     *,
     temperature: float,
-) -> PolicyOutput:
-    """`rewards` [R], `log_probs` [L] and `entropy` [L], fp32, in the order of `pack_groups`, all with gradient."""
-    rewards, log_probs, entropy = [], [], []
+    reference: PolicyModel | None = None,
+) -> tuple[PolicyOutput, torch.Tensor]:
+    """Output in the order of `pack_groups`, fp32, all with gradient; and log-probs of the reference, [L] or empty."""
+    rewards, log_probs, entropy, full_kl, ref_log_probs = [], [], [], [torch.empty(0)], [torch.empty(0)]
     for prompt, responses in groups:
         for response in responses:
             rewards.append(compute_reward(model, prompt, response, builder))
-            distributions = compute_log_distributions(model, prompt, response, builder, temperature=temperature)
-            labels = torch.tensor([*response.cot_ids, builder.tokenizer.eos_token_id])[: response.num_labels]
-            log_probs.append(distributions.gather(1, labels.unsqueeze(1)).squeeze(1))
-            entropy.append(-torch.special.xlogy(distributions.exp(), distributions.exp()).sum(dim=1))
-    return PolicyOutput(torch.stack(rewards), torch.cat(log_probs), torch.cat(entropy))
+            ours = compute_log_distributions(model, prompt, response, builder, temperature=temperature)
+            labels = torch.tensor([*response.cot_ids, builder.tokenizer.eos_token_id])[: response.num_labels].long()
+            log_probs.append(ours.gather(1, labels.unsqueeze(1)).squeeze(1))
+            entropy.append(-torch.special.xlogy(ours.exp(), ours.exp()).sum(dim=1))
+            if reference is not None:
+                with torch.no_grad():
+                    theirs = compute_log_distributions(reference, prompt, response, builder, temperature=temperature)
+                ref_log_probs.append(theirs.gather(1, labels.unsqueeze(1)).squeeze(1))
+                full_kl.append((ours.exp() * torch.where(ours.isinf(), 0.0, ours - theirs)).sum(dim=1))
+    parts = (torch.cat(values) for values in (log_probs, entropy, full_kl))
+    return PolicyOutput(torch.stack(rewards), *parts), torch.cat(ref_log_probs)
 
 
 def compute_reward(

@@ -16,32 +16,21 @@ def render(name: str, content: str) -> str:
     return FormatPrompt((FOLDER / f"{name}.jinja").read_text(encoding="utf-8")).render(content)
 
 
-def test_four_prompts_are_shipped():
+def test_shipped_prompts_are_the_default_the_judge_prompt_and_two_that_keep_the_problem_in_front():
     assert sorted(path.stem for path in FOLDER.iterdir()) == NAMES
-
-
-def test_content_is_the_default():
     assert render("content", PROBLEM) == FormatPrompt(DEFAULT_FORMAT_PROMPT).render(PROBLEM)
-
-
-def test_judge_is_the_built_in_judge_prompt():
     assert render("judge", "a red circle {moves} 100%\n") == judge_problem("a red circle {moves} 100%\n")
-
-
-@pytest.mark.parametrize("name", ["subdim", "think_answer"])
-def test_others_keep_the_problem_in_front(name):
-    text = render(name, PROBLEM)
-    assert text.startswith(PROBLEM.strip() + "\n\n")
-    assert text == text.strip()
+    for name in ("subdim", "think_answer"):
+        text = render(name, PROBLEM)
+        assert text.startswith(PROBLEM.strip() + "\n\n")
+        assert text == text.strip()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rendered_text_holds_no_comment_and_one_video(name):
     text = render(name, "a red circle" if name == "judge" else PROBLEM)
     assert text.count(VIDEO_PLACEHOLDER) == 1
-    assert "{#" not in text
-    assert "data." not in text
-    assert REWARD_TOKEN not in text
+    assert not any(unwanted in text for unwanted in ("{#", "data.", REWARD_TOKEN))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Loading videos in threads, and the checks before training, on the shipped clips."""
 
 import logging
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,12 +44,6 @@ def make_loader(builder, *, num_pairs=4, max_dropped_share=0.0) -> PairLoader:
     return PairLoader(builder, BUDGET, source="some.csv", num_threads=3, **limits)
 
 
-def assert_same_prompt(found, expected):
-    assert (found.key, found.text, found.grid_thw) == (expected.key, expected.text, expected.grid_thw)
-    assert torch.equal(found.input_ids, expected.input_ids)
-    assert torch.equal(found.video.frames, expected.video.frames)
-
-
 def broken_pair(pair: PreferencePair, folder: Path, *, pair_id: int) -> PreferencePair:
     """A pair whose video B is cut in the middle of its file."""
     path = folder / f"cut_{pair_id}.mp4"
@@ -58,81 +51,60 @@ def broken_pair(pair: PreferencePair, folder: Path, *, pair_id: int) -> Preferen
     return replace(pair, pair_id=pair_id, videos=(pair.videos[0], str(path)))
 
 
-@pytest.mark.parametrize("is_ahead", [True, False])
-def test_prompts_are_those_of_each_pair_in_order(loader, builder, pairs, is_ahead):
+def test_prompts_are_those_of_each_pair_in_order(loader, builder, pairs):
     order = [pairs[2], pairs[0], pairs[3]]
-    if is_ahead:
-        loader.prefetch(pairs)
+    loader.prefetch(pairs[:1])
     found = loader.load(order)
     assert [pair for pair, _ in found] == order
     for pair, prompts in found:
         for side, path, prompt in zip("AB", pair.videos, prompts, strict=True):
             expected = builder.encode_prompt(VideoKey(pair.pair_id, side), pair.problem, load_video(path, BUDGET))
-            assert_same_prompt(prompt, expected)
+            assert (prompt.key, prompt.text, prompt.grid_thw) == (expected.key, expected.text, expected.grid_thw)
+            assert torch.equal(prompt.input_ids, expected.input_ids)
+            assert torch.equal(prompt.video.frames, expected.video.frames)
 
 
-def test_what_was_fetched_is_decoded_once_and_not_kept(loader, builder, pairs, monkeypatch):
-    seen = []
+def test_videos_are_fetched_once_not_kept_and_tokenised_one_at_a_time(loader, builder, pairs, monkeypatch):
+    seen, running, most = [], [], []
     encode = builder.encode_prompt
-    monkeypatch.setattr(builder, "encode_prompt", lambda *arguments: seen.append(arguments[0]) or encode(*arguments))
+
+    def watched(key, *arguments):
+        seen.append(key)
+        running.append(key)
+        most.append(len(running))
+        try:
+            return encode(key, *arguments)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(builder, "encode_prompt", watched)
     loader.prefetch(pairs[:2])
     loader.prefetch(pairs[:2])
     loader.load(pairs[:2])
     assert sorted(seen) == [(0, "A"), (0, "B"), (1, "A"), (1, "B")]
     loader.load(pairs[:1])
     assert len(seen) == 6
+    assert set(most) == {1}
 
 
-def test_tokenizing_never_runs_in_two_threads_at_a_time(loader, builder, pairs, monkeypatch):
-    running, most = [], []
-    encode = builder.encode_prompt
-
-    def watched(*arguments):
-        running.append(threading.get_ident())
-        most.append(len(running))
-        try:
-            return encode(*arguments)
-        finally:
-            running.pop()
-
-    monkeypatch.setattr(builder, "encode_prompt", watched)
-    loader.load(pairs)
-    assert most == [1] * 8
-
-
-@pytest.fixture
-def half_gone(pairs, tmp_path) -> list[PreferencePair]:
-    """Four pairs, of which two have a video that was there and is damaged or gone."""
+def test_pairs_with_a_video_that_fails_are_dropped_whole_and_listed_once(builder, pairs, tmp_path, caplog):
     gone = replace(pairs[1], videos=(str(tmp_path / "gone.mp4"), pairs[1].videos[1]))
-    return [pairs[0], gone, broken_pair(pairs[2], tmp_path, pair_id=7), pairs[3]]
-
-
-def test_pair_with_a_video_that_fails_is_dropped_whole_and_said_once(builder, half_gone, tmp_path, caplog):
+    half_gone = [pairs[0], gone, broken_pair(pairs[2], tmp_path, pair_id=7), pairs[3]]
     with make_loader(builder, max_dropped_share=0.5) as loader, caplog.at_level(logging.WARNING):
         for _ in range(2):
             loaded = loader.load(half_gone)
             assert [pair for pair, _ in loaded] == [half_gone[0], half_gone[3]]
-        cut = f"row 8, video B: video does not decode (truncated or damaged?): {tmp_path / 'cut_7.mp4'}"
         said = [record.getMessage() for record in caplog.records]
-        assert said[0] == f"some.csv: pair dropped: row 2, video A: video not found: {tmp_path / 'gone.mp4'}"
-        assert said[1].startswith(f"some.csv: pair dropped: {cut}")
         assert len(said) == 2
-        heading, first, second = loader.describe_dropped().splitlines()
-        assert heading == "some.csv: 2 of 4 pairs dropped"
-        assert first.startswith("  row 2, video A")
-        assert second.startswith("  row 8, video B")
-
-
-def test_more_dropped_pairs_than_the_share_are_an_error_that_lists_them(builder, half_gone):
+        assert said[0] == f"some.csv: pair dropped: row 2, video A: video not found: {tmp_path / 'gone.mp4'}"
+        assert said[1].startswith("some.csv: pair dropped: row 8, video B: ")
+        assert str(tmp_path / "cut_7.mp4") in said[1]
     with make_loader(builder, max_dropped_share=0.3) as loader:
         loader.load(half_gone[:2])
         with pytest.raises(VideoError, match=r"(?s)2 of 4 pairs dropped.*row 2.*row 8.*data\.max_dropped_share=0\.3"):
             loader.load(half_gone[2:])
-
-
-def test_other_errors_are_not_hidden(loader, pairs):
-    with pytest.raises(ValueError, match="reserved token"):
-        loader.load([replace(pairs[0], problem="<Reward>")])
+        with pytest.raises(ValueError, match="reserved token"):  # not a video's fault: not dropped
+            loader.load([replace(half_gone[0], problem="<Reward>")])
 
 
 def check(pairs, builder, *, max_prompt_length=1000, should_filter=True):
@@ -141,41 +113,19 @@ def check(pairs, builder, *, max_prompt_length=1000, should_filter=True):
     )
 
 
-def test_sound_pairs_pass_unchanged(builder, pairs, caplog):
+def test_overlong_prompts_are_left_out_and_counted_or_errors(builder, loader, pairs, caplog):
+    mixed = [pairs[0], replace(pairs[1], problem=pairs[1].problem + " and more" * 100), pairs[2]]
+    lengths = [max(len(prompt.input_ids) for prompt in prompts) for _, prompts in loader.load(mixed)]
+    limit = max(lengths[0], lengths[2])
     with caplog.at_level(logging.WARNING):
         assert check(pairs, builder, should_filter=False) == pairs
-    assert not caplog.records
-
-
-@pytest.fixture
-def mixed_pairs(pairs) -> list[PreferencePair]:
-    return [pairs[0], replace(pairs[1], problem=pairs[1].problem + " and more" * 100), pairs[2]]
-
-
-def length_of(pair, builder, loader) -> int:
-    return max(len(prompt.input_ids) for prompt in loader.load([pair])[0][1])
-
-
-def test_overlong_prompts_are_left_out_and_counted(builder, loader, pairs, mixed_pairs, caplog):
-    limit = max(length_of(pair, builder, loader) for pair in (pairs[0], pairs[2]))
-    with caplog.at_level(logging.WARNING):
-        assert check(mixed_pairs, builder, max_prompt_length=limit) == [pairs[0], pairs[2]]
+        assert not caplog.records
+        assert check(mixed, builder, max_prompt_length=limit) == [pairs[0], pairs[2]]
     expected = f"some.csv: 1 of 3 pairs left out, prompt over {limit} tokens"
     assert [record.getMessage() for record in caplog.records] == [expected]
-    kept = check(mixed_pairs, builder, max_prompt_length=limit - 1)
-    assert len(kept) < 2
-
-
-def test_overlong_prompts_are_errors_unless_filtered(builder, loader, mixed_pairs):
-    length = length_of(mixed_pairs[1], builder, loader)
-    with pytest.raises(CsvError, match=f"some.csv: 1 fault.*\n  row 2: prompt of {length} tokens") as raised:
-        check(mixed_pairs, builder, max_prompt_length=length - 1, should_filter=False)
-    assert "lower data.video_fps or data.max_pixels" in str(raised.value)
-    assert "of training: data.filter_overlong_prompts" in str(raised.value)
-
-
-def test_nothing_left_is_an_error(builder, pairs):
-    with pytest.raises(CsvError, match=r"some\.csv.*\n.*every prompt is over 10 tokens; lower data\.video_fps"):
+    with pytest.raises(CsvError, match=f"some.csv: 1 fault.*\n  row 2: prompt of {lengths[1]} tokens"):
+        check(mixed, builder, max_prompt_length=lengths[1] - 1, should_filter=False)
+    with pytest.raises(CsvError, match=r"some\.csv.*\n.*every prompt is over 10 tokens"):
         check(pairs, builder, max_prompt_length=10)
 
 
@@ -191,7 +141,7 @@ def test_faults_of_videos_and_texts_are_listed_together(builder, pairs, tmp_path
     with pytest.raises(CsvError) as raised:
         check(faulty, builder)
     lines = raised.value.problems
-    assert [line.split(":")[0] for line in lines] == [
+    expected = [
         "row 1, video A",
         "row 2, video A",
         "row 2, video B",
@@ -199,5 +149,6 @@ def test_faults_of_videos_and_texts_are_listed_together(builder, pairs, tmp_path
         "row 4, video A",
         "row 4, video B",
     ]
+    assert [line.split(":")[0] for line in lines] == expected
     assert f"video is empty (0 bytes): {empty}; replace the file or remove the row" in lines[0]
     assert "reserved token '<Reward>'" in lines[4]

@@ -2,7 +2,6 @@
 
 import ast
 import csv
-import os
 from pathlib import Path
 
 import pytest
@@ -57,10 +56,6 @@ def test_paths_start_from_the_csv_or_image_dir_and_are_absolute(tmp_path, monkey
     moved.write_bytes(path.read_bytes())
     assert read(moved)[0].videos[0] == str(elsewhere / "v" / "a.mp4")
     assert read(moved, image_dir="..")[0].videos[0] == str(tmp_path / "v" / "a.mp4")
-    absolute = write_csv(
-        tmp_path, [{**GOOD, "videos": repr([str(tmp_path / "v" / "a.mp4")] * 2)}], name="absolute.csv"
-    )
-    assert read(absolute, image_dir=str(elsewhere))[0].videos[1] == str(tmp_path / "v" / "a.mp4")
 
 
 def test_columns_can_be_renamed(tmp_path):
@@ -78,20 +73,12 @@ def test_prompt_alone_gets_the_built_in_judge_prompt(tmp_path):
     assert [pair.problem for pair in read(mixed)] == ["Judge.", judge_problem("a red circle")]
 
 
-def test_byte_order_mark_and_line_breaks_in_cells_are_read(tmp_path):
-    path = write_csv(tmp_path, [{**GOOD, "problem": 'two\nlines, "quoted"'}, GOOD])
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert [pair.problem for pair in read(path)] == ['two\nlines, "quoted"', GOOD["problem"]]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"videos": "v/a.mp4"}, r"videos is 'v/a.mp4'; write a list of two paths"),
-        ({"videos": "[1, 2]"}, "it must hold two paths, video A first"),
         ({"problem": "  "}, "problem is empty; write the instruction"),
         ({"answer": "first"}, "answer: 'first' is not a label. Write A, B, same or invalid"),
-        ({"answer": '{"gsb_result": 3}'}, "answer: gsb_result is 3"),
     ],
 )
 def test_faulty_cells_name_file_row_line_and_remedy(tmp_path, change, message):
@@ -104,12 +91,8 @@ def test_faulty_cells_name_file_row_line_and_remedy(tmp_path, change, message):
 
 def test_all_faults_are_counted_and_the_first_are_shown(tmp_path):
     num_faults = NUM_PROBLEMS_SHOWN + 4
-    with pytest.raises(CsvError) as raised:
+    with pytest.raises(CsvError, match=r"\.\.\. and 4 more$") as raised:
         read(write_csv(tmp_path, [GOOD] + [{**GOOD, "answer": "?"}] * num_faults))
-    lines = str(raised.value).splitlines()
-    assert lines[0].endswith(f"{num_faults} fault(s)")
-    assert len(lines) == 1 + NUM_PROBLEMS_SHOWN + 1
-    assert lines[-1].strip() == "... and 4 more"
     assert len(raised.value.problems) == num_faults
 
 
@@ -121,9 +104,8 @@ def test_missing_columns_and_folders_name_the_setting(tmp_path):
         read(good, image_dir=str(tmp_path / "absent"))
 
 
-def test_shipped_example_is_what_the_toy_world_makes():
-    config, rows = WorldConfig(), read_table(DATA_DIR / "example.csv")
-    pairs = sample_example(config)
+def test_shipped_example_is_what_the_toy_world_makes_and_is_read():
+    rows, pairs = read_table(DATA_DIR / "example.csv"), sample_example(WorldConfig())
     assert rows == [rl_row(pair, stage1_judge_problem(pair.prompt)) for pair in pairs]
     stage1_rows = read_table(STAGE1_EXAMPLE / "example.csv")
     for pair, row in zip(pairs, stage1_rows, strict=True):
@@ -132,9 +114,4 @@ def test_shipped_example_is_what_the_toy_world_makes():
     for row in rows:
         for video in ast.literal_eval(row["videos"]):
             assert (DATA_DIR / video).read_bytes() == (STAGE1_EXAMPLE / video).read_bytes()
-
-
-def test_shipped_example_is_read():
-    pairs = read(DATA_DIR / "example.csv")
-    assert [pair.preference for pair in pairs] == [1, -1, 0, 1]
-    assert all(os.path.isabs(video) for pair in pairs for video in pair.videos)
+    assert [pair.preference for pair in read(DATA_DIR / "example.csv")] == [1, -1, 0, 1]

@@ -1,4 +1,4 @@
-"""Which layers keep their activations, in both stages: by what a GPU has room for; on CPUs none."""
+"""Which layers keep their activations, in both stages: as many as a GPU has room for; none on CPUs."""
 
 from collections.abc import Iterator
 
@@ -12,14 +12,13 @@ from verl.model.recompute import SPARE_BYTES, SPARE_SHARE, WORKING_LAYERS, Activ
 GIB = 2**30
 KEPT_BYTES = GIB
 NUM_LAYERS = 10
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 class Layer(nn.Module):
     gradient_checkpointing = True
 
     def forward(self, device: str) -> torch.Tensor:
-        """Keeps so much, as long as the caller keeps the result."""
+        """Keeps KEPT_BYTES, as long as the caller keeps the result."""
         return torch.empty(KEPT_BYTES, dtype=torch.uint8, device=device)
 
 
@@ -27,11 +26,6 @@ class Layer(nn.Module):
 def kind(request):
     """The class of either stage."""
     return request.param
-
-
-def make_plan(kind, device: str, **options):
-    layers = [Layer() for _ in range(NUM_LAYERS)]
-    return kind(layers, options.pop("trained", []), torch.device(device), **options)
 
 
 def count_kept(plan) -> int:
@@ -53,25 +47,22 @@ def room_for_six() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-def measured_plan(kind, **options):
+def measured_plan(kind, *, trained=(), **options):
     """A plan after its first pass of 1000 tokens, and what that pass keeps."""
-    plan = make_plan(kind, "cuda", **options)
+    plan = kind([Layer() for _ in range(NUM_LAYERS)], list(trained), torch.device("cuda"), **options)
     plan.prepare(1000)
     assert count_kept(plan) == min(1, options.get("max_kept", 1))
     return plan, plan.layers[-1]("cuda")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 class TestOnGpu:
-    pytestmark = on_gpu
-
     def test_the_first_pass_keeps_one_layer_and_later_ones_what_fits(self, kind, room_for_six):
         plan, _kept = measured_plan(kind)
-        plan.prepare(1000)
-        assert count_kept(plan) == 6
-        plan.prepare(100)
-        assert count_kept(plan) == NUM_LAYERS
-        plan.prepare(100_000)
-        assert count_kept(plan) == 0
+        for num_tokens, expected in ((1000, 6), (100, NUM_LAYERS), (100_000, 0)):
+            plan.prepare(num_tokens)
+            assert count_kept(plan) == expected
 
     def test_gradients_that_are_still_to_come_take_room(self, kind, room_for_six):
         parameter = nn.Parameter(torch.empty(3 * GIB // 4, device="meta"))  # 3 GiB in fp32
@@ -79,11 +70,11 @@ class TestOnGpu:
         plan.prepare(1000)
         assert count_kept(plan) == 3
 
-    @pytest.mark.parametrize(("limit", "expected"), [(0, 0), (2, 2), (99, 6)])
-    def test_a_limit_keeps_fewer(self, kind, room_for_six, limit, expected):
+    @pytest.mark.parametrize("limit", [0, 2])
+    def test_a_limit_keeps_fewer(self, kind, room_for_six, limit):
         plan, _kept = measured_plan(kind, max_kept=limit)
         plan.prepare(1000)
-        assert count_kept(plan) == expected
+        assert count_kept(plan) == limit
 
     def test_vision_blocks_keep_what_text_layers_leave(self, room_for_six):
         blocks = [Layer() for _ in range(5)]
@@ -98,6 +89,6 @@ class TestOnGpu:
 
 
 def test_on_a_cpu_every_layer_recomputes(kind):
-    plan = make_plan(kind, "cpu")
+    plan = kind([Layer() for _ in range(NUM_LAYERS)], [], torch.device("cpu"))
     plan.prepare(10)
     assert count_kept(plan) == 0

@@ -1,7 +1,6 @@
 """Temporary folders: gone with their process, however it ends, and never while it lives."""
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ def start(code: str, temporary: Path) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
 
 
@@ -66,16 +65,6 @@ def test_a_folder_that_nobody_closed_goes_with_its_process(temporary):
     code = "from verl.temporary import temporary_folder; f = temporary_folder('engine'); print(f.__enter__())"
     start(code, temporary).communicate()
     assert not list(temporary.iterdir())
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_folders_of_other_users_stay(temporary, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    temporary.chmod(0o1777)
-    kill(start("import os, verl.temporary; os.setuid(65534)" + HOLD, temporary))
-    (left,) = temporary.glob("descore_engine_*")
-    with temporary_folder("engine"):
-        assert left.exists()
 
 
 RAY = """

@@ -59,8 +59,7 @@ def compare_with_plain(inputs, temperature) -> list[float]:
     return [((ours - theirs).norm() / theirs.norm()).item() for ours, theirs in pairs]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("rows", [1, 4, NUM_LABELS])
+@pytest.mark.parametrize(("temperature", "rows"), [(1.0, 4), (0.6, 1), (0.6, NUM_LABELS)])
 def test_values_and_gradients_equal_those_of_whole_logits(monkeypatch, temperature, rows):
     monkeypatch.setattr(token_log_probs, "CHUNK_ELEMENTS", rows * VOCAB)
     assert max(compare_with_plain(make_inputs(), temperature)) < 1e-5
@@ -75,36 +74,26 @@ def test_bf16_operands_give_fp32_logits_on_a_gpu(monkeypatch):
 
 
 def test_logits_of_all_rows_never_exist_together(monkeypatch):
-    rows = 2
-    monkeypatch.setattr(token_log_probs, "CHUNK_ELEMENTS", rows * VOCAB)
+    monkeypatch.setattr(token_log_probs, "CHUNK_ELEMENTS", 2 * VOCAB)
     sizes = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         output = compute(make_inputs(), 1.0, with_reference=False)
     assert output.kl is None
     assert max(sizes) == VOCAB * HIDDEN  # the head itself is the largest thing that is kept
     output.log_probs.sum().backward()
 
 
-def test_forbidden_tokens_get_no_gradient_and_entropy_none():
+def test_forbidden_tokens_and_entropy_get_no_gradient():
     inputs = make_inputs()
-    output = compute(inputs, 1.0, with_reference=False)
+    output = compute(inputs, 0.0, with_reference=False)
     assert not output.entropy.requires_grad
     output.log_probs.sum().backward()
     assert inputs[1].grad[FORBIDDEN].abs().max() == 0
     assert inputs[1].grad.abs().sum() > 0
+    assert torch.equal(output.log_probs, compute(inputs, 1.0).log_probs)  # greedy counts as temperature 1
 
 
-def test_greedy_counts_as_temperature_one():
-    inputs = make_inputs()
-    assert torch.equal(compute(inputs, 0.0).log_probs, compute(inputs, 1.0).log_probs)
-
-
-def test_no_labels_give_nothing_that_is_attached_to_the_graph():
+def test_without_labels_the_empty_result_is_attached_to_the_graph():
     inputs = make_inputs(num_labels=0)
     output = compute(inputs, 1.0)
     assert output.log_probs.shape == output.entropy.shape == output.kl.shape == (0,)
@@ -114,12 +103,6 @@ def test_no_labels_give_nothing_that_is_attached_to_the_graph():
 
 def test_reference_without_a_head_uses_the_policys():
     states, weight, labels, reference = make_inputs()
-    arguments = {"temperature": 1.0, "forbidden_ids": FORBIDDEN}
-    same = compute_token_log_probs(states, weight, labels, reference=Distributions(states.detach()), **arguments)
-    assert same.kl.abs().max() < 1e-6
-    named = Distributions(reference.states, weight.detach())
-    ours, theirs = (
-        compute_token_log_probs(states, weight, labels, reference=given, **arguments).kl
-        for given in (Distributions(reference.states), named)
-    )
+    shared, named = (Distributions(reference.states, head) for head in (None, weight.detach()))
+    ours, theirs = (compute((states, weight, labels, given), 1.0).kl for given in (shared, named))
     assert torch.equal(ours, theirs)

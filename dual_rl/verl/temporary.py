@@ -1,7 +1,7 @@
 """Temporary folders that do not outlive their process, however it ends.
 
 The process holds a lock on a file in each of its folders, and the kernel releases the lock when the process is gone. A
-killed process cannot clean up, so whoever makes or leaves such a folder removes those whose lock is free.
+killed process cannot clean up, so every use of such a folder also removes those whose lock is free.
 """
 
 import atexit

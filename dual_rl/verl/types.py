@@ -1,8 +1,7 @@
-"""What crosses module boundaries in stage 2.
+"""The types that cross module boundaries in stage 2.
 
-The pair is the unit that everything moves: it is drawn, generated for, balanced over ranks, packed and updated as a
-whole. A response is named by `ResponseKey`, and rewards, advantages and log-probs are looked up by that name, never by
-their place in a list.
+Everything moves whole pairs: a pair is drawn, generated for, balanced over ranks, packed and updated as a whole. A
+response has its `ResponseKey`; rewards, advantages and log-probs are looked up by that key, never by an index.
 """
 
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ class VideoKey(NamedTuple):
 
 
 class ResponseKey(NamedTuple):
-    """One response: the `sample`-th (from 0) that was written for a video."""
+    """One response: the `sample`-th, counted from 0, of a video."""
 
     pair_id: int
     side: Side
@@ -43,8 +42,8 @@ class PreferencePair:
     """One row of a stage 2 CSV.
 
     `videos`: absolute paths of A and B. `problem`: user turn with at most one `<video>`. `answer`: the annotation as
-    it stands in the CSV, handed to the reward function. `preference`: +1 when A is better, -1 when B is, 0 for a tie,
-    None when the row has no usable label (such a pair takes part in GRPO but not in Bradley-Terry).
+    in the CSV, for the reward function. `preference`: +1 if A is better, -1 if B is, 0 for a tie, None if the row has
+    no usable label (such a pair takes part in GRPO, but not in Bradley-Terry).
     """
 
     pair_id: int
@@ -74,9 +73,9 @@ class VideoPrompt:
 class Sampling:
     """How responses are drawn. `seed` is mixed with each response's key: draws depend on neither rank nor batch.
 
-    `n` responses a video, `temperature` 0 for greedy, `top_k` -1 for all tokens, at most `max_tokens` tokens each.
-    `repetition_penalty`: logits of tokens that stand in prompt or response already are divided by it where positive
-    and multiplied where negative (CTRL, Keskar et al. 2019); 1 for none.
+    `n` responses per video, `temperature` 0 for greedy, `top_k` -1 for all tokens, at most `max_tokens` tokens each.
+    `repetition_penalty`: positive logits of tokens that occur in prompt or response are divided by it, negative ones
+    multiplied (CTRL, Keskar et al. 2019); 1 for none.
     """
 
     n: int
@@ -90,7 +89,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Response:
-    """What was generated: ids are carried from here to training and scoring, never re-tokenised.
+    """A generated response: its ids are carried to training and scoring, never re-tokenised.
 
     `cot_ids`: token ids without EOS. `is_finished`: EOS was generated; False when cut at the length limit.
     `log_probs`: float32 [num_labels], the rollout engine's log-probability of each CoT token and, when finished, EOS.
@@ -113,7 +112,7 @@ class PairRollout:
     """A pair with the responses for both videos, n each, in order of `sample`.
 
     `prompt_tokens`: of A's and of B's prompt. `prompts`: Ray's reference to the two `VideoPrompt`s, which stay in its
-    object store until a worker asks for them; None where no Ray takes part.
+    object store until a worker fetches them; None without Ray.
     """
 
     pair: PreferencePair

@@ -1,7 +1,7 @@
-"""Group-relative advantages: how much better a response is than the others that were written for the same video.
+"""Group-relative advantages: how much better a response is than the others to the same video.
 
-A group is named by its `VideoKey`, never by the place of its scores in a list, so that no reordering can attach a
-score to another response. All numbers are Python floats (float64).
+A group has its `VideoKey` and a score its `ResponseKey`, so that no reordering can attach a score to another response.
+All numbers are Python floats (float64).
 """
 
 import math
@@ -54,5 +54,5 @@ def group_by_video(scores: Mapping[ResponseKey, float]) -> dict[VideoKey, dict[R
 
 
 def compute_group_means(scores: Mapping[ResponseKey, float]) -> dict[VideoKey, float]:
-    """Mean score of every group, which online filtering looks at."""
+    """Mean score of every group, for online filtering."""
     return {video: math.fsum(group.values()) / len(group) for video, group in group_by_video(scores).items()}

@@ -1,4 +1,4 @@
-"""Whole pairs spread over ranks so that each computes about as many tokens (Karmarkar and Karp's differencing)."""
+"""Whole pairs over ranks, so that all compute about as many tokens (Karmarkar and Karp's differencing method)."""
 
 import heapq
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from verl.types import PairRollout
 
 
 def balance_pairs(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Indices of pairs for each rank, every index once and ascending within a rank.
+    """Indices of the pairs of each rank, every index once and ascending within a rank.
 
-    `num_tokens`: tokens of each pair. A rank may hold more pairs than another, but none is left empty while there are
-    as many pairs as ranks. Deterministic.
+    `num_tokens`: tokens of each pair. One rank may get more pairs than another, but none stays empty if there are as
+    many pairs as ranks. Deterministic.
 
     Example: tokens (8, 7, 6, 5, 4) over two ranks give [[0, 2], [1, 3, 4]], loads 14 and 16.
     """
-    # An entry is a partition into num_ranks loads, sorted by load; the two of the largest spread are merged, the
+    # An entry is a partition into num_ranks loads, sorted by load. The two with the largest spread are merged, the
     # heaviest part of one with the lightest of the other.
     heap: list[tuple[int, int, list[tuple[int, list[int]]]]] = []
     for index, tokens in enumerate(num_tokens):
@@ -38,10 +38,10 @@ def balance_pairs(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
 def distribute_pairs(
     rollouts: Sequence[PairRollout], *, mini_batch_size: int, num_ranks: int, ulysses_size: int = 1
 ) -> list[list[list[PairRollout]]]:
-    """Every rank's pairs by mini-batch: whole pairs, balanced by tokens inside each run of `mini_batch_size` pairs.
+    """Every rank's pairs by mini-batch: whole pairs, balanced by tokens within each run of `mini_batch_size` pairs.
 
-    `ulysses_size`: so many neighbouring ranks share each row and get the same pairs. With fewer pairs than ranks a
-    mini-batch is empty on some.
+    `ulysses_size`: the number of neighbouring ranks that share each row and get the same pairs. With fewer pairs than
+    ranks, a mini-batch is empty on some ranks.
     """
     groups: list[list[list[PairRollout]]] = [[] for _ in range(num_ranks // ulysses_size)]
     for start in range(0, len(rollouts), mini_batch_size):

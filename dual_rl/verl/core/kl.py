@@ -35,7 +35,7 @@ def compute_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, *, kind: Kl
 def compute_full_kl(log_distribution: torch.Tensor, ref_log_distribution: torch.Tensor) -> torch.Tensor:
     """KL(policy || reference) of whole distributions: log-probabilities [L, V] each; returns [L], differentiable.
 
-    Tokens that are forbidden, -inf in both, contribute nothing to value or gradient.
+    Forbidden tokens, -inf in both, contribute nothing to value or gradient.
     """
     is_allowed = log_distribution.isfinite()
     difference = log_distribution.masked_fill(~is_allowed, 0.0) - ref_log_distribution.masked_fill(~is_allowed, 0.0)

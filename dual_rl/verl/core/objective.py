@@ -7,8 +7,8 @@ KL:       an estimate for every response token, where the KL is a loss and not t
 L_BT:     -log sigmoid(chosen reward - rejected reward) of the response pairs (A_i, B_i) that have a preference.
 
 Each term is a sum over its items divided by their number in the whole mini-batch, over all ranks and micro-batches.
-The losses of the pieces of a mini-batch therefore add up to the loss of the whole, however it was cut. What is known
-of a response is looked up by its `ResponseKey`, and a preference by its pair, never by a position in a list.
+The losses of the rows of a mini-batch therefore add up to the loss of the whole, however it was split. Values of a
+response are looked up by its `ResponseKey`, a preference by its pair, never by an index into a list.
 """
 
 from collections.abc import Mapping
@@ -20,18 +20,18 @@ import torch
 from verl.config import AlgorithmConfig, Config
 from verl.core.kl import compute_kl
 from verl.core.packing import PackedGroups, join_labels
-from verl.core.pair_loss import PairLoss, compute_pair_loss, encode_preferences, index_pairs
+from verl.core.pair_loss import compute_pair_loss
 from verl.core.policy_loss import compute_importance_weights, compute_policy_loss, compute_token_weights
 from verl.core.token_log_probs import Distributions
 from verl.types import ResponseKey
 
 
 class PolicyOutput(NamedTuple):
-    """What one packed forward gives, fp32: of R responses `rewards`, of L labels `log_probs` and `entropy`, [L].
+    """Output of one packed forward, fp32: `rewards` [R] of the responses, `log_probs` and `entropy` [L] of the labels.
 
-    `entropy`, in nats, has no gradient. `full_kl`: [L], KL(policy || reference) over the whole vocabulary, where the
-    reference's distributions were given. `distributions`: this model's own, where asked for (in a sequence group: of
-    the labels that this rank's tokens predict). Else None.
+    `entropy`, in nats, has no gradient. `full_kl`: [L], KL(policy || reference) over the whole vocabulary, if the
+    reference's distributions were given. `distributions`: this model's own, if asked for (in a sequence group: of the
+    labels that this rank's tokens predict).
     """
 
     rewards: torch.Tensor
@@ -42,7 +42,7 @@ class PolicyOutput(NamedTuple):
 
 
 class GlobalCounts(NamedTuple):
-    """Of one mini-batch over all ranks: labels, responses with a label, and (A_i, B_i) with a preference."""
+    """Counts of one mini-batch over all ranks: labels, responses with a label, pairs (A_i, B_i) with a preference."""
 
     tokens: int
     responses: int
@@ -51,10 +51,10 @@ class GlobalCounts(NamedTuple):
 
 @dataclass(frozen=True)
 class Experience:
-    """What is known of responses before the update; log-probs are float32 [num_labels] by response.
+    """Everything that is fixed before the update; log-probs are float32 [num_labels] by response.
 
-    `rollout_log_probs`: of the engine that wrote them. `old_log_probs`: of the policy before the update; None while
-    it has not changed. `ref_log_probs`: of the reference; None where no term needs them. `preferences`: +1 (A is
+    `rollout_log_probs`: of the engine that wrote the responses. `old_log_probs`: of the policy before the update; None
+    while it is unchanged. `ref_log_probs`: of the reference; None if no term needs them. `preferences`: +1 (A is
     better), -1, 0 (tie) or None by pair_id.
     """
 
@@ -68,14 +68,13 @@ class Experience:
 def dual_loss(
     output: PolicyOutput, packed: PackedGroups, experience: Experience, counts: GlobalCounts, config: Config
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The share that a packed row has in the loss of its mini-batch, and its shares of the metrics.
+    """The share of one packed row in the loss of its mini-batch, and its shares of the metrics.
 
     Metrics add up over rows and ranks; of those that end in `_max` the largest counts. Nothing is read back from the
     device. A row without a label or a preference gives a zero that is attached to the graph.
     """
-    actor, algorithm = config.worker.actor, config.algorithm
+    actor, algorithm, owner = config.worker.actor, config.algorithm, packed.label_owner
     num_tokens, num_pairs = max(counts.tokens, 1), max(counts.pairs, 1)
-    owner = packed.label_owner
     advantages = torch.tensor([experience.advantages[key] for key in packed.keys], device=owner.device)
     rollout = join_labels(experience.rollout_log_probs, packed)
     is_on_policy = experience.old_log_probs is None
@@ -92,12 +91,11 @@ def dual_loss(
         weights=weights if cap is None else weights * compute_importance_weights(old, rollout, cap=cap),
         settings=actor,
     )
-    pairs = _pair_loss(output, packed, experience)
+    pairs = compute_pair_loss(output.rewards, packed.keys, experience.preferences)
     metrics = {"actor/policy_loss": policy.loss, "bt/loss": pairs.loss / num_pairs}
     loss = policy.loss
-    token_kl = _token_kl(output, packed, experience, algorithm)
-    if token_kl is not None:
-        metrics["actor/kl"] = (weights * token_kl).sum()
+    if algorithm.has_kl_loss:
+        metrics["actor/kl"] = (weights * _token_kl(output, packed, experience, algorithm)).sum()
         loss = loss + algorithm.kl_coef * metrics["actor/kl"]
     loss = loss + actor.bt_weight * metrics["bt/loss"]
     difference = (old - rollout).abs()
@@ -117,19 +115,8 @@ def dual_loss(
 
 def _token_kl(
     output: PolicyOutput, packed: PackedGroups, experience: Experience, algorithm: AlgorithmConfig
-) -> torch.Tensor | None:
-    """KL to the reference at every label, [L], where it is part of the loss."""
-    if not algorithm.has_kl_loss:
-        return None
+) -> torch.Tensor:
+    """KL to the reference at every label, [L]."""
     if algorithm.kl_penalty == "full":
         return output.full_kl
     return compute_kl(output.log_probs, join_labels(experience.ref_log_probs, packed), kind=algorithm.kl_penalty)
-
-
-def _pair_loss(output: PolicyOutput, packed: PackedGroups, experience: Experience) -> PairLoss:
-    """Bradley-Terry over the response pairs of the row."""
-    index = index_pairs(packed.keys)
-    preferences = encode_preferences([experience.preferences[pair_id] for pair_id in index.pair_ids])
-    device = output.rewards.device
-    rewards_a, rewards_b = (output.rewards[places.to(device)] for places in (index.a, index.b))
-    return compute_pair_loss(rewards_a, rewards_b, preferences=preferences.to(device))

@@ -20,13 +20,13 @@ from verl.types import Response, ResponseKey, VideoKey, VideoPrompt
 
 @dataclass(frozen=True)
 class PackedGroups:
-    """A row of G groups (one video with its responses each), R responses, L labels and T tokens.
+    """A row of G groups (a video with its responses each), R responses, L labels and T tokens.
 
-    `input_ids`: int64 [T]. `position_ids`: int64 [3, T]. `video_positions`: int64, tokens of the row that stand for
-    video features, in order. `labels`: int64 [L], what the policy drew: each CoT token and, when finished, EOS.
-    `label_positions`: int64 [L], the token of the row that predicts each. `label_owner`: int64 [L], which of the R
-    responses a label belongs to. `reward_positions`: int64 [R], where `<Reward>` stands. `num_labels`: R ints.
-    `keys`: the R responses. `video_keys` and `grid_thw`: the G videos and their patch grids.
+    `input_ids`: int64 [T]. `position_ids`: int64 [3, T]. `video_positions`: int64, indices of the video tokens.
+    `labels`: int64 [L], what the policy drew: each CoT token and, when finished, EOS. `label_positions`: int64 [L],
+    the token of the row that predicts each label. `label_owner`: int64 [L], index of the response it belongs to.
+    `reward_positions`: int64 [R], indices of `<Reward>`. `num_labels`: R ints. `keys`: the R responses. `video_keys`
+    and `grid_thw`: the G videos and their patch grids.
 
     Example: a prompt of 3 tokens and one finished response of ids (5, 9) give T = 6, L = 3, labels (5, 9, EOS),
     label_positions (2, 3, 4), reward_positions (5,).
@@ -49,16 +49,8 @@ class PackedGroups:
     def num_tokens(self) -> int:
         return self.input_ids.numel()
 
-    @property
-    def num_responses(self) -> int:
-        return len(self.keys)
-
-    @property
-    def device(self) -> torch.device:
-        return self.input_ids.device
-
     def to(self, device: torch.device | str) -> "PackedGroups":
-        """A copy on `device`, made without waiting for what the device is doing."""
+        """A copy on `device`, made without waiting for the device."""
         tensors = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -71,70 +63,61 @@ class PackedGroups:
 
 
 def pack_groups(groups: Sequence[tuple[VideoPrompt, Sequence[Response]]], builder: SequenceBuilder) -> PackedGroups:
-    """Lay groups into one row, on the CPU. `builder`: tells the ids of `<Reward>`, video tokens and EOS."""
+    """Lay groups into one row, on the CPU. `builder` knows the ids of `<Reward>`, video tokens and EOS."""
     assert groups, "nothing to pack"
     assert all(responses for _, responses in groups), "a video without responses"
-    tokens = builder.sequence_tokens
-    responses = [response for _, group in groups for response in group]
-    layout = SharedPromptLayout(
-        prompt_lengths=tuple(prompt.input_ids.numel() for prompt, _ in groups),
-        response_lengths=tuple(tuple(len(response.cot_ids) + 1 for response in group) for _, group in groups),
-    )
-    input_ids, positions = [], []
-    for prompt, group in groups:
+    video_id, eos_id = builder.processor.video_token_id, builder.tokenizer.eos_token_id
+    ids, positions, labels, label_positions, reward_positions = [], [], [], [], []
+    num_packed = 0
+    for prompt, responses in groups:
         prompt_positions = compute_mrope_positions(
-            prompt.input_ids, video_token_id=tokens.video_id, grid_thw=prompt.grid_thw, merge_size=tokens.merge_size
+            prompt.input_ids, video_token_id=video_id, grid_thw=prompt.grid_thw, merge_size=builder.merge_size
         )
-        start = int(prompt_positions.max()) + 1
-        input_ids.append(prompt.input_ids)
+        first_position = int(prompt_positions.max()) + 1
+        ids.append(prompt.input_ids)
         positions.append(prompt_positions)
-        for response in group:
-            input_ids.append(torch.tensor([*response.cot_ids, tokens.reward_id]))
-            positions.append(torch.arange(start, start + len(response.cot_ids) + 1).expand(3, -1))
-    ids = torch.cat(input_ids)
-    reward_positions = torch.tensor(layout.response_starts) + torch.tensor(layout.flat_response_lengths) - 1
+        num_packed += prompt.input_ids.numel()
+        last_of_prompt = num_packed - 1
+        for response in responses:
+            cot, count = response.cot_ids, response.num_labels
+            ids.append(torch.tensor([*cot, builder.reward_token_id]))
+            positions.append(torch.arange(first_position, first_position + len(cot) + 1).expand(3, -1))
+            labels += (*cot, eos_id)[:count]
+            label_positions += (last_of_prompt, *range(num_packed, num_packed + len(cot)))[:count]
+            num_packed += len(cot) + 1
+            reward_positions.append(num_packed - 1)
+    input_ids = torch.cat(ids)
+    responses = [response for _, group in groups for response in group]
+    num_labels = tuple(response.num_labels for response in responses)
     return PackedGroups(
-        input_ids=ids,
+        input_ids=input_ids,
         position_ids=torch.cat(positions, dim=1),
-        video_positions=(ids == tokens.video_id).nonzero().squeeze(1),
-        reward_positions=reward_positions,
-        **_build_labels(layout, groups, eos_id=tokens.eos_id),
-        num_labels=tuple(response.num_labels for response in responses),
+        video_positions=(input_ids == video_id).nonzero().squeeze(1),
+        labels=torch.tensor(labels, dtype=torch.long),
+        label_positions=torch.tensor(label_positions, dtype=torch.long),
+        label_owner=torch.arange(len(responses)).repeat_interleave(torch.tensor(num_labels)),
+        reward_positions=torch.tensor(reward_positions),
+        num_labels=num_labels,
         keys=tuple(response.key for response in responses),
         video_keys=tuple(prompt.key for prompt, _ in groups),
         grid_thw=tuple(prompt.grid_thw for prompt, _ in groups),
-        layout=layout,
+        layout=SharedPromptLayout(
+            prompt_lengths=tuple(prompt.input_ids.numel() for prompt, _ in groups),
+            response_lengths=tuple(tuple(len(response.cot_ids) + 1 for response in group) for _, group in groups),
+        ),
     )
 
 
-def _build_labels(layout: SharedPromptLayout, groups, *, eos_id: int) -> dict[str, torch.Tensor]:
-    """`labels`, `label_positions` and `label_owner` of PackedGroups."""
-    labels, positions, counts = [], [], []
-    starts = iter(layout.response_starts)
-    for group_start, (prompt, group) in zip(layout.group_starts[:-1], groups, strict=True):
-        last_of_prompt = group_start + prompt.input_ids.numel() - 1
-        for response in group:
-            start, count = next(starts), response.num_labels
-            labels += (*response.cot_ids, eos_id)[:count]
-            positions += (last_of_prompt, *range(start, start + len(response.cot_ids)))[:count]
-            counts.append(count)
-    return {
-        "labels": torch.tensor(labels, dtype=torch.long),
-        "label_positions": torch.tensor(positions, dtype=torch.long),
-        "label_owner": torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
-    }
-
-
 def split_labels(values: torch.Tensor, packed: PackedGroups) -> dict[ResponseKey, torch.Tensor]:
-    """Values of labels, [L, ...], back to their responses: [num_labels, ...] each (views)."""
+    """Values of labels, [L, ...], by response: [num_labels, ...] each (views)."""
     return dict(zip(packed.keys, values.split(packed.num_labels), strict=True))
 
 
 def join_labels(values: Mapping[ResponseKey, torch.Tensor], packed: PackedGroups) -> torch.Tensor:
-    """The inverse of `split_labels`: values by response, [num_labels, ...] each, in the order of the row, [L, ...].
+    """The inverse of `split_labels`: values by response in the order of the row, [L, ...].
 
     Responses that are not in the row are left out.
     """
     pieces = [values[key] for key in packed.keys]
     assert tuple(map(len, pieces)) == packed.num_labels, "not one value per label"
-    return torch.cat(pieces).to(packed.device)
+    return torch.cat(pieces).to(packed.labels.device)

@@ -1,9 +1,9 @@
 """Policy gradient losses over a flat run of response tokens.
 
-The tokens of all responses lie one after the other in vectors of length L; `owner` says which response a token belongs
-to. A loss is sum_t weight_t * loss_t, and the weights hold counts over the whole mini-batch and all ranks, so that the
-sum over micro-batches and ranks is the mini-batch's loss however it was cut. With L = 0 the loss is a zero that is
-still attached to the graph.
+The tokens of all responses follow one another in vectors of length L; `owner` is the index of each token's response.
+A loss is sum_t weight_t * loss_t. The weights contain counts over the whole mini-batch and all ranks, so that the
+losses of micro-batches and ranks add up to that of the mini-batch, however it was split. With L = 0 the loss is a zero
+that is still attached to the graph.
 
 Notation: log r_t = log pi(t) - log pi_old(t), A_t the advantage, low and high the clip ratios, |y| the tokens of t's
 response, sg[] a stopped gradient. log r is clamped to +-20 before it is exponentiated.
@@ -23,8 +23,8 @@ class PolicyLoss:
     """`loss`: scalar, sum of weighted token losses. `sums`: float64 scalars over the L tokens, without gradient.
 
     `ratio`, r as the loss uses it; `approx_kl`, r_t - 1 - log r_t >= 0, an estimate of KL(old || new)
-    (Schulman 2020); `clip_high`, `clip_low`, `clip_dual`, tokens at which a bound took hold. Divided by the number of
-    tokens over all micro-batches and ranks they are means and shares.
+    (Schulman 2020); `clip_high`, `clip_low`, `clip_dual`, tokens that were clipped. Divided by the number of tokens
+    over all micro-batches and ranks they are means and shares.
     """
 
     loss: torch.Tensor
@@ -36,8 +36,8 @@ def compute_token_weights(
 ) -> torch.Tensor:
     """float32 [L]: the weight of each token's loss, from `owner`, int64 [L].
 
-    `token`: 1 / num_tokens, every token of the mini-batch counts alike. `seq`: 1 / (|y| * num_responses), every
-    response counts alike. `num_tokens` and `num_responses` (those with a label) are counted over the global
+    `token`: 1 / num_tokens, every token of the mini-batch counts the same. `seq`: 1 / (|y| * num_responses), every
+    response counts the same. `num_tokens` and `num_responses` (those with a label) are counted over the global
     mini-batch; all tokens of a response must be present.
 
     Example: owner [0, 0, 1] with 10 responses, `seq`: [0.05, 0.05, 0.1].

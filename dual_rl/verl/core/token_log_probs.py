@@ -1,13 +1,13 @@
 """Log-probabilities of drawn tokens straight from hidden states: vocabulary logits never exist as a whole.
 
-Rows are cut into chunks; each chunk's logits live only while it is computed. Logits leave the matrix product in fp32
-(also from bf16 operands: rounding them to bf16 would move log-probs by more than an update at a learning rate of 1e-6
-does), and everything after it is fp32.
+Rows are split into chunks, and each chunk's logits live only while it is computed. Logits leave the matrix product in
+fp32, also from bf16 operands (rounding them to bf16 would change log-probs by more than an update at a learning rate
+of 1e-6 does), and everything after it is fp32.
 
-Where only the states are trained (LoRA), nothing is left to compute in the backward pass: whatever the loss, the
-gradient of a log-prob by its state is a number times (W[label] - softmax @ W) / temperature, which the forward pass
-makes while it has the logits. Where the language head is trained as well, or the full KL has a gradient, chunks are
-computed again in the backward pass.
+If only the states are trained (LoRA), the backward pass computes nothing: whatever the loss, the gradient of a
+log-prob by its state is a number times (W[label] - softmax @ W) / temperature, which the forward pass computes while
+it has the logits. If the language head is trained as well, or the full KL has a gradient, the backward pass recomputes
+chunks.
 """
 
 from functools import cache

@@ -1,7 +1,7 @@
 """The order in which pairs are drawn: a permutation per epoch that depends on seed and epoch only.
 
-Drawing goes on over epochs without end. The position is two numbers, so that a resumed run draws what the
-uninterrupted one would have, on any number of ranks.
+Drawing never ends. The position is two numbers, so that a resumed run draws what the uninterrupted one would have, on
+any number of ranks.
 """
 
 import logging
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 class BatchStream:
     """Batches of pairs, epoch after epoch; the last incomplete batch of an epoch is left out.
 
-    The permutation differs between epochs, so that other pairs are left out each time. Raises ValueError when there
-    are fewer pairs than a batch holds.
+    The permutation differs between epochs, and so do the pairs that are left out. Raises ValueError when the pairs do
+    not fill a batch.
 
-    Example: 10 pairs in batches of 4 are 2 batches an epoch; 2 pairs are left out of each epoch.
+    Example: 10 pairs in batches of 4 are 2 batches per epoch; 2 pairs are left out of each epoch.
     """
 
     def __init__(self, pairs: Sequence[PreferencePair], *, batch_size: int, shuffle: bool, seed: int) -> None:
@@ -45,12 +45,12 @@ class BatchStream:
         return len(self.pairs) // self.batch_size
 
     def peek(self) -> list[PreferencePair]:
-        """The batch that `next_batch` will return, for decoding ahead."""
+        """The batch that `next_batch` will return, to decode it ahead."""
         start = self.batch_in_epoch * self.batch_size
         return [self.pairs[index] for index in self._order[start : start + self.batch_size]]
 
     def next_batch(self) -> list[PreferencePair]:
-        """Draw `batch_size` pairs and move on, into the next epoch where this one is used up."""
+        """Draw `batch_size` pairs and move on, into the next epoch at the end of this one."""
         batch = self.peek()
         self.batch_in_epoch += 1
         if self.batch_in_epoch == self.steps_per_epoch:
@@ -69,6 +69,6 @@ class BatchStream:
         return {"epoch": self.epoch, "batch_in_epoch": self.batch_in_epoch}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue where `state` was taken from a stream of the same pairs and settings."""
+        """Continue from `state`, taken from a stream of the same pairs and settings."""
         self.epoch, self.batch_in_epoch = state["epoch"], state["batch_in_epoch"]
         self._order = self._permute()

@@ -1,6 +1,6 @@
-"""Videos from disk: decoding ahead of the step that needs them, and the checks before training starts.
+"""Videos from disk: decoded ahead of the step that needs them, and checked before training starts.
 
-A pair with a video that does not decode is dropped whole and listed; the video is never replaced by another.
+A pair with a video that does not decode is dropped as a whole and listed; the video is never replaced by another.
 """
 
 import logging
@@ -23,8 +23,8 @@ LENGTH_REMEDY = "lower data.video_fps or data.max_pixels, raise data.max_prompt_
 class VideoLoader:
     """Decodes and tokenises videos in threads.
 
-    Decoding releases the interpreter; tokenising is guarded by a lock, since tokenizers must not run in two threads at
-    a time. Close it, or use it as a context manager.
+    Decoding releases the interpreter. A lock guards tokenising: tokenizers must not run in two threads at a time.
+    Close the loader, or use it as a context manager.
     """
 
     def __init__(self, builder: SequenceBuilder, budget: VideoBudget, *, num_threads: int = 4) -> None:
@@ -34,11 +34,11 @@ class VideoLoader:
         self._lock = threading.Lock()
 
     def submit(self, key: VideoKey, problem: str, video: str | VideoFrames) -> Future[VideoPrompt]:
-        """Start on a video, a path or frames already sampled; the future raises VideoError or ValueError."""
+        """Start to load a video, a path or sampled frames; the future raises VideoError or ValueError."""
         return self._pool.submit(self._load, key, problem, video)
 
     def close(self) -> None:
-        """Drop what has not begun and stop the threads."""
+        """Cancel what has not begun and stop the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self):
@@ -57,10 +57,10 @@ class VideoLoader:
 class PairLoader(VideoLoader):
     """Prepares the pairs of one CSV, ahead of the step that needs them.
 
-    `prefetch` starts the work and returns at once; `load` waits for it. What was fetched is handed over once and not
-    kept. A pair with a video that no longer loads is dropped whole: `dropped` holds what was wrong, by pair_id.
+    `prefetch` starts the work and returns at once; `load` waits for it and keeps nothing. A pair with a video that no
+    longer loads is dropped as a whole: `dropped` holds the reasons by pair_id.
 
-    `source`: the CSV, `num_pairs`: how many pairs it has, `max_dropped_share`: which share of them may be dropped.
+    `source`: the CSV. `num_pairs`: how many pairs it has. `max_dropped_share`: the share of them that may be dropped.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PairLoader(VideoLoader):
         self._pending: dict[VideoKey, Future[VideoPrompt]] = {}
 
     def prefetch(self, pairs: Sequence[PreferencePair]) -> None:
-        """Start decoding what is not under way yet."""
+        """Start to decode the videos that are not being decoded yet."""
         for pair in pairs:
             for side, path in zip(SIDES, pair.videos, strict=True):
                 key = VideoKey(pair.pair_id, side)
@@ -89,10 +89,10 @@ class PairLoader(VideoLoader):
                     self._pending[key] = self.submit(key, pair.problem, path)
 
     def load(self, pairs: Sequence[PreferencePair]) -> list[tuple[PreferencePair, tuple[VideoPrompt, VideoPrompt]]]:
-        """The pairs, in order, that load, each with its two prompts; decodes now what was not prefetched.
+        """The pairs that load, in order, each with its two prompts; decodes now what was not prefetched.
 
-        Says once of each pair that it is dropped. Raises VideoError that lists all dropped pairs of the CSV when they
-        are more than `max_dropped_share`.
+        Warns once per dropped pair. Raises VideoError that lists all dropped pairs of the CSV when they exceed
+        `max_dropped_share`.
         """
         self.prefetch(pairs)
         loaded = []
@@ -116,12 +116,11 @@ class PairLoader(VideoLoader):
         return loaded
 
     def describe_dropped(self) -> str:
-        """What was dropped so far, one line per pair."""
+        """The pairs dropped so far, one line each."""
         heading = f"{self.source}: {len(self.dropped)} of {self.num_pairs} pairs dropped"
         return "\n".join([heading, *(f"  {self.dropped[pair_id]}" for pair_id in sorted(self.dropped))])
 
     def close(self) -> None:
-        """Drop what is pending and stop the threads."""
         super().close()
         self._pending.clear()
 
@@ -137,9 +136,9 @@ def check_pairs(
 ) -> list[PreferencePair]:
     """The pairs whose prompts both fit, after opening every video (its first frame only).
 
-    `source`: the CSV, for messages. Pairs with a prompt over `max_prompt_length` tokens are left out and counted in a
-    warning when `should_filter`. Raises CsvError that lists every fault: videos that do not open, texts with reserved
-    tokens, prompts that are too long unless these are filtered, and no pair left.
+    `source`: the CSV, for messages. With `should_filter`, pairs with a prompt over `max_prompt_length` tokens are left
+    out and counted in a warning. Raises CsvError that lists every fault: videos that do not open, texts with reserved
+    tokens, prompts that are too long (unless filtered), and no pair left.
     """
     headers = probe_videos((path for pair in pairs for path in pair.videos), budget)
     lengths = check_all(
@@ -181,7 +180,7 @@ def check_pairs(
 def _find_fault(
     pair: PreferencePair, side: Side, headers: Mapping[str, object], lengths: Mapping[tuple, object]
 ) -> tuple[str, int]:
-    """What is wrong with one video of a pair, or an empty text, and the tokens of its prompt."""
+    """What is wrong with one video of a pair (empty if nothing), and the tokens of its prompt."""
     header = headers[pair.videos[SIDES.index(side)]]
     if isinstance(header, VideoError):
         return f"{_name_video(pair, side)}: {header}; replace the file or remove the row", 0

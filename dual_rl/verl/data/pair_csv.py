@@ -21,7 +21,7 @@ def read_pairs(path: str | os.PathLike, data: DataConfig) -> list[PreferencePair
     """
     folder = Path(data.image_dir) if data.image_dir else Path(path).resolve().parent
     if not folder.is_dir():
-        raise CsvError(path, [f"data.image_dir {folder} is not a folder; give the one that video paths start from"])
+        raise CsvError(path, [f"data.image_dir {folder} is not a folder; name the one that video paths start from"])
     table = CsvTable(path)
     columns = [data.video_key, data.answer_key]
     if BARE_PROMPT_COLUMN not in table.columns:

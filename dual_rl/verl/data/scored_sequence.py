@@ -3,13 +3,12 @@
     user:       <text before "<video>">  <video frames>  <text after "<video>">
     assistant:  CoT  <Reward>  <EOS>
 
-Here the user turn is built once per video and the CoT arrives as the ids that were generated. Preprocessed pixels are
-not kept with the prompt (they are 24 times the uint8 frames): `SequenceBuilder.pixel_values` makes them when the
-vision tower needs them, on its device.
+Here the user turn is built once per video, and the CoT arrives as the ids that were generated. Preprocessed pixels
+are 24 times as large as the uint8 frames and therefore not kept with the prompt: `SequenceBuilder.pixel_values` makes
+them when the vision tower needs them, on its device.
 """
 
 import math
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -49,16 +48,6 @@ def judge_problem(prompt: str) -> str:
     return JUDGE_PROMPT.format(prompt=prompt.strip())
 
 
-@dataclass(frozen=True)
-class SequenceTokens:
-    """What packing must know of a model's tokens: ids of `<Reward>`, video pad and EOS, and the vision merge size."""
-
-    reward_id: int
-    video_id: int
-    eos_id: int
-    merge_size: int
-
-
 class SequenceBuilder:
     """Builds prompts with a checkpoint's own processor and chat template.
 
@@ -72,20 +61,11 @@ class SequenceBuilder:
         self.tokenizer = processor.tokenizer
         self.format_prompt = FormatPrompt(format_prompt)
         self.reward_token_id = reward_token_id(self.tokenizer)
-
-    @cached_property
-    def sequence_tokens(self) -> SequenceTokens:
-        """What `pack_groups` must know of this model's tokens."""
-        return SequenceTokens(
-            reward_id=self.reward_token_id,
-            video_id=self.processor.video_token_id,
-            eos_id=self.tokenizer.eos_token_id,
-            merge_size=self.processor.video_processor.merge_size,
-        )
+        self.merge_size: int = processor.video_processor.merge_size
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with everything that the tokens of a text and a video's header depend on."""
+        """Changes with everything that the tokens of a prompt depend on, beside text and video."""
         frames = (self.size_factor, self.processor.video_processor.temporal_patch_size)
         tokenizer = self.tokenizer.backend_tokenizer.to_str()
         return digest(tokenizer, self.processor.chat_template, self.format_prompt.text, frames)
@@ -98,7 +78,7 @@ class SequenceBuilder:
     @property
     def size_factor(self) -> int:
         """Frame sides are multiples of this many pixels."""
-        return self.processor.video_processor.patch_size * self.processor.video_processor.merge_size
+        return self.processor.video_processor.patch_size * self.merge_size
 
     def render(self, problem: str) -> str:
         """The chat text of the user turn with one video placeholder token, ending in the generation prompt.

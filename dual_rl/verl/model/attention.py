@@ -15,6 +15,9 @@ Elsewhere (CPU, fp32): each response is unrolled behind a copy of its prompt's k
 batched causal SDPA call serves all of them.
 """
 
+from collections.abc import Callable
+from itertools import groupby
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
@@ -28,6 +31,8 @@ from verl.model.ulysses import RowPart
 SHARED_PROMPT_ATTENTION = "shared_prompt_flash_or_sdpa"
 FULL_WINDOW = (-1, -1)
 
+Merge = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
 
 def use_shared_prompt_attention(config) -> None:
     """Select this attention in a Qwen3-VL config (text and vision), in place."""
@@ -37,9 +42,16 @@ def use_shared_prompt_attention(config) -> None:
 
 
 def compile_around_attention() -> None:
-    """Let compiled layers call this attention as it is: its kernels are whole, and its layout is no tensor."""
-    AttentionInterface.register(SHARED_PROMPT_ATTENTION, torch.compiler.disable(shared_prompt_attention))
-    Merging.merge_into = staticmethod(torch.compile(merge_attention, dynamic=True))
+    """Let compiled layers call this attention uncompiled: its kernels are whole, and its layout is not a tensor.
+
+    Only the merge of its two passes is compiled, into one kernel.
+    """
+    merge = torch.compile(merge_attention, dynamic=True)
+
+    def attend(*arguments, **named):
+        return shared_prompt_attention(*arguments, merge=merge, **named)
+
+    AttentionInterface.register(SHARED_PROMPT_ATTENTION, torch.compiler.disable(attend))
 
 
 def shared_prompt_attention(
@@ -52,12 +64,14 @@ def shared_prompt_attention(
     scaling: float,
     layout: SharedPromptLayout | None = None,
     row_part: RowPart | None = None,
+    merge: Merge | None = None,
     **arguments: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention signature: query [1, heads, T, dim], key and value [1, kv_heads, T, dim].
 
-    `layout`: structure of the row (text); with `cu_seq_lens_q` (vision) frames attend to themselves. `row_part`: which
-    tokens of the row these are, where ranks share it. Returns [1, T, heads, dim].
+    `layout`: structure of the row (text); with `cu_seq_lens_q` (vision) frames attend to themselves. `row_part`: the
+    tokens of the row that these are, if ranks share it. `merge`: a compiled `merge_attention`, or None for itself.
+    Returns [1, T, heads, dim].
     """
     assert attention_mask is None, "packed rows carry their structure in a layout, not in a mask"
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -70,7 +84,7 @@ def shared_prompt_attention(
     if row_part is not None:
         flat = row_part.gather_tokens(*flat)
     if is_flash:
-        output = SharedPromptFlash.apply(*flat, layout, scaling, choose_kernels(query))
+        output = SharedPromptFlash.apply(*flat, layout, scaling, choose_kernels(query), merge or merge_attention)
     else:
         output = _attend_unrolled(*flat, layout, scaling)
     if row_part is not None:
@@ -82,14 +96,14 @@ def _attend_unrolled(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SharedPromptLayout, scaling: float
 ) -> torch.Tensor:
     """[T, heads, dim] each. Each response causal behind its prompt; padding stands last, where nothing sees it."""
-    source, place = layout.unrolled
+    source, index = layout.unrolled
     batched = (
         tensor.index_select(0, source.flatten()).unflatten(0, source.shape).transpose(1, 2)
         for tensor in (query, key, value)
     )
     is_grouped = key.shape[1] != query.shape[1]
     output = F.scaled_dot_product_attention(*batched, is_causal=True, scale=scaling, enable_gqa=is_grouped)
-    return output.transpose(1, 2).flatten(0, 1).index_select(0, place)
+    return output.transpose(1, 2).flatten(0, 1).index_select(0, index)
 
 
 def _attend_frames(
@@ -101,14 +115,8 @@ def _attend_frames(
     *,
     scaling: float,
 ) -> torch.Tensor:
-    """[1, heads, T, dim] each: SDPA within frames, one call for each run of frames of one size."""
-    lengths = torch.diff(bounds).tolist()
-    runs: list[list[int]] = []  # [length, number of frames]
-    for length in lengths:
-        if runs and runs[-1][0] == length:
-            runs[-1][1] += 1
-        else:
-            runs.append([length, 1])
+    """[1, heads, T, dim] each: SDPA within frames, one call per run of frames of one size."""
+    runs = [(length, len(list(frames))) for length, frames in groupby(torch.diff(bounds).tolist())]
     sizes = [length * count for length, count in runs]
     pieces = zip(*(tensor[0].split(sizes, dim=1) for tensor in (query, key, value)), strict=True)
     outputs = []
@@ -135,12 +143,15 @@ def _attend_frames_by_flash(
 class SharedPromptFlash(torch.autograd.Function):
     """The two merged passes of the module's docstring: query [T, heads, dim], key and value [T, kv_heads, dim].
 
-    The responses of a group stand side by side behind their prompt, so that the second pass takes both as they lie,
-    one call a group. `kernels`: FlashAttention2, or another implementation of the same functions.
+    The responses of a group follow their prompt side by side, so that the second pass takes both as they lie, in one
+    call per group. `kernels`: FlashAttention2, or another implementation of the same functions. `merge`: see
+    `merge_attention`.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, layout: SharedPromptLayout, scaling: float, kernels) -> torch.Tensor:
+    def forward(
+        ctx, query, key, value, layout: SharedPromptLayout, scaling: float, kernels, merge: Merge
+    ) -> torch.Tensor:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         pieces, longest = (layout.segment_bounds,) * 2, (layout.longest_segment,) * 2
         output, lse = kernels.forward(query, key, value, pieces, longest, is_causal=True, scaling=scaling)
@@ -148,7 +159,7 @@ class SharedPromptFlash(torch.autograd.Function):
             prompt, responses = group.prompt, group.responses
             cross = (query[responses], key[prompt], value[prompt])
             part = kernels.forward(*cross, group.bounds, group.lengths, is_causal=False, scaling=scaling)
-            Merging.merge_into(output[responses], lse[:, responses], *part)
+            merge(output[responses], lse[:, responses], *part)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.layout, ctx.scaling, ctx.kernels = layout, scaling, kernels
         return output
@@ -168,7 +179,7 @@ class SharedPromptFlash(torch.autograd.Function):
             shares = kernels.backward(*cross, cross_lse, group.bounds, group.lengths, is_causal=False, scaling=scaling)
             for total, tokens, share in zip(gradients, (responses, prompt, prompt), shares, strict=True):
                 total[tokens] += share
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 def merge_attention(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
@@ -177,9 +188,3 @@ def merge_attention(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor,
     share, part_share = ((own - merged).exp().t().unsqueeze(-1) for own in (lse, part_lse))  # [T, heads, 1]
     output.copy_(share * output + part_share * part)
     lse.copy_(merged)
-
-
-class Merging:
-    """How attention is merged on GPUs: with layers that are compiled, in one kernel."""
-
-    merge_into = staticmethod(merge_attention)

@@ -1,7 +1,7 @@
 """From a checkpoint to a PolicyModel.
 
-Parameters are made on the meta device, so that a sharded model never exists whole on a device; `initial_state`
-gives what is then loaded into it.
+Parameters are made on the meta device, so that a sharded model never exists whole on one device; `initial_state`
+returns the values to load into it.
 """
 
 import copy
@@ -22,13 +22,17 @@ LANGUAGE_LINEARS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_p
 
 
 def build_policy(
-    checkpoint: PolicyCheckpoint, settings: ModelConfig, *, frozen_dtype: torch.dtype = torch.float32
+    checkpoint: PolicyCheckpoint,
+    settings: ModelConfig,
+    *,
+    frozen_dtype: torch.dtype = torch.float32,
+    is_reference: bool = False,
 ) -> PolicyModel:
     """A PolicyModel with the backbone's parameters on the meta device; everything else is real.
 
-    Trained parameters are fp32, frozen ones `frozen_dtype`.
+    Trained parameters are fp32, frozen ones of the backbone `frozen_dtype`. `is_reference`: nothing is trained.
     """
-    # Otherwise the model with its adapter off would not be the reference.
+    # Otherwise the model without its adapter would not be the reference.
     assert not settings.lora.rank or settings.freeze_vision_tower, "LoRA needs a frozen vision tower"
     with init_empty_weights(include_buffers=False):
         backbone = Qwen3VLForConditionalGeneration(copy.deepcopy(checkpoint.config))
@@ -45,7 +49,10 @@ def build_policy(
         head_weight=checkpoint.head_weight,
         forbidden_ids=forbidden_token_ids(checkpoint.processor, backbone.get_input_embeddings().num_embeddings),
     )
-    _choose_trained(model, settings)
+    if is_reference:
+        model.requires_grad_(False)
+    else:
+        _choose_trained(model, settings)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             dtype = torch.float32 if parameter.requires_grad else frozen_dtype
@@ -68,9 +75,9 @@ def _choose_trained(model: PolicyModel, settings: ModelConfig) -> None:
 
 
 def initial_state(model: PolicyModel, checkpoint: PolicyCheckpoint) -> dict[str, torch.Tensor]:
-    """Values that the parameters of a model of `build_policy` start from, by name, whole and on the CPU.
+    """Initial values of the parameters of a model from `build_policy`, by name, whole and on the CPU.
 
-    All but LoRA's, which `PolicyModel.initialize_adapters` gives. Tensors are shared with `checkpoint`.
+    All but LoRA's, which `PolicyModel.initialize_adapters` sets. Tensors are shared with `checkpoint`.
     """
     assert checkpoint.weights is not None, "the checkpoint was read without its weights"
     head = {"reward_embedding": checkpoint.reward_embedding, "rm_head.weight": checkpoint.head_weight}

@@ -1,4 +1,4 @@
-"""Which model it is, by content: two checkpoints with the same files have the same fingerprint wherever they lie."""
+"""Identity of a model by content: copies of a checkpoint have the same fingerprint, wherever they are."""
 
 import hashlib
 import os
@@ -10,9 +10,9 @@ PROBES_PER_FILE, PROBE_BYTES = 256, 4096
 
 
 def fingerprint(model_path: str | os.PathLike, checkpoint: PolicyCheckpoint) -> str:
-    """16 hex digits over head, `<Reward>` row, and pieces of every file of weights, a base model's included.
+    """16 hex digits over head, `<Reward>` row, and samples of every file of weights, including a base model's.
 
-    `checkpoint`: read from `model_path`, with the head that is used.
+    `checkpoint`: read from `model_path`, with the head in use.
     """
     digest = hashlib.blake2b(digest_size=8)
     for tensor in (checkpoint.head_weight, checkpoint.reward_embedding):
@@ -23,11 +23,11 @@ def fingerprint(model_path: str | os.PathLike, checkpoint: PolicyCheckpoint) -> 
 
 
 def _probe(path: Path, digest) -> None:
-    """Evenly spaced pieces of a file that may be many gigabytes long; all of a short one."""
+    """Evenly spaced samples of a file that may be many gigabytes long; all of a short one."""
     size = path.stat().st_size
     stride = max(PROBE_BYTES, size // PROBES_PER_FILE)
     digest.update(f"{path.name} {size}".encode())
     with open(path, "rb") as file:
-        for place in range(0, size, stride):
-            file.seek(place)
+        for offset in range(0, size, stride):
+            file.seek(offset)
             digest.update(file.read(PROBE_BYTES))

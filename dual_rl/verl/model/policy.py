@@ -1,11 +1,11 @@
 """Qwen3-VL as policy and reward model in one: a single packed forward gives log-probs and rewards.
 
-The module is made to be the root of FSDP2 (`fully_shard` on each text layer, each vision block and the root, with
-`reward_embedding` and `rm_head` ignored and replicated): whatever it computes, it computes inside `forward` or
-`encode_videos`, where the root's weights are whole. Weights of the backbone may arrive in bf16 (mixed precision);
-head, rewards, log-probs and entropy are fp32 always.
+The module is the root of FSDP2 (`fully_shard` on each text layer, each vision block and the root, with
+`reward_embedding` and `rm_head` ignored and replicated), so all computation is inside `forward` or `encode_videos`,
+where the root's weights are whole. Weights of the backbone may arrive in bf16 (mixed precision); head, rewards,
+log-probs and entropy are always fp32.
 
-The `<Reward>` row is a parameter of its own, put in place of the embedding where the token stands, as in stage 1.
+The `<Reward>` row is a parameter of its own that replaces the token's embedding, as in stage 1.
 """
 
 import zlib
@@ -30,10 +30,10 @@ BACKBONE_PREFIX = "backbone."
 
 
 class VisionFeatures(NamedTuple):
-    """What the vision tower gives for N merged tokens (patches / merge_size ** 2) of one or more videos.
+    """Output of the vision tower for N merged tokens (patches / merge_size ** 2) of one or more videos.
 
-    `embeddings`: [N, hidden], in place of the video tokens. `deepstack`: for each of the first text layers what is
-    added to its output at these tokens, [N, hidden]. `num_tokens`: of each video.
+    `embeddings`: [N, hidden], of the video tokens. `deepstack`: [N, hidden] for each of the first text layers, added
+    to its output at these tokens. `num_tokens`: of each video.
     """
 
     embeddings: torch.Tensor
@@ -68,8 +68,8 @@ class PolicyModel(nn.Module):
     """`backbone`: Qwen3-VL with shared-prompt attention, LoRA layers injected or not.
 
     `reward_embedding`: fp32 [hidden], the row of `reward_token_id`. `rm_head`: bias-free Linear(hidden, 1) in fp32.
-    `forbidden_ids`: tokens that the policy can never draw. `sequence_group`: the ranks that work on each row together,
-    set after construction; all of them call the model with the same row and get the same scores.
+    `forbidden_ids`: tokens that the policy can never draw. `sequence_group`: the ranks that share each row, set after
+    construction; all of them call the model with the same row and get the same scores.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class PolicyModel(nn.Module):
     def encode_videos(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> VisionFeatures:
         """The vision tower over all videos at once, [patches of all, patch_dim]; with gradient only if it is tuned.
 
-        `grid_thw`: int64 [num_videos, 3], on the CPU for preference (its values are read).
+        `grid_thw`: int64 [num_videos, 3], best on the CPU, because its values are read.
         """
         visual = self.backbone.model.visual
         is_tuned = any(parameter.requires_grad for parameter in visual.parameters())
@@ -122,59 +122,36 @@ class PolicyModel(nn.Module):
     ) -> PolicyOutput:
         """Log-probs and rewards of a row.
 
-        `vision`: features of the row's videos, in order; without them `pixel_values` of the same are encoded here.
-        `temperature`: of the policy distribution, 0 (greedy) counting as 1; None leaves the language head out and
-        gives rewards only. `ref_distributions`: of the same row, adds the full KL.
+        `vision`: features of the row's videos, in order; without them `pixel_values` are encoded here. `temperature`:
+        of the policy distribution, 0 (greedy) counting as 1; None leaves out the language head and gives rewards only.
+        `ref_distributions`: of the same row, adds the full KL.
         """
         if vision is None:
             assert pixel_values is not None, "the forward needs vision features or pixel values"
             vision = self.encode_videos(pixel_values, torch.tensor(batch.grid_thw))
-        options = {
-            "temperature": temperature,
-            "ref_distributions": ref_distributions,
-            "return_distributions": return_distributions,
-        }
-        if self.sequence_group is None:
-            return self._score(batch, vision, None, **options)
-        part = RowPart(batch, self.sequence_group)
-        output = self._score(part.batch, vision.take(part.videos), part, **options)
-        labels = {
-            name: part.join_labels(values)
-            for name in ("log_probs", "entropy", "full_kl")
-            if (values := getattr(output, name)) is not None
-        }
-        return output._replace(rewards=part.join_rewards(output.rewards), **labels)
-
-    def _score(
-        self,
-        batch: PackedGroups,
-        vision: VisionFeatures,
-        part: RowPart | None,
-        *,
-        temperature: float | None,
-        ref_distributions: Distributions | None,
-        return_distributions: bool,
-    ) -> PolicyOutput:
-        """`forward` for a row, or for the `part` of one that `batch` holds."""
+        part = None
+        if self.sequence_group is not None:
+            part = RowPart(batch, self.sequence_group)
+            batch, vision = part.batch, vision.take(part.videos)
         hidden = self._compute_hidden_states(batch, vision, part)
-        rewards = hidden[batch.reward_positions].float() @ self.rm_head.weight.float()[0]
-        if temperature is None:
-            return PolicyOutput(rewards)
-        states, head_weight = hidden[batch.label_positions], self.backbone.lm_head.weight
-        scores = compute_token_log_probs(
-            states,
-            head_weight,
-            batch.labels,
-            temperature=temperature,
-            forbidden_ids=self.forbidden_ids,
-            reference=ref_distributions,
-            is_compiled=self.is_compiled,
-        )
-        distributions = None
-        if return_distributions:  # a copy of the head, because FSDP may take the whole weight away after the forward
-            own_head = None if self.adapters else head_weight.detach().clone()
-            distributions = Distributions(states.detach(), own_head)
-        return PolicyOutput(rewards, *scores, distributions)
+        output = PolicyOutput(hidden[batch.reward_positions].float() @ self.rm_head.weight.float()[0])
+        if temperature is not None:
+            states, head_weight = hidden[batch.label_positions], self.backbone.lm_head.weight
+            scores = compute_token_log_probs(
+                states,
+                head_weight,
+                batch.labels,
+                temperature=temperature,
+                forbidden_ids=self.forbidden_ids,
+                reference=ref_distributions,
+                is_compiled=self.is_compiled,
+            )
+            distributions = None
+            if return_distributions:  # a copy of the head: FSDP may free the whole weight after the forward
+                own_head = None if self.adapters else head_weight.detach().clone()
+                distributions = Distributions(states.detach(), own_head)
+            output = PolicyOutput(output.rewards, *scores, distributions)
+        return output if part is None else part.join(output)
 
     def _compute_hidden_states(
         self, batch: PackedGroups, vision: VisionFeatures, part: RowPart | None
@@ -201,9 +178,9 @@ class PolicyModel(nn.Module):
         return self.backbone.model.language_model.layers
 
     def compile_layers(self) -> None:
-        """Fuse what stands between the matrix products of the text layers and of the log-probs (torch.compile).
+        """Fuse everything between the matrix products of the text layers and of the log-probs (torch.compile).
 
-        Attention is left as it is. Call once, sharded or not; the first passes take a minute longer.
+        Attention stays as it is. Call once, sharded or not; the first passes take a minute longer.
         """
         compile_around_attention()
         for layer in self.text_layers:
@@ -212,7 +189,7 @@ class PolicyModel(nn.Module):
 
     @property
     def adapters(self) -> dict[str, LoraLayer]:
-        """LoRA layers by their name within the backbone; none in full fine-tuning."""
+        """LoRA layers by name within the backbone; none in full fine-tuning."""
         return {name: module for name, module in self.backbone.named_modules() if isinstance(module, LoraLayer)}
 
     @property
@@ -236,12 +213,12 @@ class PolicyModel(nn.Module):
 
     @torch.no_grad()
     def initialize_adapters(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        """Give fresh LoRA weights their values, as PEFT does: A uniform in +-1 / sqrt(inputs), B zero.
+        """Initialise fresh LoRA weights as PEFT does: A uniform in +-1 / sqrt(inputs), B zero.
 
-        `parameters`: by their name in this model, sharded (then collective) or not. Values depend on the name only.
+        `parameters`: by name in this model, sharded (then collective) or not. Values depend on the name only.
         """
         for name, parameter in parameters.items():
-            assert ".lora_" in name, f"{name} is no adapter weight and was given no value"
+            assert ".lora_" in name, f"{name} is not an adapter weight and was given no value"
             whole = torch.zeros(parameter.shape)
             if ".lora_A." in name:
                 bound = parameter.shape[1] ** -0.5
@@ -264,16 +241,16 @@ class PolicyModel(nn.Module):
         return name.removeprefix(BACKBONE_PREFIX).replace(".base_layer.", ".")
 
     def sharding_units(self) -> list[nn.Module]:
-        """What FSDP2 shards one by one, before the root: text layers and vision blocks."""
+        """The modules that FSDP2 shards one by one, before the root: text layers and vision blocks."""
         return [*self.text_layers, *self.backbone.model.visual.blocks]
 
     def replicated_parameters(self) -> list[nn.Parameter]:
-        """What FSDP2 leaves alone: small, fp32, whole on every rank."""
+        """The parameters that FSDP2 does not manage: small, fp32, whole on every rank."""
         return [self.reward_embedding, self.rm_head.weight]
 
 
 def _add_vision_features(hidden: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Stands for transformers' `_deepstack_process`: takes positions in a row, int64 [N], besides a mask.
+    """Replaces transformers' `_deepstack_process`: takes positions in a row, int64 [N], besides a mask.
 
     Finding the positions of a mask waits for the GPU. `hidden`: [1, T, hidden] (with a mask [batch, T, hidden]);
     `features`: [N, hidden].

@@ -1,4 +1,4 @@
-"""In which precision weights are held and multiplied."""
+"""The precision of weights and matrix products."""
 
 import torch
 

@@ -1,8 +1,8 @@
-"""Which text layers keep their activations for the backward pass, and which compute them again.
+"""Which text layers keep their activations for the backward pass, and which recompute them.
 
-Computing a layer again costs its forward pass once more; keeping costs device memory. Before each forward pass with a
-gradient as many layers keep as the device has room for, the last ones, whose memory is free again first. What a layer
-keeps for each token is measured in the first such pass, in which one layer keeps.
+Recomputing a layer costs its forward pass once more; keeping costs device memory. Before each forward pass with a
+gradient, as many layers keep as fit on the device: the last ones, whose memory is freed first. The bytes that a layer
+keeps per token are measured in the first such pass, in which one layer keeps.
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,18 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 SPARE_SHARE = 0.06
-"""Of device memory, left free for fragmentation and what else a step allocates."""
+"""Share of device memory that stays free for fragmentation and other allocations of a step."""
 SPARE_BYTES = 3 * 2**30
-"""Left free for a chunk of logits and its temporaries."""
+"""Stays free for a chunk of logits and its temporaries."""
 WORKING_LAYERS = 2
-"""Room, in layers that keep, for the one that is computed again and its gradients."""
+"""Room, in layers that keep, for the one that is being recomputed and its gradients."""
 
 
 class ActivationPlan:
-    """Chooses, before each forward pass with a gradient, which of `layers` compute again in the backward pass.
+    """Chooses, before each forward pass with a gradient, which of `layers` recompute in the backward pass.
 
-    `layers`: the text layers, made with gradient checkpointing, in order. `trained`: the parameters that the backward
-    pass makes gradients for. `max_kept`: most layers that may keep theirs, None for as many as fit. Off GPUs every
-    layer computes again.
+    `layers`: the text layers in order, with gradient checkpointing. `trained`: the parameters that get gradients.
+    `max_kept`: how many layers may keep theirs, None for as many as fit. On CPUs every layer recomputes.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class ActivationPlan:
             layers[-1].forward = self._measured(layers[-1].forward)
 
     def start(self) -> None:
-        """Call before the passes of a step: takes note of cached memory that is not for us (a sleeping engine's)."""
+        """Call before the passes of a step: notes cached memory that is not usable (a sleeping engine's)."""
         if self.is_active:
             torch.cuda.empty_cache()
             self._unusable_bytes = self._cached_bytes()

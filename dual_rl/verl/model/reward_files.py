@@ -1,6 +1,6 @@
-"""Files of reward models: what stage 1 wrote is read, and what stage 2 writes stage 1 and inference read.
+"""Files of reward models: reads those of stage 1, and writes those that stage 1 and inference read.
 
-    checkpoint-N/ (stage 1)     adapter and tuned weights beside a base model: merged while reading
+    checkpoint-N/ (stage 1)     adapter and tuned weights for a base model: merged while reading
     merged/, huggingface/       a complete Hugging Face model with `<Reward>` in its embedding
 
 Both hold `rm_head.pth` (`{"rm_head.weight": fp32 [1, hidden]}`), the processor, and `reward_config.json` (base model,
@@ -52,7 +52,7 @@ class PolicyCheckpoint:
 
     `config`: with as many embedding rows as the weights have. `video_budget`, `format_prompt`: of its training.
     `reward_embedding`: fp32 [hidden], the `<Reward>` row. `head_weight`: fp32 [1, hidden]. `weights`: the merged
-    weights under Hugging Face names, on the CPU, or None when they were not asked for.
+    weights under Hugging Face names, on the CPU; None if they were not asked for.
     """
 
     config: Qwen3VLConfig
@@ -74,11 +74,15 @@ def load_checkpoint(
 ) -> PolicyCheckpoint:
     """Read stage 1's `checkpoint-N/` or a merged model; `dtype` is that of `weights`.
 
-    `head_path`: an `rm_head.pth` or the folder that holds it; None for that in `model_path`. Raises ValueError saying
-    what is missing and how to come by it.
+    `head_path`: an `rm_head.pth` or its folder; None for the one in `model_path`. Raises ValueError that says what is
+    missing and how to get it.
     """
     processor = _load_processor(model_path)
-    _require_reward_token(processor, model_path)
+    if REWARD_TOKEN not in processor.tokenizer.get_vocab():
+        raise ValueError(
+            f"{model_path} is no reward model: it does not know {REWARD_TOKEN!r}. Train it in stage 1 first, "
+            f"MODEL_PATH={model_path} bash cold_start/train.sh, and give the checkpoint-N it writes as model_path"
+        )
     folder = find_folder(model_path)
     values = _read_reward_config(folder)
     source = _find_base(values["base_model"], folder) if values.get("base_model") else folder
@@ -99,8 +103,9 @@ def load_checkpoint(
 
 
 def load_base(model_path: str | os.PathLike, *, seed: int) -> PolicyCheckpoint:
-    """A plain Qwen3-VL as stage 1 would start from it, without its weights: `<Reward>` added, its row the mean of the
-    others, and a fresh head drawn with `seed`. Its rewards mean nothing; they are what training is compared with.
+    """A plain Qwen3-VL as stage 1 would start from it, without its weights: the baseline to compare training with.
+
+    `<Reward>` is added, its row is the mean of the others, and a fresh head is drawn with `seed`.
     """
     processor = _load_processor(model_path)
     processor.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
@@ -125,10 +130,10 @@ def load_base(model_path: str | os.PathLike, *, seed: int) -> PolicyCheckpoint:
 def stream_weights(
     model_path: str | os.PathLike, checkpoint: PolicyCheckpoint, *, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pairs of Hugging Face name and whole weight, on the CPU in `dtype`, the `<Reward>` row in place.
+    """Pairs of Hugging Face name and whole weight, on the CPU in `dtype`, with the `<Reward>` row.
 
     `checkpoint`: of the same path, read by `load_checkpoint` or `load_base`. Stage 1's adapters are merged first,
-    which takes the whole model in host memory; complete folders are read weight by weight.
+    which needs host memory for the whole model; complete folders are read weight by weight.
     """
     folder = find_folder(model_path)
     base_model = _read_reward_config(folder).get("base_model")
@@ -148,11 +153,11 @@ def stream_weights(
 
 
 def find_weight_files(model_path: str | os.PathLike) -> list[Path]:
-    """The safetensors files that a model is made of, those of a stage 1 checkpoint's base included."""
+    """The safetensors files of a model, including those of a stage 1 checkpoint's base."""
     folder = find_folder(model_path)
     base_model = _read_reward_config(folder).get("base_model")
     folders = [folder, find_folder(_find_base(base_model, folder))] if base_model else [folder]
-    return [path for place in folders for path in sorted(place.glob("*.safetensors"))]
+    return [path for each in folders for path in sorted(each.glob("*.safetensors"))]
 
 
 def find_folder(model_path: str | os.PathLike) -> Path:
@@ -164,32 +169,24 @@ def _load_processor(model_path: str | os.PathLike):
     try:
         return AutoProcessor.from_pretrained(model_path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{model_path} holds no processor that loads: {str(error).splitlines()[0]}") from error
-
-
-def _require_reward_token(processor, model_path: str | os.PathLike) -> None:
-    if REWARD_TOKEN not in processor.tokenizer.get_vocab():
-        raise ValueError(
-            f"{model_path} is no reward model: it does not know {REWARD_TOKEN!r}. Train it in stage 1 first, "
-            f"MODEL_PATH={model_path} bash cold_start/train.sh, and give the checkpoint-N it writes as model_path"
-        )
+        raise ValueError(f"the processor of {model_path} does not load: {str(error).splitlines()[0]}") from error
 
 
 def _read_reward_config(folder: Path) -> dict:
     file = folder / CONFIG_FILE
     if not file.is_file():
-        logger.warning("%s has no %s: taking the default video budget and format prompt", folder, CONFIG_FILE)
+        logger.warning("%s has no %s: using the default video budget and format prompt", folder, CONFIG_FILE)
         return {}
     try:
         values = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}; copy the checkpoint again") from error
+        raise ValueError(f"{file} is damaged: {error}. Copy the checkpoint again.") from error
     FormatPrompt(values.get("format_prompt", DEFAULT_FORMAT_PROMPT), source=str(file))
     mode = values.get("reward_token", "special")
     if mode != "special":
         raise ValueError(
-            f"{folder} was trained with --reward_token {mode}; stage 2 reads the reward at {REWARD_TOKEN}: train it "
-            "with --reward_token special"
+            f"{folder} was trained with --reward_token {mode}, but stage 2 reads the reward at {REWARD_TOKEN}. Train "
+            "it with --reward_token special."
         )
     return values
 
@@ -199,9 +196,9 @@ def _load_config(source: Path | str, *, num_tokens: int) -> Qwen3VLConfig:
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source} is no model that transformers can load: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"transformers cannot load {source}: {str(error).splitlines()[0]}") from error
     if config.model_type != "qwen3_vl":
-        raise ValueError(f"{source} is a {config.model_type!r} model; this project needs a Qwen3-VL one (qwen3_vl)")
+        raise ValueError(f"{source} is a {config.model_type!r} model. Give a Qwen3-VL one (qwen3_vl).")
     text = config.text_config
     if text.vocab_size < num_tokens:  # as resize_token_embeddings(num_tokens, pad_to_multiple_of=64) does
         text.vocab_size = -(-num_tokens // EMBEDDING_ROWS_MULTIPLE) * EMBEDDING_ROWS_MULTIPLE
@@ -237,11 +234,11 @@ def _find_head(folder: Path, head_path: str | os.PathLike | None) -> Path:
 
 
 def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
-    """Read a head, fp32 [1, hidden_size], in any of the three layouts in the wild. Raises ValueError otherwise."""
+    """Read a head, fp32 [1, hidden_size], in any of its three known layouts. Raises ValueError otherwise."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
-        raise ValueError(f"{path}: no head that torch can load: {str(error).splitlines()[0][:200]}") from error
+        raise ValueError(f"{path}: torch cannot load the head: {str(error).splitlines()[0][:200]}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: no {' or '.join(HEAD_KEYS)} in it, only a {type(state).__name__}")
     for candidate in (state, state.get("model")):
@@ -251,14 +248,14 @@ def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
                 if weight.shape != (1, hidden_size):
                     raise ValueError(
                         f"{path}: a head of shape {tuple(weight.shape)} does not fit the model, whose hidden size is "
-                        f"{hidden_size}; it belongs to another model"
+                        f"{hidden_size}. Give the head that belongs to it."
                     )
                 return weight
     raise ValueError(f"{path}: no {' or '.join(HEAD_KEYS)} in it, only {', '.join(map(str, state))}")
 
 
 def _load_reward_row(folder: Path, token_id: int) -> torch.Tensor:
-    """fp32 [hidden]: read alone, without the rest of the weights."""
+    """fp32 [hidden], read without the rest of the weights."""
     if (folder / TUNED_FILE).is_file():
         with open_shard(folder / TUNED_FILE) as file:
             return file.get_tensor(ROW_KEY).float()
@@ -276,7 +273,7 @@ def _open_embedding(folder: Path):
 def _load_weights(
     source: Path | str, folder: Path, config: Qwen3VLConfig, *, token_id: int, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Weights of the base at `source` with what the checkpoint in `folder` adds, merged as stage 1 merges them."""
+    """Weights of the base at `source` with those of the checkpoint in `folder`, merged as stage 1 merges them."""
     backbone = Qwen3VLForConditionalGeneration.from_pretrained(source, dtype=dtype)
     if backbone.get_input_embeddings().num_embeddings < config.text_config.vocab_size:
         backbone.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=False)
@@ -309,9 +306,8 @@ def save_policy(
 ) -> None:
     """Write a complete Hugging Face folder that stage 1's loader and inference read as a merged reward model.
 
-    `weights`: whole tensors under Hugging Face names, the `<Reward>` row in place; walked through once, a shard in
-    memory at a time. `checkpoint`: what training started from, for config, processor, video budget and format prompt
-    (`dataclasses.replace` those that changed).
+    `weights`: whole tensors under Hugging Face names, with the `<Reward>` row; consumed once, a shard in memory at a
+    time. `checkpoint`: the start of training, for config, processor, video budget and format prompt.
     """
     folder.mkdir(parents=True, exist_ok=True)
     dtype = save_shards(folder, weights, shard_bytes=shard_bytes)
@@ -327,7 +323,7 @@ def save_policy(
 
 
 def save_engine_folder(folder: Path, checkpoint: PolicyCheckpoint, *, dtype: torch.dtype) -> None:
-    """Write what an engine needs beside the weights: config (of weights in `dtype`), generation config, processor."""
+    """Write what an engine needs besides weights: config (of weights in `dtype`), generation config, processor."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(checkpoint.config)
     config.architectures = [Qwen3VLForConditionalGeneration.__name__]

@@ -1,13 +1,13 @@
 """Sequence parallelism after DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv 2309.14509).
 
 The P neighbouring ranks of a group work on the same packed row. It is cut into P equal runs of tokens (padded at its
-end), and each rank computes all that is done token by token for its run: embeddings, projections, MLPs, norms, and in
-the end the log-probs and rewards of the labels that its tokens predict. Only attention needs the others: there each
-rank trades its tokens' heads for all tokens of its share of the heads, and back again.
+end), and each rank computes everything that works token by token for its run: embeddings, projections, MLPs, norms,
+and finally the rewards and the log-probs of the labels that its tokens predict. Only attention needs the other ranks:
+there each rank trades its tokens' heads for all tokens of its share of the heads, and back.
 
-Unlike the original, hidden states are never gathered. The scores of all labels are put together instead, L numbers,
-and so every rank of the group has the whole row's scores and the same loss. With each copy of the loss divided by P,
-the sum of the ranks' gradients is that of one rank with the whole row.
+Unlike the original, hidden states are never gathered. The scores of all labels are summed up instead, L numbers, so
+that every rank of the group has the scores of the whole row and the same loss. With each copy of the loss divided by
+P, the sum of the ranks' gradients is that of one rank with the whole row.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from verl.core.objective import PolicyOutput
 from verl.core.packing import PackedGroups
 
 
@@ -38,15 +39,15 @@ def build_sequence_group(size: int) -> SequenceGroup | None:
 
 
 class RowPart:
-    """This rank's run of tokens of a row, `start` to `end`, in a buffer of `length` tokens.
+    """This rank's run of tokens of a row, `start` to `end`, padded to `length` tokens.
 
-    `batch`: what lies in the run, with positions counted from `start`: its tokens, video tokens, labels and rewards;
-    layout, keys and grids stay those of the whole row. `videos`, `labels`, `rewards`: int64, which of the row's video
-    tokens, labels and responses these are.
+    `batch`: the tokens, video tokens, labels and rewards of the run, with positions counted from `start`; layout, keys
+    and grids stay those of the whole row. `videos`, `labels`, `rewards`: int64, indices of the run's video tokens,
+    labels and responses among those of the row.
 
     Example: a row of 5 tokens over 2 ranks has runs of 0..3 and 3..5, the latter with one token of padding.
 
-    Not a dataclass, because FSDP2 takes dataclasses among a layer's arguments apart.
+    Not a dataclass: FSDP2 would take it apart among a layer's arguments.
     """
 
     def __init__(self, batch: PackedGroups, group: SequenceGroup) -> None:
@@ -55,7 +56,7 @@ class RowPart:
         self.length = -(-batch.num_tokens // group.size)
         self.start = min(group.index * self.length, batch.num_tokens)
         self.end = min(self.start + self.length, batch.num_tokens)
-        self.num_labels, self.num_responses = len(batch.labels), batch.num_responses
+        self.num_labels, self.num_responses = len(batch.labels), len(batch.keys)
         self.videos = self._find(batch.video_positions)
         self.labels = self._find(batch.label_positions)
         self.rewards = self._find(batch.reward_positions)
@@ -97,20 +98,23 @@ class RowPart:
         by_rank = padded.unflatten(0, (self.group.size, self.length))
         return _Exchange.apply(by_rank, self.group.group).transpose(0, 1).flatten(1, 2)
 
-    def join_labels(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of the run's labels to those of all the row's labels, [L], the same on every rank of the group."""
-        return self._join(values, self.labels, self.num_labels)
+    def join(self, output: PolicyOutput) -> PolicyOutput:
+        """From the output of the run to that of the whole row, the same on every rank of the group."""
 
-    def join_rewards(self, values: torch.Tensor) -> torch.Tensor:
-        """The same for responses, [R]."""
-        return self._join(values, self.rewards, self.num_responses)
+        def sum_up(values: torch.Tensor | None, indices: torch.Tensor, count: int) -> torch.Tensor | None:
+            if values is None:
+                return None
+            return _Sum.apply(values.new_zeros(count).index_copy(0, indices, values), self.group.group)
 
-    def _join(self, values: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
-        return _Sum.apply(values.new_zeros(count).index_copy(0, places, values), self.group.group)
+        of_labels = ("log_probs", "entropy", "full_kl")
+        return output._replace(
+            rewards=sum_up(output.rewards, self.rewards, self.num_responses),
+            **{name: sum_up(getattr(output, name), self.labels, self.num_labels) for name in of_labels},
+        )
 
 
 class _Exchange(torch.autograd.Function):
-    """[P, ...]: piece j goes to rank j of the group, whose piece for this rank takes its place. Its own adjoint."""
+    """[P, ...]: part j is swapped for the part that rank j of the group has for this one. Its own adjoint."""
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors, written and read weight by weight without all of them ever being in memory together."""
+"""Hugging Face safetensors, written and read weight by weight: never all in memory together."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def open_shard(path: Path):
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"no weights that can be read at {path}: {error}; copy the model folder again") from error
+        raise ValueError(f"the weights at {path} cannot be read: {error}. Copy the model folder again.") from error
 
 
 def iterate_shards(folder: Path, *, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
@@ -68,5 +68,5 @@ def iterate_shards(folder: Path, *, dtype: torch.dtype) -> Iterator[tuple[str, t
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS_FILE]
     for name in names:
         with open_shard(folder / name) as file:
-            for key in file.keys():  # noqa: SIM118, it is no dict
+            for key in file.keys():  # noqa: SIM118, not a dict
                 yield key, file.get_tensor(key).to(dtype)

@@ -1,4 +1,4 @@
-"""What is known before the update: vision features once per video, log-probs of the old policy and the reference."""
+"""Everything that is fixed before the update: vision features, log-probs of the old policy and of the reference."""
 
 from collections.abc import Iterator
 
@@ -22,7 +22,7 @@ class ExperienceMaker:
         self.temperature = temperature
 
     def encode_vision(self, batch: RankBatch) -> None:
-        """Run the frozen vision tower once over every video of the batch; the features serve all later passes."""
+        """Run the frozen vision tower once per video of the batch; all later passes use its features."""
         for micro_batch in self._micro_batches(batch):
             batch.vision.update(self._encode(batch, micro_batch, self.runtime.actor))
         self.runtime.actor.reshard()
@@ -32,7 +32,7 @@ class ExperienceMaker:
         return self._log_probs(batch, self.runtime.actor)
 
     def ref_log_probs(self, batch: RankBatch) -> dict[ResponseKey, torch.Tensor]:
-        """Log-probs of the reference: the adapter off, or the reference model."""
+        """Log-probs of the reference: the actor without its adapter, or the reference model."""
         with self.runtime.reference_policy() as reference:
             return self._log_probs(batch, reference)
 
@@ -46,7 +46,7 @@ class ExperienceMaker:
         }
 
     def vision_of(self, batch: RankBatch, micro_batch: MicroBatch, model: PolicyModel) -> VisionFeatures:
-        """Features of the micro-batch in the row's order: cached ones, or computed now where the tower is tuned."""
+        """Features of the micro-batch in the row's order: cached, or computed now if the tower is tuned."""
         features = batch.vision or self._encode(batch, micro_batch, model)
         return VisionFeatures.concatenate([features[key] for key in micro_batch.videos])
 
@@ -77,7 +77,7 @@ class ExperienceMaker:
             output = model(packed, self.vision_of(batch, micro_batch, model), temperature=temperature)
             if not micro_batch.is_filler:
                 passes.append((packed, output))
-        model.reshard()  # without a backward pass the root would stay whole, and its shards out of sight
+        model.reshard()  # without a backward pass the root would stay whole
         model.train(was_training)
         return passes
 

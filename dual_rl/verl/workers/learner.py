@@ -1,8 +1,8 @@
 """The update: one packed forward gives log-probs and rewards; policy loss, KL and Bradley-Terry share one backward.
 
-`core/objective.py` has the objective. Its terms are divided by counts over all ranks and micro-batches, so that the
-gradient depends on neither. FSDP averages gradients over ranks, hence the factor world_size. Where several ranks share
-each row, all of them hold its whole loss, hence the division by their number (`copies`).
+The objective is in `core/objective.py`. Its terms are divided by counts over all ranks and micro-batches, so that the
+gradient depends on neither. FSDP averages gradients over ranks, hence the factor world_size. Ranks that share a row
+all hold its whole loss, hence the division by their number (`copies`).
 """
 
 import math
@@ -23,7 +23,7 @@ from verl.workers.optimizer import set_learning_rates
 from verl.workers.parallel import average_replicated_gradients, clip_gradients, max_over_ranks, sum_over_ranks
 from verl.workers.rank_batch import MicroBatch, RankBatch
 
-MAXIMUM_SUFFIX = "_max"  # of metrics whose maximum counts, not the sum or mean
+MAXIMUM_SUFFIX = "_max"  # of metrics that are reduced by their maximum, not by sum or mean
 
 
 class Learner:
@@ -76,7 +76,7 @@ class Learner:
         }
 
     def _count(self, mini_batch: Sequence[PairRollout]) -> tuple[GlobalCounts, int]:
-        """Over all ranks; and how many micro-batches each of them runs."""
+        """Counts over all ranks, and the number of micro-batches that every rank runs."""
         responses = [response for rollout in mini_batch for response in rollout.responses]
         mine = (
             sum(response.num_labels for response in responses),
@@ -90,7 +90,7 @@ class Learner:
         return counts, int(max_over_ranks(math.ceil(len(mini_batch) / size), device=device))
 
     def _forward(self, batch: RankBatch, micro_batch: MicroBatch, packed: PackedGroups) -> PolicyOutput:
-        """The policy's output, with the full KL to the reference where that is part of the loss."""
+        """The policy's output, with the full KL to the reference if it is part of the loss."""
         algorithm = self.config.algorithm
         reference = None
         if algorithm.has_kl_loss and algorithm.kl_penalty == "full":

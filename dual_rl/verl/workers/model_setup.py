@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PolicyRuntime:
-    """What a rank computes with. `reference` is None with LoRA, where the actor without its adapter is it.
+    """Everything a rank computes with. `reference` is None with LoRA: the actor without its adapter is the reference.
 
-    `activations`: None where no layer is recomputed, or all of them. `sequence_group`: the ranks that hold the same
-    pairs and share each row; None where every rank works alone.
+    `activations`: None if no layer is recomputed, or all of them are. `sequence_group`: the ranks that hold the same
+    pairs and share each row; None if every rank works alone.
     """
 
     rank: Rank
@@ -52,7 +52,7 @@ class PolicyRuntime:
 
     @property
     def copies(self) -> int:
-        """How many ranks hold each pair: sums over all ranks count it so many times."""
+        """How many ranks hold each pair: sums over all ranks count it that many times."""
         return 1 if self.sequence_group is None else self.sequence_group.size
 
     def pixel_values(self, prompts: Sequence[VideoPrompt]) -> torch.Tensor:
@@ -61,7 +61,7 @@ class PolicyRuntime:
 
     @contextmanager
     def reference_policy(self) -> Iterator[PolicyModel]:
-        """The reference policy, for as long as the context lasts."""
+        """The reference policy, while the context lasts."""
         if self.reference is not None:
             yield self.reference
             return
@@ -70,9 +70,9 @@ class PolicyRuntime:
 
 
 def read_checkpoint(config: Config, *, with_weights: bool) -> PolicyCheckpoint:
-    """The checkpoint that training starts from, with what the settings override; warns where they do.
+    """The checkpoint that training starts from, with the overrides of the settings; warns about these.
 
-    Raises ValueError when the attention heads cannot be shared out as `ulysses_size` asks.
+    Raises ValueError when `ulysses_size` does not divide the attention heads.
     """
     settings, data = config.worker.actor.model, config.data
     checkpoint = load_checkpoint(settings.model_path, settings.head_path, with_weights=with_weights)
@@ -80,7 +80,7 @@ def read_checkpoint(config: Config, *, with_weights: bool) -> PolicyCheckpoint:
     if num_heads % ranks:
         raise ValueError(
             f"worker.actor.ulysses_size={ranks} does not divide the {num_heads} attention heads of "
-            f"{settings.model_path}: choose a divisor"
+            f"{settings.model_path}. Choose a divisor."
         )
     budget = checkpoint.video_budget.replace(
         fps=data.video_fps, min_pixels=data.min_pixels, max_pixels=data.max_pixels
@@ -89,7 +89,7 @@ def read_checkpoint(config: Config, *, with_weights: bool) -> PolicyCheckpoint:
     if data.format_prompt is not None:
         format_prompt = Path(data.format_prompt).read_text()
         FormatPrompt(format_prompt, source=data.format_prompt)
-    if not with_weights:  # the driver's copy: one warning is enough
+    if not torch.distributed.is_initialized():  # the driver: one warning is enough
         if budget != checkpoint.video_budget:
             logger.warning("the model was trained with %s, this run uses %s", checkpoint.video_budget, budget)
         if format_prompt != checkpoint.format_prompt:
@@ -97,13 +97,8 @@ def read_checkpoint(config: Config, *, with_weights: bool) -> PolicyCheckpoint:
     return dataclasses.replace(checkpoint, video_budget=budget, format_prompt=format_prompt)
 
 
-def build_runtime(config: Config, rank: Rank) -> PolicyRuntime:
-    """Load, shard and place everything. Only rank 0 reads weights; it sends them round."""
-    return assemble_runtime(read_checkpoint(config, with_weights=rank.index == 0), config, rank)
-
-
-def assemble_runtime(checkpoint: PolicyCheckpoint, config: Config, rank: Rank) -> PolicyRuntime:
-    """`build_runtime` from a checkpoint in memory, which has weights on rank 0."""
+def build_runtime(checkpoint: PolicyCheckpoint, config: Config, rank: Rank) -> PolicyRuntime:
+    """Build and shard everything. Only rank 0 needs a checkpoint with weights; it sends them to the others."""
     actor_config = config.worker.actor
     sequence_group = build_sequence_group(actor_config.ulysses_size)
     actor = _build_sharded(checkpoint, actor_config.model, actor_config.fsdp, rank=rank)
@@ -111,11 +106,11 @@ def assemble_runtime(checkpoint: PolicyCheckpoint, config: Config, rank: Rank) -
     reference = None
     if not config.algorithm.disable_kl and not actor_config.model.lora.rank:
         frozen = dataclasses.replace(actor_config.model, enable_gradient_checkpointing=False)
-        reference = _build_sharded(checkpoint, frozen, config.worker.ref.fsdp, rank=rank, is_frozen=True)
+        reference = _build_sharded(checkpoint, frozen, config.worker.ref.fsdp, rank=rank, is_reference=True)
         reference.sequence_group = sequence_group
     activations = None
     if actor_config.model.enable_gradient_checkpointing and sequence_group is None:
-        # Ranks that share a row repeat its exchanges together and would have to choose together.
+        # Ranks that share a row repeat its exchanges together, so they would have to choose together.
         trained = [parameter for parameter in actor.parameters() if parameter.requires_grad]
         max_kept = actor_config.model.max_kept_layers
         activations = ActivationPlan(actor.text_layers, trained, rank.device, max_kept=max_kept)
@@ -132,29 +127,20 @@ def assemble_runtime(checkpoint: PolicyCheckpoint, config: Config, rank: Rank) -
 
 
 def _build_sharded(
-    checkpoint: PolicyCheckpoint, settings: ModelConfig, fsdp: FsdpConfig, *, rank: Rank, is_frozen: bool = False
+    checkpoint: PolicyCheckpoint, settings: ModelConfig, fsdp: FsdpConfig, *, rank: Rank, is_reference: bool = False
 ) -> PolicyModel:
     compute_dtype = resolve_precision(fsdp.precision, rank.device)
-    model = build_policy(checkpoint, settings, frozen_dtype=compute_dtype)
-    if is_frozen:
-        _freeze(model, compute_dtype)
+    model = build_policy(checkpoint, settings, frozen_dtype=compute_dtype, is_reference=is_reference)
     state = None if checkpoint.weights is None else initial_state(model, checkpoint)
-    shard_model(model, fsdp, rank=rank)
+    shard_model(model, fsdp, rank=rank, compute_dtype=compute_dtype)
     materialize(model, state, rank=rank, is_offloaded=fsdp.enable_cpu_offload)
     if settings.enable_compile and rank.device.type == "cuda":
         model.compile_layers()
     return model
 
 
-def _freeze(model: PolicyModel, dtype: torch.dtype) -> None:
-    """Make a model that is not sharded yet a pure reference, its backbone in `dtype`; parameters are on meta."""
-    model.requires_grad_(False)
-    for parameter in model.backbone.parameters():
-        parameter.data = parameter.data.to(dtype)
-
-
 def build_rollout_engine(config: Config, runtime: PolicyRuntime, folder: Path) -> RolloutEngine:
-    """The engine of this rank, without weights yet. `folder`: for its files, which must live as long as the engine."""
+    """The engine of this rank, still without weights. `folder` takes its files, which it needs as long as it lives."""
     data, checkpoint = config.data, runtime.checkpoint
     save_engine_folder(folder, checkpoint, dtype=resolve_precision("auto", runtime.rank.device))
     return build_engine(

@@ -1,7 +1,7 @@
 """Weights and optimizer moments in page-locked host memory while their device memory is needed for something else.
 
-Page-locked, because copies from and to ordinary host memory are several times slower. What is not trained is copied to
-the host once and never back.
+Page-locked, because copies from and to ordinary host memory are several times slower. Frozen weights are copied to the
+host only once.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,34 +11,36 @@ from torch.distributed.tensor import DTensor
 
 
 class WeightOffload:
-    """Gives up and takes back the device memory of parameters.
+    """Frees and restores the device memory of parameters.
 
-    `release` leaves every parameter as the object that FSDP and the optimizer know, with an empty storage: nothing may
-    use it before `restore`.
+    `release` keeps the parameter objects that FSDP and the optimizer know, with empty storages: nothing may use them
+    before `restore`.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         self._parameters = list(parameters)
-        self._host: dict[int, torch.Tensor] = {}  # bytes, by number of the parameter
+        self._host: dict[int, torch.Tensor] = {}  # bytes, by index of the parameter
         self._released: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
 
     @torch.no_grad()
     def release(self) -> None:
-        """Copy what is trained to the host and free the device memory of everything."""
+        """Copy trained weights to the host and free the device memory of all."""
         if self._released:
             return
         seen = set()
-        for number, parameter in enumerate(self._parameters):
+        for index, parameter in enumerate(self._parameters):
             storage = local_part(parameter.detach()).untyped_storage()
             if not storage.nbytes() or storage.data_ptr() in seen:
                 continue
             seen.add(storage.data_ptr())
-            is_known = number in self._host
+            is_known = index in self._host
             if not is_known:
-                self._host[number] = allocate_locked(storage.nbytes(), storage.device)
+                self._host[index] = torch.empty(storage.nbytes(), dtype=torch.uint8)
+                if storage.device.type == "cuda":
+                    lock_pages(self._host[index])
             if parameter.requires_grad or not is_known:
-                self._host[number].copy_(as_bytes(storage), non_blocking=True)
-            self._released.append((storage, self._host[number]))
+                self._host[index].copy_(as_bytes(storage), non_blocking=True)
+            self._released.append((storage, self._host[index]))
         synchronize()
         for storage, _ in self._released:
             storage.resize_(0)
@@ -103,16 +105,8 @@ def as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def allocate_locked(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """uint8 [num_bytes] on the host, page-locked when `device` is a GPU."""
-    tensor = torch.empty(num_bytes, dtype=torch.uint8)
-    if device.type == "cuda":
-        lock_pages(tensor)
-    return tensor
-
-
 def lock_pages(tensor: torch.Tensor) -> None:
-    """Page-lock a host tensor's memory as it is: torch's own allocator would round its size up to a power of two.
+    """Page-lock a host tensor's memory in place: torch's own allocator would round its size up to a power of two.
 
     Raises RuntimeError when the system has no more memory to lock.
     """
@@ -122,8 +116,8 @@ def lock_pages(tensor: torch.Tensor) -> None:
     code = torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)
     if int(code) != 0:
         raise RuntimeError(
-            f"could not page-lock {storage.nbytes()} bytes of host memory (CUDA error {int(code)}): raise the limit "
-            "(`ulimit -l`), or set worker.actor.offload.* to false"
+            f"{storage.nbytes()} bytes of host memory could not be page-locked (CUDA error {int(code)}). Raise the "
+            "limit (`ulimit -l`) or set worker.actor.offload.* to false."
         )
 
 

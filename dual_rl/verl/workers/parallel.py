@@ -1,8 +1,8 @@
 """Ranks, FSDP2 sharding and whole tensors.
 
 Weights are sharded with FSDP2: each text layer and each vision block is a unit, the rest of the model the root.
-Trained weights are fp32 masters that enter computation in the compute dtype; frozen ones are stored in it. The reward
-head and the `<Reward>` row are small, stay whole in fp32 on every rank, and have their gradients averaged by hand.
+Trained weights are fp32 masters that are cast to the compute dtype; frozen ones are stored in it. The reward head and
+the `<Reward>` row are small: they stay whole in fp32 on every rank, and their gradients are averaged by hand.
 """
 
 import os
@@ -18,14 +18,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from verl.config import FsdpConfig
 from verl.model.policy import PolicyModel
-from verl.model.precision import resolve_precision
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)  # a rank may wait for another's long responses
 
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among all: `index` of `world_size`, computing on `device`."""
+    """This process: `index` of `world_size`, computing on `device`."""
 
     index: int
     world_size: int
@@ -33,7 +32,7 @@ class Rank:
 
 
 def join_process_group(*, index: int, world_size: int, address: str, port: int) -> Rank:
-    """Meet the other ranks at address:port and choose the device: the one visible GPU, or the CPU."""
+    """Join the other ranks at address:port and choose the device: the one visible GPU, or the CPU."""
     has_gpu = torch.cuda.is_available()
     # vLLM's external launcher reads these. Ray shows each rank one GPU, which is therefore local rank 0.
     os.environ.update(
@@ -59,12 +58,11 @@ def build_mesh(fsdp_size: int, rank: Rank) -> DeviceMesh:
     )
 
 
-def shard_model(model: PolicyModel, settings: FsdpConfig, *, rank: Rank) -> PolicyModel:
+def shard_model(model: PolicyModel, settings: FsdpConfig, *, rank: Rank, compute_dtype: torch.dtype) -> None:
     """Shard a model in place; the backbone's parameters may be on the meta device.
 
-    Frozen parameters that one rank would hold alone are left as they are: FSDP would only copy them for each pass.
+    Frozen parameters that one rank would hold alone are not managed: FSDP would only copy them for each pass.
     """
-    compute_dtype = resolve_precision(settings.precision, rank.device)
     mesh = build_mesh(settings.fsdp_size, rank)
     unmanaged = set(model.replicated_parameters())
     if mesh.shape[-1] == 1 and not settings.enable_cpu_offload:
@@ -80,21 +78,21 @@ def shard_model(model: PolicyModel, settings: FsdpConfig, *, rank: Rank) -> Poli
         fully_shard(unit, **arguments)
     fully_shard(model, **arguments)
     register_fsdp_forward_method(model, "encode_videos")
-    return model
 
 
 @torch.no_grad()
 def materialize(
     model: PolicyModel, state: dict[str, torch.Tensor] | None, *, rank: Rank, is_offloaded: bool = False
 ) -> None:
-    """Give a sharded model its weights, one tensor at a time.
+    """Load the weights of a sharded model, one tensor at a time.
 
-    `state`: whole tensors by parameter name on rank 0, None elsewhere. `is_offloaded`: the shards stay in host memory.
+    `state`: whole tensors by parameter name on rank 0, None elsewhere. `is_offloaded`: shards stay in host memory.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to_empty(device="cpu" if is_offloaded else rank.device)
     for name, buffer in buffers.items():
-        _set_buffer(model, name, buffer.to(rank.device))
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.to(rank.device))
     for parameter in model.replicated_parameters():
         parameter.data = parameter.data.to(rank.device)
     parameters = dict(model.named_parameters())
@@ -112,16 +110,11 @@ def materialize(
     model.initialize_adapters(parameters)
 
 
-def _set_buffer(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, value)
-
-
 @torch.no_grad()
 def iterate_weights(model: PolicyModel, *, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole weights under Hugging Face names, adapters merged and the `<Reward>` row in its place of the embedding.
+    """Whole weights under Hugging Face names, adapters merged and the `<Reward>` row put into the embedding.
 
-    A collective: every rank walks through all of them, one in memory at a time. Merging is done in fp32.
+    A collective: every rank iterates over all of them, one in memory at a time. Adapters are merged in fp32.
     """
     parameters = dict(model.backbone.named_parameters())
     scale = model.lora_scale if any(".lora_" in name for name in parameters) else 0.0
@@ -142,7 +135,7 @@ def iterate_weights(model: PolicyModel, *, dtype: torch.dtype) -> Iterator[tuple
 
 
 def gather_tensor(parameter: torch.Tensor) -> torch.Tensor:
-    """The whole tensor on every rank. A collective: every rank must ask for the same one."""
+    """The whole tensor on every rank. A collective: every rank must pass the same one."""
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
@@ -161,7 +154,7 @@ def max_over_ranks(value: float, *, device: torch.device) -> float:
 
 @torch.no_grad()
 def average_replicated_gradients(parameters: Iterable[torch.nn.Parameter], *, world_size: int) -> None:
-    """Average over ranks the gradients of parameters that FSDP does not manage, as it does with its own."""
+    """Average over ranks the gradients of the parameters that FSDP does not manage."""
     for parameter in parameters:
         if parameter.requires_grad:
             if parameter.grad is None:

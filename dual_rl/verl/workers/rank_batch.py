@@ -1,7 +1,7 @@
 """One rank's part of a step: its pairs with prompts, cached vision features and log-probs, and their micro-batches.
 
-Every rank runs the same number of forward passes, because FSDP's collectives must meet. A rank with fewer pairs than
-others, or with none, repeats a pair as a filler that has no weight in anything.
+Every rank runs the same number of forward passes, because FSDP's collectives must match. A rank with fewer pairs than
+others, or with none, repeats a pair as a filler of weight zero.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from verl.types import SIDES, PairRollout, ResponseKey, VideoKey, VideoPrompt
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Pairs of one forward pass. A filler only keeps the collectives in step and contributes nothing."""
+    """The pairs of one forward pass. A filler only keeps the collectives in step."""
 
     rollouts: tuple[PairRollout, ...]
     is_filler: bool = False
@@ -30,10 +30,11 @@ class MicroBatch:
 
 @dataclass
 class RankBatch:
-    """The pairs of this rank, by mini-batch, and what is known of their responses.
+    """The pairs of this rank, by mini-batch, and what was computed for them.
 
-    `filler`: any pair of the step, for a rank that has none at all. `prompts`: of all of these.
-    `old_log_probs`, `ref_log_probs`: float32 [num_labels] by response, None where the step does not need them.
+    `filler`: any pair of the step, for a rank that has none. `prompts`: of all these pairs. `vision`: features by
+    video, empty if the tower is tuned. `old_log_probs`, `ref_log_probs`: float32 [num_labels] by response, None if the
+    step does not need them.
     """
 
     mini_batches: Sequence[Sequence[PairRollout]]
@@ -49,7 +50,7 @@ class RankBatch:
 
     @property
     def needed_rollouts(self) -> list[PairRollout]:
-        """Pairs that some forward pass packs, at least one."""
+        """The pairs of all forward passes, at least one."""
         return self.rollouts or [self.filler]
 
     def split(self, rollouts: Sequence[PairRollout], size: int, *, count: int) -> Iterator[MicroBatch]:

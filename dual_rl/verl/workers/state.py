@@ -1,7 +1,7 @@
 """Sharded state for resuming: what is trained, and the optimizer's moments, on any number of ranks.
 
 Written with torch's distributed checkpoint, which re-shards on reading. Frozen weights are not in it: they come from
-the model that training started from. All randomness of a step is derived from its number, so no generator is stored.
+the model that training started from. All randomness of a step depends on its number, so no generator is stored.
 """
 
 from pathlib import Path
@@ -27,16 +27,16 @@ def load_training_state(folder: Path, model: PolicyModel, optimizer: torch.optim
     """Restore what `save_training_state` wrote, in place; every rank takes part.
 
     Learning rates, betas and weight decay stay those of `optimizer`, not of the saved run.
-    Raises ValueError when the folder holds the state of another set-up.
+    Raises ValueError when the folder holds the state of another setup.
     """
-    place = folder / STATE_FOLDER
+    path = folder / STATE_FOLDER
     weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
     state = {"model": weights, "optimizer": moments}
     try:
-        dcp.load(state, checkpoint_id=str(place))
+        dcp.load(state, checkpoint_id=str(path))
     except dcp.api.CheckpointException as error:
         raise ValueError(
-            f"{place} does not fit this run (other model, LoRA rank or frozen parts?): {str(error).splitlines()[0]}"
+            f"{path} does not fit this run (other model, LoRA rank or frozen parts?): {str(error).splitlines()[0]}"
         ) from error
     own = [{name: group[name] for name in GROUP_SETTINGS} for group in optimizer.param_groups]
     set_state_dict(

@@ -1,4 +1,4 @@
-"""One rank: the sharded policy, its optimizer and a rollout engine in one process. A Ray actor per GPU or CPU rank.
+"""One rank: the sharded policy, its optimizer and a rollout engine in one process. One Ray actor per GPU or CPU rank.
 
 Every method is called on all ranks at once, because FSDP's collectives (and tensor-parallel engines) need them all.
 """
@@ -18,7 +18,7 @@ from verl.temporary import temporary_folder
 from verl.types import PairRollout, Response, ResponseKey, Sampling, VideoPrompt
 from verl.workers.experience import ExperienceMaker
 from verl.workers.learner import Learner
-from verl.workers.model_setup import build_rollout_engine, build_runtime, save_actor
+from verl.workers.model_setup import build_rollout_engine, build_runtime, read_checkpoint, save_actor
 from verl.workers.offload import WeightOffload
 from verl.workers.parallel import iterate_weights, join_process_group
 from verl.workers.rank_batch import RankBatch
@@ -28,7 +28,7 @@ GIB = 2**30
 
 
 class Worker:
-    """Made empty and cheaply; `start` joins the other ranks and loads the model."""
+    """Cheap to construct; `start` joins the other ranks and loads the model."""
 
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
         self.config = config
@@ -36,7 +36,7 @@ class Worker:
         self.engine_files = ExitStack()
 
     def choose_meeting_point(self, port: int) -> tuple[str, int]:
-        """Address of this rank's node and `port`, or a free one for 0. Raises ValueError when the port is taken."""
+        """Address of this rank's node, and `port` or, for 0, a free one. Raises ValueError when the port is taken."""
         address = ray.util.get_node_ip_address()
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections of the last run linger
@@ -50,10 +50,11 @@ class Worker:
             return address, probe.getsockname()[1]
 
     def start(self, address: str, port: int) -> None:
-        """Join the process group, build the policy, the reference and the engine, and hand the first weights over."""
+        """Join the process group, build the policy, the reference and the engine, and hand over the first weights."""
         actor = self.config.worker.actor
         self.rank = join_process_group(index=self.index, world_size=self.world_size, address=address, port=port)
-        self.runtime = build_runtime(self.config, self.rank)
+        checkpoint = read_checkpoint(self.config, with_weights=self.index == 0)
+        self.runtime = build_runtime(checkpoint, self.config, self.rank)
         self.experience = ExperienceMaker(
             self.runtime,
             micro_batch_size=actor.micro_batch_size_per_device_for_experience,
@@ -68,7 +69,7 @@ class Worker:
         self.hand_over_weights()
 
     def hand_over_weights(self) -> None:
-        """Give the engine the policy's current weights, in memory, and free what the training step held."""
+        """Give the engine the policy's current weights, in memory, and free the memory of the training step."""
         self.batch = None
         if not self.is_engine_awake:
             self._release_device_memory()
@@ -80,14 +81,14 @@ class Worker:
         self._release_policy()
 
     def generate(self, prompts: Sequence[ray.ObjectRef], sampling: Sampling) -> list[list[Response]]:
-        """n responses for each video. `prompts`: one object per pair, its two VideoPrompts."""
+        """n responses per video. `prompts`: one object per pair, its two VideoPrompts."""
         both: list[tuple[VideoPrompt, VideoPrompt]] = ray.get(list(prompts))
         return self.engine.generate([prompt for of_pair in both for prompt in of_pair], sampling)
 
     def prepare(self, mini_batches: Sequence[Sequence[PairRollout]], filler: PairRollout) -> dict[ResponseKey, float]:
         """Take this rank's pairs of a step, put the engine to sleep, and compute what is fixed before the update.
 
-        Returns each response's summed KL to the reference where that goes into the reward.
+        Returns each response's summed KL to the reference if the reward takes it.
         """
         self.rollout_memory = self._device_memory()
         self.engine.sleep()
@@ -122,7 +123,7 @@ class Worker:
         return rewards
 
     def save(self, folder: str) -> None:
-        """Write `actor/`: Hugging Face model, head, and unless save_model_only the state for resuming."""
+        """Write `actor/`: Hugging Face model, head and, unless save_model_only, the state for resuming."""
         self._restore_policy()
         target = Path(folder) / "actor"
         dtype = resolve_precision(self.config.worker.actor.fsdp.precision, self.rank.device)
@@ -132,13 +133,13 @@ class Worker:
         self._release_policy()
 
     def load(self, folder: str) -> None:
-        """Continue from what `save` wrote, on any number of ranks, and hand the weights over."""
+        """Resume from what `save` wrote, on any number of ranks, and hand over the weights."""
         self._restore_policy()
         load_training_state(Path(folder) / "actor", self.runtime.actor, self.runtime.optimizer)
         self.hand_over_weights()
 
     def close(self) -> None:
-        """Remove the engine's files, whatever state this rank is in; the process is ended from outside."""
+        """Remove the engine's files, in any state of this rank; the process is ended from outside."""
         self.engine_files.close()
 
     def _find_offloaded_weights(self) -> list[WeightOffload]:
@@ -153,15 +154,15 @@ class Worker:
             weights.restore()
 
     def _release_policy(self) -> None:
-        """Give up the device memory of the weights, where `offload_params` asks for that."""
+        """Free the device memory of the weights, if `offload_params` asks for it."""
         for weights in self.offloaded_weights:
             weights.release()
         self._release_device_memory()
 
     def _memory_metrics(self) -> dict[str, float]:
-        """Device memory while responses are written and in the update, whose peak the allocator still holds.
+        """Device memory in use during the rollout and in the update, whose peak the allocator still holds.
 
-        Not torch's own counter, which counts the sleeping engine's memory although the device has it back.
+        Torch's own counter would include the sleeping engine's memory, although that is free again.
         """
         if self.rank.device.type != "cuda":
             return {}
