@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Stage 2 on a CPU: goes on from the stage 1 quick start, trains thinking and scoring together on its toy world, and
-# scores the toy benchmark with the result. Can be repeated; it continues where it stopped. STEPS and WORK make it
-# shorter, longer or put it elsewhere; further arguments are settings of the training (key=value).
+# Stage 2 on a CPU: starts from the checkpoint of the stage 1 quick start, trains thinking and scoring together on its
+# toy world, and scores the toy benchmark with the result. Run it again to resume. STEPS sets its length, WORK its
+# folder; further arguments are settings of the training (key=value).
 set -euo pipefail
 stage="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -17,7 +17,7 @@ newest() { find "$1" -maxdepth 1 -name "$2" 2>/dev/null | sort -V | tail -n 1 ||
 MODEL_PATH="${MODEL_PATH:-$(newest "$STAGE1/stage1" 'checkpoint-*')}"
 [[ -n "$MODEL_PATH" ]] || { echo "no stage 1 checkpoint in $STAGE1: run bash cold_start/quickstart.sh first" >&2 && exit 1; }
 
-# The tiny model learns at rates that would ruin a large one. Validation draws as training does.
+# The tiny model needs learning rates that would ruin a large one. Validation samples as training does.
 export OMP_NUM_THREADS=1 NUM_GPUS=0 NUM_PROCESSES="$PROCESSES" OUTPUT_DIR="$WORK"
 MODEL_PATH="$MODEL_PATH" TRAIN_FILES="$STAGE1/world/train_rl.csv" VAL_FILES="$STAGE1/world/eval_rl.csv" \
   bash "$stage/examples/train.sh" \

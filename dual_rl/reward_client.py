@@ -21,16 +21,14 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 RETRIED_STATUSES = (429, 502, 503, 504)
 CONNECTION_ERRORS = (ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
 CONNECT_SECONDS = 30.0
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
-"""Notices within two minutes that the other machine is gone; a live one may be silent for longer."""
+"""Notice within two minutes that the other machine is gone; a live one may be silent for longer."""
 PIECE = 1 << 18
 
 logger = logging.getLogger(__name__)
@@ -62,23 +60,19 @@ class Score:
 
 
 Video = ServerPath | str | os.PathLike | bytes
-
-
-class _Reply(NamedTuple):
-    status: int
-    body: bytes
-    retry_after: float
+Body = list[bytes | Path]
+"""Pieces of a request's body; of a path the file's content."""
 
 
 @dataclass(frozen=True)
 class RewardClient:
-    """A server, and how to retry. Safe to share between threads, and to pickle.
+    """A server, and how to retry. It can be shared between threads, and pickled.
 
     `url`: `http(s)://host:port`, perhaps with a path before `/v1/score`. `timeout`: seconds of silence on a
-    connection; scoring counts, so it must exceed the longest wait in the server's queue. `num_retries`: of each
-    request, after connection errors, 429, 502, 503 and 504, with pauses that double from `first_pause` to
-    `longest_pause` seconds, or longer where the server's Retry-After says so. The defaults try for 3 to 5 minutes.
-    `batch_size`: videos in a request. `num_connections`: requests at a time.
+    connection; scoring counts, so it must exceed the longest wait in the server's queue. `num_retries`: per request,
+    after connection errors, 429, 502, 503 and 504, with pauses that double from `first_pause` to `longest_pause`
+    seconds, or longer where the server's Retry-After says so. The defaults retry for 3 to 5 minutes. `batch_size`:
+    videos per request. `num_connections`: simultaneous requests.
     """
 
     url: str
@@ -107,17 +101,21 @@ class RewardClient:
         if len(videos) != len(prompts):
             raise ValueError(f"{len(videos)} videos and {len(prompts)} prompts; give one prompt for each video")
         batches = [*self._batches(videos, on_server=True), *self._batches(videos, on_server=False)]
+        scores: dict[int, Score] = {}
+
+        def score(batch: list[int]) -> list[Score]:
+            return self._score_batch([videos[index] for index in batch], [prompts[index] for index in batch])
+
         with ThreadPoolExecutor(self.num_connections) as pool:
-            results = list(pool.map(lambda batch: self._score_batch(batch, videos, prompts), batches))
-        numbers = [number for batch in batches for number in batch]
-        scores = [score for of_batch in results for score in of_batch]
-        return [score for _, score in sorted(zip(numbers, scores, strict=True), key=itemgetter(0))]
+            for batch, results in zip(batches, pool.map(score, batches), strict=True):
+                scores.update(zip(batch, results, strict=True))
+        return [scores[index] for index in range(len(videos))]
 
     def is_ready(self) -> bool:
         """Whether the server takes requests now."""
         try:
-            return self._send("GET", "/health", lambda: None, {}).status == 200
-        except _UnreachableError:
+            return self._send("GET", "/health", [], {})[0] == 200
+        except _TroubleError:
             return False
 
     def wait_until_ready(self, seconds: float = 600.0) -> None:
@@ -129,50 +127,55 @@ class RewardClient:
             time.sleep(min(1.0, self.longest_pause))
 
     def _batches(self, videos: Sequence[Video], *, on_server: bool) -> Iterator[list[int]]:
-        numbers = [number for number, video in enumerate(videos) if isinstance(video, ServerPath) == on_server]
-        for start in range(0, len(numbers), self.batch_size):
-            yield numbers[start : start + self.batch_size]
+        """Indices of videos of one kind."""
+        indices = [index for index, video in enumerate(videos) if isinstance(video, ServerPath) == on_server]
+        for start in range(0, len(indices), self.batch_size):
+            yield indices[start : start + self.batch_size]
 
-    def _score_batch(self, batch: Sequence[int], videos: Sequence[Video], prompts: Sequence[str]) -> list[Score]:
+    def _score_batch(self, videos: Sequence[Video], prompts: Sequence[str]) -> list[Score]:
         """Videos of one kind."""
-        of_batch = [prompts[number] for number in batch]
-        if isinstance(videos[batch[0]], ServerPath):
-            request = {"videos": [{"path": str(videos[number])} for number in batch], "prompts": of_batch}
-            body = json.dumps(request).encode()
-            headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-            reply = self._retry("/v1/score", lambda: iter((body,)), headers)
+        if isinstance(videos[0], ServerPath):
+            request = {"videos": [{"path": str(video)} for video in videos], "prompts": prompts}
+            reply = self._retry("/v1/score", [json.dumps(request).encode()], "application/json")
         else:
-            form = _Form([videos[number] for number in batch], of_batch)
-            reply = self._retry("/v1/score/upload", form.pieces, form.headers())
-        return _read_scores(reply, len(batch))
+            boundary = uuid.uuid4().hex
+            body = _build_form(videos, prompts, boundary)
+            reply = self._retry("/v1/score/upload", body, f"multipart/form-data; boundary={boundary}")
+        return _read_scores(reply, len(videos))
 
-    def _retry(self, route: str, make_body, headers: dict[str, str]) -> bytes:
+    def _retry(self, route: str, body: Body, content_type: str) -> bytes:
         """The body of a reply with status 200."""
-        start, pause, problem, status = time.monotonic(), self.first_pause, "", None
-        for attempt in range(self.num_retries + 1):
-            retry_after = 0.0
+        start, pause = time.monotonic(), self.first_pause
+        for retries_left in reversed(range(self.num_retries + 1)):
             try:
-                reply = self._send("POST", route, make_body, headers)
-            except _UnreachableError as error:
-                problem, status = str(error), None
-            else:
-                if reply.status == 200:
-                    return reply.body
-                problem, status, retry_after = _describe(reply), reply.status, reply.retry_after
-                if status not in RETRIED_STATUSES:
-                    raise RewardServerError(f"{self.url}{route}: {problem}", status)
-            if attempt < self.num_retries:
-                seconds = max(pause * random.uniform(0.5, 1.0), retry_after * random.uniform(1.0, 1.5))
-                logger.warning("%s%s: %s; again in %.1f s", self.url, route, problem, seconds)
+                return self._post(route, body, content_type)
+            except _TroubleError as error:
+                trouble = error
+            if retries_left:
+                seconds = max(pause * random.uniform(0.5, 1.0), trouble.retry_after * random.uniform(1.0, 1.5))
+                logger.warning("%s%s: %s; again in %.1f s", self.url, route, trouble, seconds)
                 time.sleep(seconds)
                 pause = min(2 * pause, self.longest_pause)
-        seconds = time.monotonic() - start
-        raise RewardServerError(
-            f"{self.url}{route}: gave up after {self.num_retries + 1} attempts in {seconds:.0f} s: {problem}", status
-        )
+        attempts = f"{self.num_retries + 1} attempts in {time.monotonic() - start:.0f} s"
+        raise RewardServerError(f"{self.url}{route}: gave up after {attempts}: {trouble}", trouble.status)
 
-    def _send(self, method: str, route: str, make_body, headers: dict[str, str]) -> _Reply:
-        """One attempt on a connection of its own. Raises _UnreachableError."""
+    def _post(self, route: str, body: Body, content_type: str) -> bytes:
+        """One attempt. Raises _TroubleError where another may help, else RewardServerError."""
+        length = sum(piece.stat().st_size if isinstance(piece, Path) else len(piece) for piece in body)
+        headers = {"Content-Type": content_type, "Content-Length": str(length)}
+        status, answer, retry_after = self._send("POST", route, body, headers)
+        if status == 200:
+            return answer
+        try:
+            text = str(json.loads(answer)["error"])
+        except (ValueError, KeyError, TypeError):
+            text = answer[:200].decode(errors="replace")
+        if status in RETRIED_STATUSES:
+            raise _TroubleError(f"status {status}: {text}", status, retry_after)
+        raise RewardServerError(f"{self.url}{route}: status {status}: {text}", status)
+
+    def _send(self, method: str, route: str, body: Body, headers: dict[str, str]) -> tuple[int, bytes, float]:
+        """One exchange on a new connection: status, body and Retry-After. Raises _TroubleError."""
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname, parts.port, timeout=min(CONNECT_SECONDS, self.timeout))
@@ -180,51 +183,42 @@ class RewardClient:
             headers = {**headers, "Authorization": f"Bearer {self.token.strip()}"}
         try:
             _connect(connection, self.timeout)
-            return _exchange(connection, method, parts.path.rstrip("/") + route, make_body, headers)
+            return _exchange(connection, method, parts.path.rstrip("/") + route, body, headers)
         finally:
             connection.close()
 
 
-class _UnreachableError(OSError):
-    """The connection failed, before or during the exchange."""
+class _TroubleError(Exception):
+    """An attempt that failed for now: the connection (`status` is None), or a reply that says so."""
+
+    def __init__(self, message: str, status: int | None = None, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.status, self.retry_after = status, retry_after
 
 
-class _Form:
-    """A multipart body that is read from its files anew for each attempt."""
+def _build_form(videos: Sequence[str | os.PathLike | bytes], prompts: Sequence[str], boundary: str) -> Body:
+    """A multipart form; each attempt reads the files again."""
+    parts: list[tuple[str, bytes | Path]] = []
+    for index, video in enumerate(videos):
+        content = video if isinstance(video, bytes) else Path(video)
+        name = content.name if isinstance(content, Path) else f"{index}.mp4"
+        parts.append((f'name="videos"; filename="{_quote(name)}"', content))
+    parts += [('name="prompts"', prompt.encode()) for prompt in prompts]
+    body: Body = []
+    for disposition, content in parts:
+        head = f"--{boundary}\r\nContent-Disposition: form-data; {disposition}\r\n\r\n"
+        body += [head.encode(), content, b"\r\n"]
+    return [*body, f"--{boundary}--\r\n".encode()]
 
-    def __init__(self, videos: Sequence[str | os.PathLike | bytes], prompts: Sequence[str]) -> None:
-        self.boundary = uuid.uuid4().hex
-        self.parts: list[tuple[bytes, bytes | Path]] = []
-        for number, video in enumerate(videos):
-            content = video if isinstance(video, bytes) else Path(video)
-            name = content.name if isinstance(content, Path) else f"{number}.mp4"
-            self.parts.append((self._head(f'name="videos"; filename="{_quote(name)}"'), content))
-        self.parts += [(self._head('name="prompts"'), prompt.encode()) for prompt in prompts]
-        self.end = f"--{self.boundary}--\r\n".encode()
 
-    def headers(self) -> dict[str, str]:
-        """Type and length."""
-        length = len(self.end)
-        for head, content in self.parts:
-            size = content.stat().st_size if isinstance(content, Path) else len(content)
-            length += len(head) + size + len(b"\r\n")
-        return {"Content-Type": f"multipart/form-data; boundary={self.boundary}", "Content-Length": str(length)}
-
-    def pieces(self) -> Iterator[bytes]:
-        """The body."""
-        for head, content in self.parts:
-            yield head
-            if isinstance(content, Path):
-                with content.open("rb") as file:
-                    while piece := file.read(PIECE):
-                        yield piece
-            else:
-                yield content
-            yield b"\r\n"
-        yield self.end
-
-    def _head(self, disposition: str) -> bytes:
-        return f"--{self.boundary}\r\nContent-Disposition: form-data; {disposition}\r\n\r\n".encode()
+def _read(body: Body) -> Iterator[bytes]:
+    for piece in body:
+        if isinstance(piece, Path):
+            with piece.open("rb") as file:
+                while data := file.read(PIECE):
+                    yield data
+        else:
+            yield piece
 
 
 def _connect(connection: http.client.HTTPConnection, timeout: float) -> None:
@@ -236,22 +230,22 @@ def _connect(connection: http.client.HTTPConnection, timeout: float) -> None:
             if hasattr(socket, name):  # not on every system
                 connection.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     except OSError as error:
-        raise _UnreachableError(f"no connection: {error}") from error
+        raise _TroubleError(f"no connection: {error}") from error
 
 
-def _exchange(connection: http.client.HTTPConnection, method: str, path: str, make_body, headers) -> _Reply:
-    """Raises _UnreachableError. An answer that comes before everything was read, a refusal, counts as one."""
+def _exchange(connection, method: str, path: str, body: Body, headers) -> tuple[int, bytes, float]:
+    """Raises _TroubleError. A refusal that comes before the whole request was sent is an answer too."""
     try:
         try:
-            connection.request(method, path, body=make_body(), headers=headers)
+            connection.request(method, path, body=_read(body) if body else None, headers=headers)
         except ConnectionError:
             logger.debug("the server closed the connection early")
         response = connection.getresponse()
-        body = response.read()
+        answer = response.read()
     except CONNECTION_ERRORS as error:
-        raise _UnreachableError(f"connection lost: {type(error).__name__}: {error}") from error
+        raise _TroubleError(f"connection lost: {type(error).__name__}: {error}") from error
     retry_after = response.headers.get("Retry-After", "")
-    return _Reply(response.status, body, float(retry_after) if retry_after.isdecimal() else 0.0)
+    return response.status, answer, float(retry_after) if retry_after.isdecimal() else 0.0
 
 
 def _read_scores(body: bytes, num_videos: int) -> list[Score]:
@@ -268,14 +262,6 @@ def _read_score(result: dict[str, object]) -> Score:
     if "error" in result:
         return Score(None, error=str(result["error"]))
     return Score(float(result["reward"]), result["cot"], result["num_tokens"], result["is_finished"])
-
-
-def _describe(reply: _Reply) -> str:
-    try:
-        text = str(json.loads(reply.body)["error"])
-    except (ValueError, KeyError, TypeError):
-        text = reply.body[:200].decode(errors="replace")
-    return f"status {reply.status}: {text}"
 
 
 def _quote(name: str) -> str:

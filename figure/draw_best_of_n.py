@@ -1,6 +1,6 @@
-"""Draw what best-of-N selection gains: `python figure/draw_best_of_n.py` reads best_of_n.csv and writes best_of_n.png.
+"""Draws what best-of-N selection gains: `python figure/draw_best_of_n.py` reads best_of_n.csv, writes best_of_n.png.
 
-best_of_n.csv has a row for each clip: model, folder, reward, true_score. It comes from `--collect`, which joins the
+best_of_n.csv has a row per clip: model, folder, reward, true_score. It comes from `--collect`, which joins the
 ranking of dual_rl/examples/best_of_n.py with the truth of cold_start/datasets/make_best_of_n.py:
 
     python figure/draw_best_of_n.py --collect clips/truth.csv "stage 1=stage1.csv" "stage 2=stage2.csv"
@@ -43,27 +43,24 @@ def collect(truth: Path, rankings: list[str]) -> None:
 
 def compute_curves() -> dict[str, list[tuple[int, float, float]]]:
     """By model: N, mean true score of the chosen clip over prompts, and its standard error."""
-    first = ""
     clips: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     with DATA.open(newline="") as file:
         for row in csv.DictReader(file):
             reward, truth = float(row["reward"]), float(row["true_score"])
             clips[row["model"]][row["folder"]].append((reward, truth))
-            first = first or row["model"]
-            if row["model"] == first:
-                clips[PERFECT][row["folder"]].append((truth, truth))
-    curves: dict[str, list[tuple[int, float, float]]] = {}
-    for model, folders in clips.items():
-        best = list(folders.values())
+    first, *others = clips.items()
+    perfect = {folder: [(truth, truth) for _, truth in group] for folder, group in first[1].items()}
+    curves = {}
+    for model, folders in (first, (PERFECT, perfect), *others):
         curves[model] = []
         for n in NUMBERS:
-            means = [compute_expected_best(*zip(*group, strict=True), n=n) for group in best]
+            means = [compute_expected_best(*zip(*group, strict=True), n=n) for group in folders.values()]
             curves[model].append((n, fmean(means), stdev(means) / len(means) ** 0.5))
     return curves
 
 
 def draw(curves: dict[str, list[tuple[int, float, float]]]) -> None:
-    """One line a model, with standard errors over prompts."""
+    """One line per model, with standard errors over prompts."""
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
     ax = figure.subplots()
     for (model, points), (marker, line, color) in zip(curves.items(), STYLES, strict=False):

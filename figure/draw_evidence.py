@@ -3,11 +3,12 @@
     python figure/draw_evidence.py figure/results/small.json
 
 Writes small_{accuracy,curves,data,ablations}.png and small.md, the tables of accuracies and claims, beside it and
-prints the tables. Things are told apart by markers, lines and hatches, not by color alone; figures are as wide as a
-phone. A figure whose runs are missing is left out.
+prints the tables. Markers, lines and hatches differ, not color alone; figures are as wide as a phone. A figure whose
+runs are missing is left out.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from evidence.claims import NAMES, SET_NAMES, TEXT, describe  # noqa: E402
-from evidence.intervals import smooth  # noqa: E402
+from evidence.intervals import Interval, smooth  # noqa: E402
 from evidence.plan import DATA_PERCENTS, MASKED, OWN  # noqa: E402
 from evidence.results import SETS, Results  # noqa: E402
 
@@ -45,26 +46,31 @@ ABLATIONS = {  # label, arm, what it is compared with
 
 
 def draw_accuracy(results: Results) -> Figure | None:
-    """A panel for each held-out set; bars without ties with intervals, diamonds with ties (mean over seeds)."""
+    """A panel per held-out set; bars without ties with intervals, diamonds with ties (mean over seeds)."""
     models = {model: name for model, name in NAMES.items() if results.seeds(*model)}
     if not models:
         return None
     figure = Figure(figsize=(WIDTH, 1.0 + 0.42 * len(models) * len(SETS)), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(SETS), 1, sharex=True)
-    places = np.arange(len(models))[::-1]
+    rows = np.arange(len(models))[::-1]
     for ax, name in zip(panels, SETS, strict=True):
-        for place, model in zip(places, models, strict=True):
+        for row, model in zip(rows, models, strict=True):
             estimate = results.accuracy(*model, sets=[name])
             color, hatch = BARS[model[0]]
-            errors = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
-            ax.barh(place, estimate.value, 0.7, color=color, hatch=hatch, edgecolor=DARK, xerr=errors, capsize=3)
-            ax.plot(results.mean("with_ties", *model, sets=[name]), place, "D", color="white", markeredgecolor=DARK)
+            style = {"color": color, "hatch": hatch, "edgecolor": DARK, "capsize": 3}
+            ax.barh(row, estimate.value, 0.7, xerr=_errors([estimate]), **style)
+            ax.plot(results.mean("with_ties", *model, sets=[name]), row, "D", color="white", markeredgecolor=DARK)
         ax.axvline(0.5, color=DARK, linestyle=":", linewidth=1)
-        ax.set_yticks(places, [text.replace(", ", ",\n") for text in models.values()], fontsize=FONT_SIZE - 3)
+        ax.set_yticks(rows, [text.replace(", ", ",\n") for text in models.values()], fontsize=FONT_SIZE - 3)
         ax.set_title(f"{SET_NAMES[name]}", loc="left", fontsize=FONT_SIZE)
     panels[-1].set_xlim(0.0, 1.0)
     panels[-1].set_xlabel("share of pairs in the right order\n(bar: without ties, diamond: with ties; dotted: chance)")
     return figure
+
+
+def _errors(estimates: Sequence[Interval]) -> list[list[float]]:
+    """Lengths of the bars below and above, as matplotlib takes them."""
+    return [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
 
 
 def draw_curves(results: Results) -> Figure | None:
@@ -91,28 +97,18 @@ def draw_curves(results: Results) -> Figure | None:
     return figure
 
 
-def _draw_runs(
-    ax: Axes,
-    results: Results,
-    run: str,
-    metric: str,
-    *,
-    label: str,
-    style: tuple[str, str, str],
-    relative: bool = False,
-) -> None:
-    """A line a seed, smoothed; only the first is in the legend."""
+def _draw_runs(ax: Axes, results: Results, run: str, metric: str, *, label: str, style: tuple, relative=False) -> None:
+    """A line per seed, smoothed; only the first is in the legend."""
     marker, line, color = style
-    for number, seed in enumerate(results.runs(run, metric)):
+    for index, seed in enumerate(results.runs(run, metric)):
         values = results.curve(run, metric, seed)
         minutes = np.cumsum(np.nan_to_num(results.curve(run, "seconds", seed))) / 60
         if relative:
             values = values / (np.nanmedian(values) or 1.0)
         values = smooth(values, max(1, round(SHARE_OF_RUN_SMOOTHED * len(values))))
-        ax.plot(
-            minutes, values, linestyle=line, color=color, marker=marker, markevery=max(1, len(values) // 6),
-            markersize=5, linewidth=1.4, alpha=0.9, label=None if number else label,
-        )  # fmt: skip
+        marks = {"marker": marker, "markevery": max(1, len(values) // 6), "markersize": 5}
+        drawn = {"linestyle": line, "color": color, "linewidth": 1.4, "alpha": 0.9}
+        ax.plot(minutes, values, label=None if index else label, **marks, **drawn)
 
 
 def draw_data(results: Results) -> Figure | None:
@@ -131,10 +127,10 @@ def draw_data(results: Results) -> Figure | None:
     figure = Figure(figsize=(WIDTH, 3.8), dpi=DPI, layout="constrained")
     ax = figure.subplots()
     for (label, points), (marker, line, color) in zip(curves.items(), LINES, strict=False):
-        values = [estimate.value for _, estimate in points]
-        errors = [[e.value - e.low for _, e in points], [e.high - e.value for _, e in points]]
-        x = [share for share, _ in points]
-        ax.errorbar(x, values, errors, marker=marker, linestyle=line, color=color, capsize=4, label=label)
+        x, estimates = [share for share, _ in points], [estimate for _, estimate in points]
+        values = [estimate.value for estimate in estimates]
+        style = {"marker": marker, "linestyle": line, "color": color, "capsize": 4}
+        ax.errorbar(x, values, _errors(estimates), label=label, **style)
     ax.axhline(0.5, color=DARK, linestyle=":", linewidth=1)
     ax.set_xscale("log")
     ax.set_xticks(shares, [f"{share}%" for share in shares])
@@ -148,10 +144,9 @@ def draw_data(results: Results) -> Figure | None:
 
 def draw_ablations(results: Results) -> Figure | None:
     """Paired differences in accuracy to the model without the change, over all held-out pairs."""
+    names = {"descore": "DeScore", "stage1_short": "stage 1"}
     rows = {
-        f"{label}\n(against {'DeScore' if reference == 'descore' else 'stage 1'})": results.difference(
-            (arm, OWN), (reference, OWN)
-        )
+        f"{label}\n(against {names[reference]})": results.difference((arm, OWN), (reference, OWN))
         for label, (arm, reference) in ABLATIONS.items()
     }
     rows["score in the text\n(against DeScore's head)"] = results.difference(("descore", TEXT), ("descore", OWN))
@@ -160,10 +155,9 @@ def draw_ablations(results: Results) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH, 1.0 + 0.6 * len(rows)), dpi=DPI, layout="constrained")
     ax = figure.subplots()
-    for place, (label, difference) in enumerate(reversed(rows.items())):
-        errors = [[difference.value - difference.low], [difference.high - difference.value]]
-        marker = "o" if "DeScore" in label else "s"
-        ax.errorbar(difference.value, place, xerr=errors, marker=marker, color=MIDDLE, capsize=4, markersize=7)
+    for row, (label, difference) in enumerate(reversed(rows.items())):
+        style = {"marker": "o" if "DeScore" in label else "s", "color": MIDDLE, "capsize": 4, "markersize": 7}
+        ax.errorbar(difference.value, row, xerr=_errors([difference]), **style)
     ax.axvline(0, color=DARK, linewidth=1)
     ax.set_yticks(range(len(rows)), list(reversed(rows)), fontsize=FONT_SIZE - 2)
     ax.set_xlabel("change in accuracy, with 95% interval")

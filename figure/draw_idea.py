@@ -1,6 +1,6 @@
-"""Draw the idea of DeScore: `python figure/draw_idea.py` writes idea.png and idea.svg beside this file.
+"""Draws the idea of DeScore: `python figure/draw_idea.py` writes idea.png and idea.svg beside this file.
 
-Only fonts that come with matplotlib are used and no dates are stored, so that the same picture comes out everywhere.
+Only fonts that come with matplotlib are used and no dates are stored, so that the picture is the same everywhere.
 Lengths are in percent of the picture's width; y grows upwards.
 """
 
@@ -25,53 +25,33 @@ SCORE = "#1d4e89"
 
 SMALL, NORMAL, LARGE, TITLE = 15, 17, 20, 34
 MASKED = "masked"
+ROUND = "round,pad=0,rounding_size=1.1"
+
+Point = tuple[float, float]
 
 
-def draw_text(ax: Axes, center: tuple[float, float], text: str, *, font: float = NORMAL, **style: object) -> None:
+def draw_text(ax: Axes, center: Point, text: str, *, font: float = NORMAL, **style: object) -> None:
     """Text centred on a point."""
-    ax.text(
-        *center, text, **{"ha": "center", "va": "center", "color": INK, "linespacing": 1.3, "fontsize": font} | style
-    )
+    ax.text(*center, text, fontsize=font, **{"ha": "center", "va": "center", "color": INK, "linespacing": 1.3} | style)
 
 
 def draw_box(
-    ax: Axes,
-    corner: tuple[float, float],
-    size: tuple[float, float],
-    *,
-    text: str = "",
-    face: str = PAPER,
-    edge: str | None = None,
-    font: float = NORMAL,
-    is_dashed: bool = False,
-    is_bold: bool = False,
+    ax: Axes, corner: Point, size: Point, text: str = "", *, face: str = PAPER, edge: str = "", dashed=False, **font
 ) -> None:
     """A rounded box with centred text; dark boxes get light text."""
-    line_style = (0, (2.5, 1.8)) if is_dashed else "-"
-    box_style = "round,pad=0,rounding_size=1.1"
-    ax.add_patch(
-        FancyBboxPatch(
-            corner,
-            *size,
-            boxstyle=box_style,
-            facecolor=face,
-            edgecolor=edge or face,
-            linewidth=2,
-            linestyle=line_style,
-        )
-    )
+    style = {"linestyle": (0, (2.5, 1.8)) if dashed else "-", "linewidth": 2, "boxstyle": ROUND}
+    ax.add_patch(FancyBboxPatch(corner, *size, facecolor=face, edgecolor=edge or face, **style))
     center = (corner[0] + size[0] / 2, corner[1] + size[1] / 2)
-    color, weight = PAPER if face == SCORE else INK, "bold" if is_bold else "normal"
-    draw_text(ax, center, text, font=font, color=color, weight=weight)
+    draw_text(ax, center, text, color=PAPER if face == SCORE else INK, **font)
 
 
-def draw_arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], *, color: str = INK) -> None:
+def draw_arrow(ax: Axes, start: Point, end: Point, *, color: str = INK) -> None:
     """A straight arrow between two points."""
     style = "-|>,head_length=7,head_width=4.5"
     ax.add_patch(FancyArrowPatch(start, end, arrowstyle=style, linewidth=2.4, color=color, shrinkA=0, shrinkB=0))
 
 
-def draw_clip(ax: Axes, corner: tuple[float, float], size: tuple[float, float]) -> None:
+def draw_clip(ax: Axes, corner: Point, size: Point) -> None:
     """Three frames in which a ball rises to the right."""
     x, y = corner
     width, height = size
@@ -79,9 +59,8 @@ def draw_clip(ax: Axes, corner: tuple[float, float], size: tuple[float, float]) 
     frame_width, frame_height = (width - 4 * 1.2) / 3, height - 5.2
     for index in range(3):
         left, bottom = x + 1.2 + index * (frame_width + 1.2), y + 4
-        ax.add_patch(
-            Rectangle((left, bottom), frame_width, frame_height, facecolor=PAPER, edgecolor=LINE, linewidth=1.2)
-        )
+        frame = Rectangle((left, bottom), frame_width, frame_height, facecolor=PAPER, edgecolor=LINE, linewidth=1.2)
+        ax.add_patch(frame)
         progress = 0.26 + 0.24 * index
         ax.add_patch(Circle((left + frame_width * progress, bottom + frame_height * progress), 0.95, facecolor=INK))
     draw_text(ax, (x + width / 2, y + 2), "video")
@@ -91,36 +70,36 @@ def draw_model(ax: Axes) -> None:
     """Upper half: one forward of the model over the scored sequence, with its two outputs."""
     y_tokens, y_model, y_output = 53, 68, 80.5
     draw_clip(ax, (3, y_tokens), (22, 10))
-    draw_box(ax, (26.5, y_tokens), (15.5, 10), text="prompt", face=INPUT)
-    draw_box(ax, (43.5, y_tokens), (34, 10), text="chain of thought", face=THINK)
-    draw_box(ax, (79, y_tokens), (18, 10), text="<Reward>", face=SCORE, is_bold=True)
-    draw_box(ax, (3, y_model), (94, 7.5), text="vision-language model", edge=INK, font=LARGE, is_bold=True)
+    draw_box(ax, (26.5, y_tokens), (15.5, 10), "prompt", face=INPUT)
+    draw_box(ax, (43.5, y_tokens), (34, 10), "chain of thought", face=THINK)
+    draw_box(ax, (79, y_tokens), (18, 10), "<Reward>", face=SCORE, weight="bold")
+    draw_box(ax, (3, y_model), (94, 7.5), "vision-language model", edge=INK, font=LARGE, weight="bold")
     for x in (14, 34.25, 60.5, 88):
         draw_arrow(ax, (x, y_tokens + 10.7), (x, y_model - 0.7))
     for x in (60.5, 88):
         draw_arrow(ax, (x, y_model + 8.2), (x, y_output - 0.7))
-    draw_box(ax, (43.5, y_output), (34, 9), text="writes the next word", edge=THINK)
-    draw_box(ax, (79, y_output), (18, 9), text="linear head\ngives r", edge=SCORE, font=SMALL)
+    draw_box(ax, (43.5, y_output), (34, 9), "writes the next word", edge=THINK)
+    draw_box(ax, (79, y_output), (18, 9), "linear head\ngives r", edge=SCORE, font=SMALL)
     draw_text(ax, (60.5, y_output + 11.6), "1  think", font=LARGE, weight="bold")
     draw_text(ax, (88, y_output + 11.6), "2  score", font=LARGE, weight="bold")
 
 
 def draw_sequence(
-    ax: Axes, corner: tuple[float, float], *, thought: str = "CoT", video: str = "", score: str = "r", copies: int = 1
+    ax: Axes, corner: Point, *, thought: str = "CoT", video: str = "", score: str = "r", copies: int = 1
 ) -> None:
     """A small scored sequence, 25 wide and 5 high; further copies of its answer lie behind it."""
     x, y = corner
     is_masked = thought == MASKED
     rim = PANEL if copies > 1 else None
-    draw_box(ax, (x, y), (5, 5), text=video, face=INPUT, edge=rim, font=SMALL, is_bold=True)
+    draw_box(ax, (x, y), (5, 5), video, face=INPUT, edge=rim, font=SMALL, weight="bold")
     if not video:
         ax.add_patch(Polygon([(x + 1.7, y + 1.3), (x + 1.7, y + 3.7), (x + 3.7, y + 2.5)], facecolor=INK))
     for shift in (0.9 * index for index in reversed(range(copies))):
         face, edge = (PAPER, LINE) if is_masked else (THINK, rim)
         text = "" if shift else thought
-        draw_box(ax, (x + 6, y + shift), (12.5, 5), text=text, face=face, edge=edge, font=SMALL, is_dashed=is_masked)
+        draw_box(ax, (x + 6, y + shift), (12.5, 5), text, face=face, edge=edge, font=SMALL, dashed=is_masked)
         text = "" if shift else score
-        draw_box(ax, (x + 19.5, y + shift), (6, 5), text=text, face=SCORE, edge=rim, font=SMALL, is_bold=True)
+        draw_box(ax, (x + 19.5, y + shift), (6, 5), text, face=SCORE, edge=rim, font=SMALL, weight="bold")
 
 
 def draw_column(ax: Axes, left: float, *, title: str, subtitle: str) -> None:
@@ -138,19 +117,19 @@ def draw_recipe(ax: Axes) -> None:
     draw_sequence(ax, (first + inset, 29.5))
     draw_sequence(ax, (first + inset, 23), thought=MASKED)
     draw_text(ax, (first + 14.5, 15.8), "half the time\nwithout the CoT", font=SMALL)
-    draw_box(ax, (first + inset, 4), objective, text="Bradley-Terry\non the score", face=SCORE, font=SMALL)
+    draw_box(ax, (first + inset, 4), objective, "Bradley-Terry\non the score", face=SCORE, font=SMALL)
 
     draw_column(ax, second, title="Stage 2", subtitle="dual-objective RL")
     draw_sequence(ax, (second + inset, 28.5), copies=3)
     draw_text(ax, (second + 14.5, 23.2), "one forward for both", font=SMALL)
-    draw_box(ax, (second + inset, 12.3), objective, text="GRPO\non the CoT", face=THINK, font=SMALL)
-    draw_box(ax, (second + inset, 4), objective, text="Bradley-Terry\non the score", face=SCORE, font=SMALL)
+    draw_box(ax, (second + inset, 12.3), objective, "GRPO\non the CoT", face=THINK, font=SMALL)
+    draw_box(ax, (second + inset, 4), objective, "Bradley-Terry\non the score", face=SCORE, font=SMALL)
 
     draw_column(ax, third, title="Inference", subtitle="think, then score")
     draw_sequence(ax, (third + inset, 29.5), video="A", score="2.7")
     draw_sequence(ax, (third + inset, 23), video="B", score="0.4")
     draw_text(ax, (third + 14.5, 15.8), "2.7 > 0.4", font=SMALL)
-    draw_box(ax, (third + inset, 4), objective, text="A is better", edge=INK, font=SMALL, is_bold=True)
+    draw_box(ax, (third + inset, 4), objective, "A is better", edge=INK, font=SMALL, weight="bold")
     for left in (first, second):
         draw_arrow(ax, (left + 29.2, 24), (left + 32.2, 24))
 

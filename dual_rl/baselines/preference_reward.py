@@ -1,17 +1,16 @@
 """Reward of the generative baseline: the score is written in the text, and the text is rewarded by preference.
 
-Thinking and scoring are coupled here: the only score is the `overall_score` that the response itself states, and a
-response is rewarded for how often that score stands to those of the other video's responses as the label says.
+Thinking and scoring are coupled: the only score is the `overall_score` that the response states.
 
-- `agreement`: share of the other video's readable responses against which the own score is higher where the own video
-  is the preferred one, lower where the other is, equal where the label is a tie. 0 when the own score cannot be read,
-  none of the others can, or the pair has no label. Equal scores under a preference agree with nothing, as in accuracy.
+- `agreement`: share of the other video's readable responses to which this response's score compares as the label says:
+  higher where its own video is preferred, lower where the other is, equal for a tie. 0 when its score or all of the
+  others cannot be read, or the pair has no label. Equal scores agree with no preference, as in accuracy.
 - `format`: 1 when the score can be read, else 0.
 - `overall`: 0.9 agreement + 0.1 format.
 
 Train with worker.reward.reward_function=baselines/preference_reward.py:compute_score worker.actor.bt_weight=0
-worker.actor.model.trainable_head=false, and read accuracies with text_score.py. Beside the response and the label it
-needs `pair_id` and `side` of its inputs, to find the other video's responses.
+worker.actor.model.trainable_head=false, and read accuracies with text_score.py. It uses `pair_id` and `side` of its
+inputs to find the other video's responses.
 """
 
 from collections import defaultdict
@@ -25,7 +24,7 @@ OTHER = {"A": "B", "B": "A"}
 def compute_score(reward_inputs: list[dict]) -> list[dict[str, float]]:
     """One dict with `overall`, `agreement` and `format` per response, in order.
 
-    Raises ValueError for a `ground_truth` that is no annotation; whatever the response holds is scored.
+    Raises ValueError for a `ground_truth` that is no annotation; any response is scored.
     """
     scores = [extract_overall(item["response"]) for item in reward_inputs]
     by_video: dict[tuple[int, str], list[float]] = defaultdict(list)
@@ -39,13 +38,13 @@ def compute_score(reward_inputs: list[dict]) -> list[dict[str, float]]:
             preference = -preference
         agreement = compute_agreement(score, by_video[item["pair_id"], OTHER[item["side"]]], preference=preference)
         readable = float(score is not None)
-        overall = AGREEMENT_WEIGHT * agreement + FORMAT_WEIGHT * readable
-        rewards.append({"overall": round(overall, 3), "agreement": agreement, "format": readable})
+        overall = round(AGREEMENT_WEIGHT * agreement + FORMAT_WEIGHT * readable, 3)
+        rewards.append({"overall": overall, "agreement": agreement, "format": readable})
     return rewards
 
 
 def compute_agreement(score: float | None, others: list[float], *, preference: int | None) -> float:
-    """Share of `others` to which `score` stands as it should: +1 higher, -1 lower, 0 equal; 0.0 without a comparison.
+    """Share of `others` to which `score` compares as `preference` says: +1 higher, -1 lower, 0 equal.
 
     Example: 4.0 against (3.0, 4.0, 5.0, 2.0) with preference +1 is higher than two of four: 0.5.
     """

@@ -1,12 +1,11 @@
-"""Accuracies of the scores that a model writes in its text, from a scored benchmark: what a generative judge is worth.
+"""Accuracies of the scores that a model writes in its text, from a scored benchmark: how good a generative judge is.
 
     python baselines/text_score.py OUTPUT.csv --bench_type tabench
     python baselines/text_score.py OUTPUT.csv --bench_type tabench --by set     # a row for each value of a column
 
-OUTPUT.csv is what inference.py writes; its `CoT_A` and `CoT_B` are read, its rewards are not. The score is the
-answer's `overall_score`. Such scores are often equal: of two equal scores neither is preferred, which is wrong where
-people prefer one, the same rule as for rewards. A text without a readable score says nothing: its pair counts as
-equal.
+OUTPUT.csv is what inference.py writes; of it `CoT_A` and `CoT_B` are read, not the rewards. The score is the answer's
+`overall_score`. Such scores are often equal, which is wrong where people have a preference, the same rule as for
+rewards. A pair with a text without a readable score counts as equal.
 """
 
 import argparse
@@ -25,7 +24,7 @@ COT_COLUMNS = ("CoT_A", "CoT_B")
 
 
 def compute_text_margin(cot_a: str, cot_b: str) -> float:
-    """The score that text A gives its video minus that of text B; 0 when one cannot be read."""
+    """The score in text A minus that in text B; 0 when one cannot be read."""
     score_a, score_b = extract_overall(cot_a), extract_overall(cot_b)
     return 0.0 if score_a is None or score_b is None else score_a - score_b
 
@@ -35,8 +34,7 @@ def read_text_margins(path: str, bench_type: str, *, by: str | None = None) -> d
 
     Raises CsvError, a ValueError, for a file without the columns that are needed.
     """
-    form = BENCH_FORMATS[bench_type]
-    columns = read_columns(path)
+    form, columns = BENCH_FORMATS[bench_type], read_columns(path)
     missing = [column for column in (*COT_COLUMNS, *([by] if by else [])) if column not in columns]
     if missing or not form.find_labels(columns):
         needed = ", ".join(missing) or " or ".join(form.label_columns) or "labels"
@@ -44,21 +42,21 @@ def read_text_margins(path: str, bench_type: str, *, by: str | None = None) -> d
     reader, rows = LabelReader(form, columns), []
     for row in iterate_rows(path):
         cells = row.cells
-        if all(cells[f"Reward_{side}"] for side in "AB"):
+        if cells["Reward_A"] and cells["Reward_B"]:
             margin = compute_text_margin(*(cells[column] for column in COT_COLUMNS))
             rows.append((margin, cells.get(by), reader.read(row)))
     if faults := reader.find_faults():
         raise CsvError(path, [f"{row.name}: {fault}" for row, fault in faults])
     pairs = defaultdict(list)
     for name, index in reader.find_columns().items():
-        for margin, group, found in rows:
-            if found[index] is not None:
-                pairs[(name, group) if by else (name,)].append((margin, found[index]))
+        for margin, group, labels in rows:
+            if labels[index] is not None:
+                pairs[(name, group) if by else (name,)].append((margin, labels[index]))
     return pairs
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the table; 1 for a mistake."""
+    """Prints the table; returns 1 for a mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", help="CSV that inference.py wrote")
     paired = [name for name, form in BENCH_FORMATS.items() if form.label_columns]
@@ -71,13 +69,13 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    lines = [f"{'score in the text':<30}{'accuracy without ties':>24}{'with ties, calibrated':>24}{'pairs':>14}"]
+    titles = ("score in the text", "accuracy without ties", "with ties, calibrated", "pairs")
+    sys.stdout.write("{:<30}{:>24}{:>24}{:>14}\n".format(*titles))
     for group, pairs in groups.items():
         result = compute_pair_accuracy(*zip(*pairs, strict=True), seed=options.seed)
-        cells = [_interval(result.without_ties), _interval(result.with_ties)]
+        cells = "".join(f"{_interval(estimate):>24}" for estimate in (result.without_ties, result.with_ties))
         counts = f"{result.num_decided} + {result.num_ties}"
-        lines.append(f"{' '.join(group):<30}{cells[0]:>24}{cells[1]:>24}{counts:>14}")
-    sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.write(f"{' '.join(group):<30}{cells}{counts:>14}\n")
     return 0
 
 

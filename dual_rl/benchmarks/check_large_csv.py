@@ -1,13 +1,12 @@
-"""Seconds and memory that the checks of a large CSV take, in both stages, and that planning a benchmark takes.
+"""Seconds and memory that checking a large CSV takes in both stages, and that planning a benchmark takes.
 
-    python benchmarks/check_large_csv.py --result benchmarks/results/check_large_csv.json   (from dual_rl/)
+    python benchmarks/check_large_csv.py --output benchmarks/results/check_large_csv.json   (from dual_rl/)
 
 Every row has two clips of its own, links to the shipped examples, and a CoT of its own. Each check runs twice, each
 time in a new process: the second finds what the first remembered. Stage 2 finds the videos that stage 1 checked.
-Memory is the largest resident size of a process; decoder processes take about 50 MB each beside it.
+Memory is the peak resident size of the process; decoder processes take about 50 MB each on top.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -17,14 +16,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from result_file import write_result
+from harness import TINY_BASE, make_parser, write_result
 
 STAGE = Path(__file__).resolve().parents[1]
 RESULTS = STAGE / "results"
 STAGE1 = STAGE.parent / "cold_start"
-TINY_BASE = STAGE1 / "model" / "tiny_base"
 CLIPS = sorted((STAGE / "data" / "videos").glob("*.mp4"))
-STAGE1_CHECK = ["-m", "infer_utils.check_csv", "{folder}/pairs.csv", "--model", str(TINY_BASE)]
 STAGE2_CHECK = """
 import sys
 from transformers import AutoProcessor
@@ -49,7 +46,7 @@ read_bench(sys.argv[1] + "/bench.csv", "tabench")
 
 
 def write_data(folder: Path, num_rows: int) -> None:
-    """Links to clips, a CSV for the checks of both stages, and one for a benchmark."""
+    """Links to clips, a CSV for both stages, and one for a benchmark."""
     for index in range(2 * num_rows):
         os.link(CLIPS[index % len(CLIPS)], folder / f"{index}.mp4")
     with (folder / "pairs.csv").open("w", newline="") as pairs, (folder / "bench.csv").open("w", newline="") as bench:
@@ -63,38 +60,33 @@ def write_data(folder: Path, num_rows: int) -> None:
             bench_writer.writerow([*videos, prompt, "AB"[row % 2]])
 
 
-def measure(command: list[str], folder: Path) -> dict[str, float]:
-    """Seconds, and MB at the most, of one process."""
-    in_stage1 = command[0] == "-m"
-    environment = os.environ | {
-        "XDG_CACHE_HOME": str(folder / "cache"),
-        "PYTHONPATH": str(STAGE1 if in_stage1 else STAGE),
-    }
-    command = [sys.executable, *(part.format(folder=folder) if in_stage1 else part for part in command)]
+def measure(command: list[str], stage: Path, folder: Path) -> dict[str, float]:
+    """Seconds and peak memory in MB of one process of a stage."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(stage)}
     start = time.monotonic()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, f"{command[:4]} ended with status {status}"
     return {"seconds": round(time.monotonic() - start, 1), "peak_mb": round(usage.ru_maxrss / 1024)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rows", type=int, default=50_000)
-    parser.add_argument("--result", type=Path)
     options = parser.parse_args()
     result: dict[str, object] = {"rows": options.rows, "videos": 2 * options.rows, "cores": os.cpu_count()}
     RESULTS.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=RESULTS) as name:  # links do not reach over file systems
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(dir=RESULTS) as name:  # links do not cross file systems
+        folder, model = Path(name), str(TINY_BASE)
         write_data(folder, options.rows)
-        for what, command in (
-            ("stage 1", STAGE1_CHECK),
-            ("stage 2", ["-c", STAGE2_CHECK, name, str(TINY_BASE)]),
-            ("benchmark plan", ["-c", BENCH_PLAN, name]),
-        ):
-            result[what] = {run: measure(command, folder) for run in ("first", "again")}
-            write_result(result, options.result)
+        commands = {
+            "stage 1": (["-m", "infer_utils.check_csv", f"{name}/pairs.csv", "--model", model], STAGE1),
+            "stage 2": (["-c", STAGE2_CHECK, name, model], STAGE),
+            "benchmark plan": (["-c", BENCH_PLAN, name], STAGE),
+        }
+        for what, (command, stage) in commands.items():
+            result[what] = {run: measure(command, stage, folder) for run in ("first", "again")}
+            write_result(result, options.output)
             sys.stdout.write(f"{what}: {json.dumps(result[what])}\n")
 
 

@@ -1,6 +1,6 @@
 """Makes the work of a benchmark: a reward model of Qwen3-VL-8B's shape with random weights, clips, and a stage 2 CSV.
 
-    python benchmarks/make_work.py --output /tmp/work --tokenizer ../cold_start/model/tiny_base
+    PYTHONPATH=. python benchmarks/make_work.py --output /tmp/work --tokenizer ../cold_start/model/tiny_base
 
 The configuration is Qwen3-VL-8B-Instruct's; the tokenizer is whatever `--tokenizer` holds, so that no file of the real
 model is needed. Speed and memory depend on shapes, not on what the weights know.
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
+from harness import DEVICE
 from shapes import TEXT, WEIGHT_STD, build_config, build_processor
 from verl.data.scored_sequence import judge_problem
 from verl.model.reward_files import save_head
@@ -37,7 +38,7 @@ def write_model(folder: Path, *, tokenizer: str, layers: int) -> None:
     """A merged reward model in bf16, made on the GPU where there is one."""
     processor, config = build_processor(tokenizer), build_config(tokenizer, layers=layers)
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device(DEVICE):
         torch.set_default_dtype(torch.bfloat16)
         model = Qwen3VLForConditionalGeneration(config)
         torch.set_default_dtype(torch.float32)
@@ -69,18 +70,10 @@ def write_clip(path: Path, *, seconds: float, side: int, seed: int) -> None:
 
 def write_clips(folder: Path, *, count: int, seconds: float, side: int) -> None:
     """The clips of `count` pairs, on all cores."""
-    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{pair}_{name}.mp4" for pair in range(count) for name in "ab"]
     with ProcessPoolExecutor() as pool:
-        jobs = [
-            pool.submit(
-                write_clip,
-                folder / "clips" / f"{number // 2}_{'ab'[number % 2]}.mp4",
-                seconds=seconds,
-                side=side,
-                seed=number,
-            )
-            for number in range(2 * count)
-        ]
+        jobs = [pool.submit(write_clip, path, seconds=seconds, side=side, seed=n) for n, path in enumerate(paths)]
         for job in jobs:
             job.result()
 
@@ -100,9 +93,9 @@ def write_csv(folder: Path, *, count: int) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    write_clips(arguments.output, count=arguments.pairs, seconds=arguments.seconds, side=arguments.side)
+    write_clips(arguments.output / "clips", count=arguments.pairs, seconds=arguments.seconds, side=arguments.side)
     write_model(arguments.output / "model", tokenizer=arguments.tokenizer, layers=arguments.layers)
-    write_csv(arguments.output, count=arguments.pairs)  # last: where it is, all is
+    write_csv(arguments.output, count=arguments.pairs)  # last: its presence says that all is there
 
 
 if __name__ == "__main__":

@@ -10,32 +10,29 @@ gradients that agree with ours (the original attached rewards to other rollouts)
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 
+from harness import DEVICE, clock
 from pairs import Work
+from verl.config import Config
 from verl.data.scored_sequence import SequenceBuilder
+from verl.model.building import build_policy
 from verl.model.policy import PolicyModel
+from verl.model.reward_files import PolicyCheckpoint
 from verl.types import Response, ResponseKey, VideoKey
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.3
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """As of the configuration of stage 2."""
-
-    bt_weight: float
-    kl_coef: float
+ADAPTER_STD = 0.01
 
 
 class OriginalUpdate:
     """`model`: an unsharded policy on the device; its LoRA weights and head receive gradients."""
 
-    def __init__(self, model: PolicyModel, builder: SequenceBuilder, settings: LossSettings) -> None:
-        self.model, self.builder, self.settings = model, builder, settings
+    def __init__(self, model: PolicyModel, builder: SequenceBuilder, *, bt_weight: float, kl_coef: float) -> None:
+        self.model, self.builder, self.bt_weight, self.kl_coef = model, builder, bt_weight, kl_coef
         self.device = next(model.parameters()).device
         self.dtype = model.embedding_weight.dtype
         self.model.backbone.config.text_config._attn_implementation = "sdpa"
@@ -48,6 +45,18 @@ class OriginalUpdate:
                 key = VideoKey(rollout.pair.pair_id, side)
                 pixels = self.builder.pixel_values(work.prompts[key], self.device)
                 self._pixels[key] = pixels.to(self.dtype)
+
+    def run(self, work: Work) -> dict[str, float]:
+        """One step; seconds by phase, and the loss."""
+        seconds: dict[str, float] = {}
+        self.model.zero_grad(set_to_none=True)
+        with clock(seconds, "old"):
+            old = self.log_probs(work)
+        with clock(seconds, "reference"), self.model.adapter_disabled():
+            reference = self.log_probs(work)
+        with clock(seconds, "update"):
+            loss = self.update(work, old, reference)
+        return {**seconds, "loss": loss}
 
     @torch.no_grad()
     def log_probs(self, work: Work) -> dict[ResponseKey, torch.Tensor]:
@@ -80,7 +89,7 @@ class OriginalUpdate:
                 total += loss.detach()
             for chosen, rejected in zip(rollout.responses_a, rollout.responses_b, strict=True):
                 margin = (self._reward(chosen, work) - self._reward(rejected, work)) * rollout.pair.preference
-                loss = -self.settings.bt_weight * F.logsigmoid(margin) / num_pairs
+                loss = -self.bt_weight * F.logsigmoid(margin) / num_pairs
                 loss.backward()
                 total += loss.detach()
         return total.item()
@@ -91,7 +100,7 @@ class OriginalUpdate:
         policy = -torch.minimum(ratio * advantage, clipped * advantage).sum()
         difference = reference - log_probs
         kl = (difference.exp() - difference - 1).sum()
-        return policy + self.settings.kl_coef * kl
+        return policy + self.kl_coef * kl
 
     def _log_probs(self, response: Response, work: Work) -> torch.Tensor:
         ids = [*response.cot_ids, self.builder.tokenizer.eos_token_id]
@@ -127,3 +136,43 @@ class OriginalUpdate:
             **arguments,
         )
         return output, prompt.input_ids.numel()
+
+
+def build_original(checkpoint: PolicyCheckpoint, config: Config, *, dtype: torch.dtype) -> OriginalUpdate:
+    """The original's update with the weights of `checkpoint`, all in `dtype`."""
+    model = build_policy(checkpoint, config.worker.actor.model, frozen_dtype=dtype)
+    adapters = {}
+    for name, parameter in list(model.named_parameters()):
+        if ".lora_" in name:
+            value = torch.zeros(parameter.shape)
+        elif parameter.is_meta:
+            value = checkpoint.weights[model.hub_name(name)]
+        else:
+            value = parameter.data
+        fresh = torch.nn.Parameter(value.to(DEVICE), requires_grad=parameter.requires_grad)
+        _replace(model, name, fresh)
+        if ".lora_" in name:
+            adapters[name] = fresh
+    model.initialize_adapters(adapters)
+    fill_adapters(model)
+    for parameter in adapters.values():
+        parameter.data = parameter.data.to(dtype)  # as the original trains them
+    for name, buffer in list(model.named_buffers()):
+        _replace(model, name, buffer.to(DEVICE))
+    builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
+    bt_weight, kl_coef = config.worker.actor.bt_weight, config.algorithm.kl_coef
+    return OriginalUpdate(model.train(), builder, bt_weight=bt_weight, kl_coef=kl_coef)
+
+
+def _replace(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, value)
+
+
+@torch.no_grad()
+def fill_adapters(model: PolicyModel) -> None:
+    """Give LoRA's B values, so that policy and reference differ."""
+    for name, parameter in sorted(model.named_parameters()):
+        if ".lora_B." in name:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.normal_(std=ADAPTER_STD, generator=torch.Generator(DEVICE).manual_seed(len(name)))

@@ -1,4 +1,4 @@
-"""Pairs with responses of drawn lengths, in memory: what a rollout would have given."""
+"""Pairs with responses of drawn lengths, in memory: what a rollout would return."""
 
 import random
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ WORDS = "a clip that drifts over a plain background while the camera slowly turn
 
 @dataclass(frozen=True)
 class WorkShape:
-    """`prompt_tokens`: about as many tokens a prompt, video included. `frames`: fewest and most, even, of `side`
-    pixels squared. `response_tokens`: shortest and longest; lengths are drawn evenly between. `n`: responses a video.
+    """`prompt_tokens`: approximate, per prompt, video included. `frames`: fewest and most, even, of `side` x `side`
+    pixels. `response_tokens`: shortest and longest; lengths are drawn uniformly. `n`: responses per video.
     """
 
     pairs: int = 4
@@ -28,7 +28,7 @@ class WorkShape:
 
 @dataclass(frozen=True)
 class Work:
-    """A step's pairs, their prompts, and an advantage for each response."""
+    """A step's pairs, their prompts, and an advantage per response."""
 
     rollouts: tuple[PairRollout, ...]
     prompts: dict[VideoKey, VideoPrompt]

@@ -13,7 +13,6 @@ import argparse
 import cProfile
 import dataclasses
 import io
-import os
 import pstats
 import statistics
 import tempfile
@@ -23,26 +22,33 @@ from pathlib import Path
 import torch
 import yaml
 
+from harness import (
+    DEVICE,
+    TINY_BASE,
+    clock,
+    describe_machine,
+    exit_at_once,
+    make_parser,
+    measure_ceilings,
+    synchronize,
+    write_result,
+)
 from pairs import WorkShape, make_work
-from result_file import write_result
-from shapes import DEVICE, build_checkpoint, build_config, measure_ceilings
-from verl.config import ModelConfig, RolloutConfig
+from shapes import build_checkpoint, build_config
+from verl.config import RolloutConfig
 from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids
-from verl.model.building import build_policy
 from verl.model.reward_files import save_engine_folder
 from verl.rollout.engine import RolloutEngine, build_engine
 from verl.types import Sampling, VideoPrompt
 
 LONGEST, FIXED = 1000, 600
 MAX_MODEL_LEN = 5096
-TINY_BASE = Path(__file__).resolve().parents[2] / "cold_start" / "model" / "tiny_base"
 PROFILED = 40
-"""Decode steps that are profiled."""
+"""Decode steps in a profile."""
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
+    parser = make_parser(__doc__)
     parser.add_argument("--tokenizer", default=str(TINY_BASE))
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--n", type=int, default=8)
@@ -60,14 +66,10 @@ def parse_arguments() -> argparse.Namespace:
 def build(options: argparse.Namespace) -> tuple[RolloutEngine, SequenceBuilder, list[VideoPrompt]]:
     """The engine with its weights, what encodes prompts, and the prompts."""
     config = build_config(options.tokenizer, is_tiny=options.tiny)
-    checkpoint = build_checkpoint(options.tokenizer, {}, config, dtype=torch.bfloat16)
-    backbone = build_policy(checkpoint, ModelConfig()).backbone
-    shapes = {name: parameter.shape for name, parameter in backbone.named_parameters()}
-    checkpoint = build_checkpoint(options.tokenizer, shapes, config, dtype=torch.bfloat16)
+    checkpoint = build_checkpoint(options.tokenizer, config, dtype=torch.bfloat16)
     folder = Path(tempfile.mkdtemp())
     save_engine_folder(folder, checkpoint, dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float32)
-    settings = dict(setting.split("=", 1) for setting in options.settings)
-    settings = {name: yaml.safe_load(value) for name, value in settings.items()}
+    settings = {name: yaml.safe_load(value) for name, value in (text.split("=", 1) for text in options.settings)}
     engine = build_engine(
         folder,
         config=RolloutConfig(n=options.n, **settings),
@@ -77,25 +79,22 @@ def build(options: argparse.Namespace) -> tuple[RolloutEngine, SequenceBuilder, 
         device=torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu"),
     )
     engine.load_weights(checkpoint.weights.items())
-    shape = WorkShape(pairs=options.pairs, n=1, prompt_tokens=300 if options.tiny else 2400)
-    shape = dataclasses.replace(shape, side=64) if options.tiny else shape
+    shape = WorkShape(pairs=options.pairs, n=1, **({"prompt_tokens": 300, "side": 64} if options.tiny else {}))
     builder = SequenceBuilder(checkpoint.processor)
     return engine, builder, list(make_work(builder, shape).prompts.values())
 
 
 def run(engine: RolloutEngine, prompts: list[VideoPrompt], sampling: Sampling) -> dict:
-    """One set of rollouts, on the clock."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    responses = [response for group in engine.generate(prompts, sampling) for response in group]
-    seconds = time.perf_counter() - start
+    """One set of rollouts, timed."""
+    timed: dict[str, float] = {}
+    with clock(timed, "seconds"):
+        responses = [response for group in engine.generate(prompts, sampling) for response in group]
     lengths = [response.num_labels for response in responses]
     engine.llm.reset_prefix_cache()
     return {
-        "seconds": seconds,
+        **timed,
         "tokens": sum(lengths),
-        "tokens_per_second": sum(lengths) / seconds,
+        "tokens_per_second": sum(lengths) / timed["seconds"],
         "mean_length": statistics.mean(lengths),
         "longest": max(lengths),
         "log_prob_mean": float(torch.cat([response.log_probs for response in responses]).mean()),
@@ -119,7 +118,7 @@ def profile(engine: RolloutEngine, prompts: list[VideoPrompt], sampling: Samplin
         outputs = step()
         seconds.append(time.perf_counter() - start)
         if number == first + PROFILED - 1:
-            torch.cuda.synchronize()
+            synchronize()
             device.stop()
         if number == second + PROFILED - 1:
             host.disable()
@@ -167,38 +166,37 @@ def compare(ours: list[tuple], others: list[tuple]) -> dict:
     return {"tokens": len(differences), "mean_length": statistics.mean(lengths), **quantiles}
 
 
+def measure_work(engine: RolloutEngine, prompts: list[VideoPrompt], sampling: Sampling, repeats: int) -> dict:
+    """Seconds of reading the prompts alone, and runs with seeds 0, 1, ..."""
+    run(engine, prompts, dataclasses.replace(sampling, max_tokens=32))
+    prefill = [run(engine, prompts, dataclasses.replace(sampling, max_tokens=1))["seconds"] for _ in range(2)]
+    runs = [run(engine, prompts, dataclasses.replace(sampling, seed=seed)) for seed in range(repeats)]
+    return {"prefill_seconds": min(prefill), "runs": runs}
+
+
 def main() -> None:
     options = parse_arguments()
     if options.compare:
         (first, again), (second, _) = (torch.load(path) for path in options.compare)
         result = {"batch_alone": compare(first, again), "first_and_second": compare(first, second)}
         return write_result(result, options.output)
-    result = {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
-        "settings": options.settings,
-        "works": {},
-    }
-    start = time.perf_counter()
-    engine, builder, prompts = build(options)
-    result["start_seconds"] = time.perf_counter() - start
+    result = {**describe_machine(), "settings": options.settings, "works": {}}
+    with clock(result, "start_seconds"):
+        engine, builder, prompts = build(options)
     result["prompt_tokens"] = [prompt.input_ids.numel() for prompt in prompts]
     for work in options.works:
         if work == "fixed":
             engine.eos_token_id = builder.reward_token_id  # which is never drawn
         length = FIXED if work == "fixed" else options.tokens
         sampling = Sampling(n=options.n, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=length, seed=1)
-        run(engine, prompts, dataclasses.replace(sampling, max_tokens=32))
-        prefill = [run(engine, prompts, dataclasses.replace(sampling, max_tokens=1))["seconds"] for _ in range(2)]
-        runs = [run(engine, prompts, dataclasses.replace(sampling, seed=seed)) for seed in range(options.repeats)]
-        result["works"][work] = {"prefill_seconds": min(prefill), "runs": runs}
+        result["works"][work] = measure_work(engine, prompts, sampling, options.repeats)
         write_result(result, options.output)
         if options.profile:
             result["works"][work]["profile"] = profile(engine, prompts, sampling)
         if options.keep and work == options.works[0]:
             torch.save(draw_twice(engine, prompts, sampling), options.keep)
-    result |= measure_ceilings()
-    write_result(result, options.output)
-    os._exit(0)  # vLLM's ends would be waited for
+    write_result(result | measure_ceilings(), options.output)
+    exit_at_once()
 
 
 if __name__ == "__main__":

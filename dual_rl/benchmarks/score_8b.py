@@ -11,7 +11,7 @@ own drawn length (200 to 1,000 tokens): the weights are random and would never e
   bf16 reads the last state.
 
 Each scheme runs in a process of its own. A third computes, in fp32, the rewards of some of the thoughts that both
-wrote, and so how far each scheme's are from the truth.
+wrote, and so the error of each scheme's rewards.
 """
 
 import argparse
@@ -19,17 +19,15 @@ import dataclasses
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
-from result_file import write_result
+from harness import GIB, clock, describe_machine, make_parser, run_parts, write_result
 from scoring.hf_scorer import HfScorer
 from scoring.reward_model import RewardModel
 from scoring.scoring import ScoringSettings, VideoTask
@@ -41,9 +39,8 @@ from verl.data.scored_sequence import SequenceBuilder
 from verl.model.reward_files import load_checkpoint, save_engine_folder, stream_weights
 from verl.rollout.vllm_prompts import PromptForm
 from verl.rollout.vllm_start import prepare_environment, start_llm
-from verl.types import VideoKey
+from verl.types import VideoKey, VideoPrompt
 
-GIB = 2**30
 SHORTEST, LONGEST = 200, 1000
 MAX_MODEL_LEN = 6144
 NUM_CHECKED = 16
@@ -78,133 +75,146 @@ class FixedLengthScorer(VllmScorer):
         return parameters
 
 
+def load_one_engine(options: argparse.Namespace, lengths: dict[str, int]) -> tuple[RewardModel, dict]:
+    """The model, and the thoughts and rewards of its engine by name of the video, as they come."""
+    import scoring.vllm_scorer as module
+
+    module.VllmScorer, FixedLengthScorer.lengths = FixedLengthScorer, lengths
+    settings = ScoringSettings(
+        batch_size=max(options.batch_sizes),
+        max_new_tokens=LONGEST,
+        num_threads=8,
+        max_prompt_length=MAX_MODEL_LEN - LONGEST - 2,
+    )
+    model = RewardModel.from_pretrained(options.work / "model", settings=settings)
+    engine_step, ready = model.engine.step, {}
+
+    def step():
+        done = engine_step()
+        ready.update(done)
+        return done
+
+    model.engine.step = step
+    return model, ready
+
+
 def run_one_engine(options: argparse.Namespace) -> dict:
     """Videos per second at several numbers of videos in flight, with one engine and one set of weights."""
     tasks = read_tasks(options.work, options.videos)
-    settings = ScoringSettings(batch_size=max(options.batch_sizes), max_new_tokens=LONGEST, num_threads=8)
-    settings = dataclasses.replace(settings, max_prompt_length=MAX_MODEL_LEN - LONGEST - 2)
-    torch.cuda.reset_peak_memory_stats()
-    import scoring.vllm_scorer as module
-
-    module.VllmScorer = FixedLengthScorer
-    FixedLengthScorer.lengths = draw_lengths(tasks)
-    model = RewardModel.from_pretrained(options.work / "model", settings=settings)
-    engine_step, kept = model.engine.step, {}
-
-    def step():
-        ready = engine_step()
-        kept.update(ready)
-        return ready
-
-    model.engine.step = step
+    model, ready = load_one_engine(options, draw_lengths(tasks))
     list(model.score_stream(tasks[:4]))
     runs = {}
     for batch_size in options.batch_sizes:
-        model.settings = dataclasses.replace(settings, batch_size=batch_size)
+        model.settings = dataclasses.replace(model.settings, batch_size=batch_size)
         model.engine.llm.reset_prefix_cache()
         model.engine.cached_tokens = model.engine.prompt_tokens = 0
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        outcomes = list(model.score_stream(tasks))
-        seconds = time.perf_counter() - start
-        runs[batch_size] = {
-            "seconds": seconds,
-            "videos_per_second": len(tasks) / seconds,
-            "share_of_scoring_tokens_cached": model.engine.cached_tokens / model.engine.prompt_tokens,
-        }
+        run = runs[batch_size] = {}
+        with clock(run, "seconds"):
+            outcomes = list(model.score_stream(tasks))
+        run["videos_per_second"] = len(tasks) / run["seconds"]
+        run["share_of_scoring_tokens_cached"] = model.engine.cached_tokens / model.engine.prompt_tokens
         assert len(outcomes) == len(tasks)
         assert all(hasattr(outcome, "reward") for outcome in outcomes), outcomes
-    checked = {
-        task.name: {"ids": kept[task.name].cot_ids, "reward": kept[task.name].reward} for task in tasks[:NUM_CHECKED]
+    scores = {task.name: ready[task.name] for task in tasks[:NUM_CHECKED]}
+    return {
+        "runs": runs,
+        **measure_memory(model.engine.llm),
+        "checked": {name: {"ids": score.cot_ids, "reward": score.reward} for name, score in scores.items()},
     }
-    weights = model.engine.llm.collective_rpc(_weight_bytes)[0]
+
+
+def measure_memory(llm, *, other_bytes: int = 0) -> dict[str, float]:
+    """GiB of weights, those of the engine and `other_bytes` beside, and of all that is taken on the device."""
     free, total = torch.cuda.mem_get_info()
-    return {"runs": runs, "weights_gib": weights / GIB, "memory_gib": (total - free) / GIB, "checked": checked}
+    weights = llm.collective_rpc(_weight_bytes)[0] + other_bytes
+    return {"weights_gib": weights / GIB, "memory_gib": (total - free) / GIB}
 
 
 def _weight_bytes(worker) -> int:
     return sum(p.numel() * p.element_size() for p in worker.model_runner.model.parameters())
 
 
-def run_original(options: argparse.Namespace) -> dict:
-    """vLLM for a batch, then torch for each of its videos; heads and all states in bf16."""
-    tasks, batch_size = read_tasks(options.work, options.videos), min(options.batch_sizes)
-    lengths = draw_lengths(tasks)
-    checkpoint = load_checkpoint(options.work / "model", with_weights=False)
-    builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
-    model = Qwen3VLForConditionalGeneration.from_pretrained(
-        options.work / "model", dtype=torch.bfloat16, attn_implementation="sdpa"
-    ).to(CUDA)
-    head = checkpoint.head_weight.to(CUDA, torch.bfloat16)
-    torch_weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    files = tempfile.TemporaryDirectory()
-    config = RolloutConfig(gpu_memory_utilization=0.6, max_num_seqs=batch_size)
-    save_engine_folder(Path(files.name), checkpoint, dtype=torch.bfloat16)
-    prepare_environment(config, CUDA)
-    llm = start_llm(Path(files.name), config, MAX_MODEL_LEN, [], CUDA, logprobs_mode="raw_logprobs")
-    weights = stream_weights(options.work / "model", checkpoint, dtype=torch.bfloat16)
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-    form = PromptForm(Path(files.name), llm.get_tokenizer(), torch.device("cpu"))
-    from vllm import SamplingParams
+class OriginalScheme:
+    """vLLM writes for a batch; torch scores each of its videos. Heads and all states are in bf16."""
 
-    def read_prompt(request: dict) -> Sequence[int]:
-        return llm.generate([request], SamplingParams(max_tokens=1), use_tqdm=False)[0].prompt_token_ids
+    def __init__(self, folder: Path, engine_folder: Path, batch_size: int) -> None:
+        checkpoint = load_checkpoint(folder, with_weights=False)
+        self.builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
+        self.loader = VideoLoader(self.builder, checkpoint.video_budget, num_threads=1)
+        self.model = Qwen3VLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).to(CUDA)
+        self.head = checkpoint.head_weight.to(CUDA, torch.bfloat16)
+        config = RolloutConfig(gpu_memory_utilization=0.6, max_num_seqs=batch_size)
+        save_engine_folder(engine_folder, checkpoint, dtype=torch.bfloat16)
+        prepare_environment(config, CUDA)
+        self.llm = start_llm(engine_folder, config, MAX_MODEL_LEN, [], CUDA, logprobs_mode="raw_logprobs")
+        weights = stream_weights(folder, checkpoint, dtype=torch.bfloat16)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.form = PromptForm(engine_folder, self.llm.get_tokenizer(), torch.device("cpu"))
 
-    def think(batch: Sequence[VideoTask], loader: VideoLoader) -> list[tuple[int, ...]]:
-        prompts = [loader.submit(VideoKey(n, "A"), task.problem, task.video).result() for n, task in enumerate(batch)]
-        form.learn(prompts[0], read_prompt)
-        requests = [form.request(prompt, video_id=task.name) for prompt, task in zip(prompts, batch, strict=True)]
-        parameters = [
-            SamplingParams(
-                temperature=0,
-                repetition_penalty=1.05,
-                max_tokens=lengths[task.name],
-                min_tokens=lengths[task.name],
-                ignore_eos=True,
-            )
-            for task in batch
-        ]
-        return [tuple(output.outputs[0].token_ids) for output in llm.generate(requests, parameters, use_tqdm=False)]
+    def think(self, batch: Sequence[VideoTask], lengths: Mapping[str, int]) -> list[tuple[int, ...]]:
+        """Token ids of the thoughts."""
+        from vllm import SamplingParams
+
+        def read_prompt(request: dict) -> Sequence[int]:
+            return self.llm.generate([request], SamplingParams(max_tokens=1), use_tqdm=False)[0].prompt_token_ids
+
+        def parameters(length: int) -> SamplingParams:
+            limits = {"max_tokens": length, "min_tokens": length, "ignore_eos": True}
+            return SamplingParams(temperature=0, repetition_penalty=1.05, **limits)
+
+        prompts = [self.load(task, number) for number, task in enumerate(batch)]
+        self.form.learn(prompts[0], read_prompt)
+        requests = [self.form.request(prompt, video_id=task.name) for prompt, task in zip(prompts, batch, strict=True)]
+        chosen = [parameters(lengths[task.name]) for task in batch]
+        return [tuple(output.outputs[0].token_ids) for output in self.llm.generate(requests, chosen, use_tqdm=False)]
 
     @torch.no_grad()
-    def score(task: VideoTask, ids: tuple[int, ...], loader: VideoLoader) -> float:
-        prompt = loader.submit(VideoKey(0, "A"), task.problem, task.video).result()
-        row = torch.cat([prompt.input_ids, torch.tensor([*ids, builder.reward_token_id])])[None].to(CUDA)
-        output = model(
+    def score(self, task: VideoTask, ids: tuple[int, ...]) -> float:
+        """The reward after a thought."""
+        prompt = self.load(task, 0)
+        row = torch.cat([prompt.input_ids, torch.tensor([*ids, self.builder.reward_token_id])])[None].to(CUDA)
+        output = self.model(
             input_ids=row,
-            mm_token_type_ids=(row == builder.processor.video_token_id).int() * 2,
-            pixel_values_videos=builder.pixel_values(prompt).to(CUDA, torch.bfloat16),
+            mm_token_type_ids=(row == self.builder.processor.video_token_id).int() * 2,
+            pixel_values_videos=self.builder.pixel_values(prompt).to(CUDA, torch.bfloat16),
             video_grid_thw=torch.tensor([prompt.grid_thw], device=CUDA),
             output_hidden_states=True,
             use_cache=False,
         )
-        return float(output.hidden_states[-1][0, -1] @ head[0])
+        return float(output.hidden_states[-1][0, -1] @ self.head[0])
 
-    with VideoLoader(builder, checkpoint.video_budget, num_threads=1) as loader:
-        for task, ids in zip(tasks[:2], think(tasks[:2], loader), strict=True):
-            score(task, ids, loader)
-        llm.reset_prefix_cache()
-        torch.cuda.synchronize()
-        start, thinking, rewards, written = time.perf_counter(), 0.0, {}, {}
-        for first in range(0, len(tasks), batch_size):
-            batch, begin = tasks[first : first + batch_size], time.perf_counter()
-            thoughts = think(batch, loader)
-            thinking += time.perf_counter() - begin
-            for task, ids in zip(batch, thoughts, strict=True):
-                rewards[task.name], written[task.name] = score(task, ids, loader), ids
-        seconds = time.perf_counter() - start
-    free, total = torch.cuda.mem_get_info()
-    return {
-        "batch_size": batch_size,
-        "seconds": seconds,
-        "videos_per_second": len(tasks) / seconds,
-        "seconds_thinking": thinking,
-        "weights_gib": (torch_weights + llm.collective_rpc(_weight_bytes)[0]) / GIB,
-        "memory_gib": (total - free) / GIB,
-        "checked": {
-            task.name: {"ids": written[task.name], "reward": rewards[task.name]} for task in tasks[:NUM_CHECKED]
-        },
-    }
+    def load(self, task: VideoTask, number: int) -> VideoPrompt:
+        return self.loader.submit(VideoKey(number, "A"), task.problem, task.video).result()
+
+
+def run_original(options: argparse.Namespace) -> dict:
+    """Videos per second at the smallest number of videos in flight."""
+    tasks, batch_size = read_tasks(options.work, options.videos), min(options.batch_sizes)
+    lengths, timed, thinking, checked = draw_lengths(tasks), {}, {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        scheme = OriginalScheme(options.work / "model", Path(folder), batch_size)
+        with scheme.loader:
+            for task, ids in zip(tasks[:2], scheme.think(tasks[:2], lengths), strict=True):
+                scheme.score(task, ids)
+            scheme.llm.reset_prefix_cache()
+            with clock(timed, "seconds"):
+                for first in range(0, len(tasks), batch_size):
+                    batch = tasks[first : first + batch_size]
+                    with clock(thinking, batch[0].name):
+                        thoughts = scheme.think(batch, lengths)
+                    for task, ids in zip(batch, thoughts, strict=True):
+                        checked[task.name] = {"ids": ids, "reward": scheme.score(task, ids)}
+        torch_bytes = sum(p.numel() * p.element_size() for p in scheme.model.parameters())
+        return {
+            "batch_size": batch_size,
+            **timed,
+            "videos_per_second": len(tasks) / timed["seconds"],
+            "seconds_thinking": sum(thinking.values()),
+            **measure_memory(scheme.llm, other_bytes=torch_bytes),
+            "checked": {task.name: checked[task.name] for task in tasks[:NUM_CHECKED]},
+        }
 
 
 def compute_truth(options: argparse.Namespace) -> dict:
@@ -258,29 +268,22 @@ PARTS = {"one_engine": run_one_engine, "original": run_original, "truth": comput
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path)
     parser.add_argument("--videos", type=int, default=128)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--parts", type=Path, default=Path(tempfile.gettempdir()) / "descore_score_8b")
-    parser.add_argument("--part", choices=PARTS, help="run one part only, in this process")
+    parser.add_argument("--part", choices=PARTS, help="run one part only; its result stays in the folder --parts")
     options = parser.parse_args()
-    options.parts.mkdir(parents=True, exist_ok=True)
-    if options.part:
-        (options.parts / f"{options.part}.json").write_text(json.dumps(PARTS[options.part](options)))
-        return
     result = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **describe_machine(),
         "model": "Qwen3-VL-8B's shape, bf16, random weights",
         "videos": options.videos,
         "cot_tokens": [SHORTEST, LONGEST],
     }
-    for name in PARTS:
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", name], check=True)
-        result[name] = json.loads((options.parts / f"{name}.json").read_text())
-        result[name].pop("checked", None)
+    for name, measured in run_parts(PARTS, [options.part] if options.part else PARTS, options, options.parts):
+        measured.pop("checked", None)
+        result[name] = measured
         if {"one_engine", "original"} <= result.keys():
             result |= compare_schemes(result["one_engine"], result["original"])
         write_result(result, options.output)

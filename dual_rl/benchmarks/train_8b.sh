@@ -9,15 +9,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PAIRS="${PAIRS:-8}"                       # per step; the paper's setting is 128
 STEPS="${STEPS:-3}"
 GPUS="${GPUS:-$(nvidia-smi --list-gpus | wc -l)}"
-LAYERS="${LAYERS:-36}"                    # text layers; fewer where all weights are to be trained on one card
-WORK="${WORK:-/tmp/descore_${LAYERS}_layers_${PAIRS}_pairs}"      # made once, with as many layers and pairs
+LAYERS="${LAYERS:-36}"                    # text layers; fewer to train all weights on one card
+WORK="${WORK:-/tmp/descore_${LAYERS}_layers_${PAIRS}_pairs}"      # made once per number of layers and pairs
 RESULT="${RESULT:-$WORK/result.json}"
 TOKENIZER="${TOKENIZER:-../cold_start/model/tiny_base}"
 
 [[ -f "$WORK/train.csv" ]] || PYTHONPATH=".:${PYTHONPATH:-}" python benchmarks/make_work.py --output "$WORK" --tokenizer "$TOKENIZER" --pairs $((PAIRS * 2)) --layers "$LAYERS"
 rm -rf "$WORK/run"
 status=0
-trap 'echo "stopped: the steps so far are summed up" >&2' TERM INT
+trap 'echo "stopped: summarizing the steps so far" >&2' TERM INT
 python -m verl.trainer.main config=examples/config.yaml data.train_files="$WORK/train.csv" \
   data.max_prompt_length=4096 data.max_response_length=1000 \
   data.rollout_batch_size="$PAIRS" worker.actor.global_batch_size="$PAIRS" \

@@ -1,6 +1,6 @@
 """What a run of stage 2 changed on held-out pairs, from its log: `python summarize_run.py RUN_FOLDER`.
 
-Several runs, with other seeds say, are averaged. A log can be named in place of its folder.
+Several runs, say with other seeds, are averaged. A log can be named instead of its folder.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROWS = {
+VALIDATION = {
     "rule reward": "val/reward/overall/mean",
     "sub-scores right": "val/reward/sub/mean",
     "well-formed answers": "val/reward/format/mean",
@@ -25,8 +25,10 @@ TRAINING = {
 }
 QUARTERS = 4
 
+Log = Sequence[dict[str, float]]
 
-def read_log(run: Path) -> list[dict[str, float]]:
+
+def read_log(run: Path) -> Log:
     """Lines of the log, or of train_log.jsonl in a run's folder. Raises ValueError when there is none."""
     path = run if run.is_file() else run / "train_log.jsonl"
     if not path.is_file():
@@ -34,39 +36,25 @@ def read_log(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def average_logs(logs: Sequence[list[dict[str, float]]]) -> list[dict[str, float]]:
-    """Means over the logs of the steps that all of them have, and of the numbers that all have there."""
+def average(lines: Log) -> dict[str, float]:
+    """Means of the numbers that all lines have."""
+    shared = set.intersection(*map(set, lines))
+    values = {name: [line[name] for line in lines] for name in shared}
+    return {name: statistics.fmean(v) for name, v in values.items() if isinstance(v[0], int | float)}
+
+
+def average_logs(logs: Sequence[Log]) -> Log:
+    """Means over the logs of the steps that all of them have."""
     by_step = [{line["step"]: line for line in log} for log in logs]
-    steps = sorted(set.intersection(*map(set, by_step)))
-    return [
-        {
-            name: statistics.fmean(lines[step][name] for lines in by_step)
-            for name, value in by_step[0][step].items()
-            if isinstance(value, int | float) and all(name in lines[step] for lines in by_step)
-        }
-        for step in steps
-    ]
+    return [average([lines[step] for lines in by_step]) for step in sorted(set.intersection(*map(set, by_step)))]
 
 
-def validation_table(log: list[dict[str, float]]) -> list[str]:
-    """One line per metric, one column per validation."""
-    validated = [line for line in log if ROWS["rule reward"] in line]
-    lines = [f"{'on held-out pairs, step':30s}" + "".join(f"{line['step']:9.0f}" for line in validated)]
-    for label, name in ROWS.items():
-        values = [line.get(name) for line in validated]
-        lines.append(f"{label:30s}" + "".join("        -" if v is None else f"{v:9.3f}" for v in values))
-    return lines
-
-
-def training_table(log: list[dict[str, float]]) -> list[str]:
-    """Means over the quarters of the training."""
-    steps = [line for line in log if TRAINING["rule reward"] in line]
-    size = max(1, -(-len(steps) // QUARTERS))
-    quarters = [steps[start : start + size] for start in range(0, len(steps), size)]
-    lines = [f"{'in training, up to step':30s}" + "".join(f"{quarter[-1]['step']:9.0f}" for quarter in quarters)]
-    for label, name in TRAINING.items():
-        means = [statistics.fmean(line[name] for line in quarter) for quarter in quarters]
-        lines.append(f"{label:30s}" + "".join(f"{mean:9.3f}" for mean in means))
+def format_table(title: str, rows: dict[str, str], columns: Log) -> list[str]:
+    """One line per metric, one column per entry of `columns`, headed by its step."""
+    lines = [f"{title:30s}" + "".join(f"{column['step']:9.0f}" for column in columns)]
+    for label, name in rows.items():
+        cells = [f"{column[name]:9.3f}" if name in column else f"{'-':>9}" for column in columns]
+        lines.append(f"{label:30s}" + "".join(cells))
     return lines
 
 
@@ -78,7 +66,14 @@ def main() -> int:
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    sys.stdout.write("\n".join([*validation_table(log), "", *training_table(log)]) + "\n")
+    validated = [line for line in log if VALIDATION["rule reward"] in line]
+    steps = [line for line in log if TRAINING["rule reward"] in line]
+    size = max(1, -(-len(steps) // QUARTERS))
+    quarters = [steps[start : start + size] for start in range(0, len(steps), size)]
+    means = [{**average(quarter), "step": quarter[-1]["step"]} for quarter in quarters]
+    lines = format_table("on held-out pairs, step", VALIDATION, validated)
+    lines += ["", *format_table("in training, up to step", TRAINING, means)]
+    sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
 

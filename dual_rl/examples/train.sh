@@ -5,7 +5,7 @@
 #       bash dual_rl/examples/train.sh
 #   MODEL_PATH=... TRAIN_FILES=... bash dual_rl/examples/train.sh worker.rollout.n=4 trainer.max_steps=100      any key
 #
-# Paths are relative to the working directory. The same command continues a run that stopped.
+# Paths are relative to the working directory. The same command resumes a run that stopped.
 set -euo pipefail
 stage="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -16,7 +16,7 @@ TRAIN_FILES="${TRAIN_FILES:?set it to a CSV with videos, problem and answer; see
 VAL_FILES="${VAL_FILES:-}"                              # held-out CSV of the same form; empty: no validation
 OUTPUT_DIR="${OUTPUT_DIR:-$stage/results/$EXP_NAME}"    # global_step_N/ folders and logs
 
-num_gpus() {  # those of the machine, or those of them that CUDA_VISIBLE_DEVICES names
+num_gpus() {  # of the machine, or as many as CUDA_VISIBLE_DEVICES names
   local gpus; gpus="$(nvidia-smi --list-gpus 2>/dev/null | grep '^GPU')" || return 0
   if [[ -v CUDA_VISIBLE_DEVICES ]]; then gpus="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES")"; fi
   grep -c '^[^-]' <<<"$gpus" || true
@@ -68,6 +68,6 @@ else  # for the tiny model: small batches, short responses, one training process
 fi
 echo "stage 2: $MODEL_PATH on $TRAIN_FILES -> $OUTPUT_DIR (${NUM_GPUS:-0} GPU(s))"
 
-# The package lies here; this process does not search the folder it is called from for modules.
+# The package is in this stage's folder; Python must not search the folder that the script is called from.
 export PYTHONPATH="$stage${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 exec python3 -m verl.trainer.main "${arguments[@]}" "$@"

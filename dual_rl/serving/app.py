@@ -6,7 +6,7 @@
     GET  /metrics           Prometheus text
 
 Both scoring routes answer {"results": [...], "model": ..., "scale": ...}, in order; `scale` is null for the head's own
-rewards. A result is {"reward", "cot", "num_tokens", "is_finished"} or {"error"}, and an error of one video concerns no
+rewards. A result is {"reward", "cot", "num_tokens", "is_finished"} or {"error"}; an error of one video concerns no
 other. Every other answer is {"error"}: 400, 415 and 422 for an invalid request, 404 and 405 for other routes and
 methods, 401 without the token, 403 for paths when the server has no roots, 408 and 413 for bodies that are too slow or
 too large, 500 when the engine failed, 503 with Retry-After while it cannot take more.
@@ -27,10 +27,18 @@ from starlette.requests import ClientDisconnect
 
 from scoring.scale import RewardScale
 from scoring.scoring import FailedVideo, Outcome
-from serving.bodies import MAX_JSON_MB, Video, limit_body, read_form, read_json
-from serving.limits import RETRY_SOON, RefusedError, ServerLimits
 from serving.metrics import ServerMetrics
-from serving.paths import AllowedRoots, PathError
+from serving.requests import (
+    MAX_JSON_MB,
+    RETRY_SOON,
+    AllowedRoots,
+    RefusedError,
+    ServerLimits,
+    Video,
+    limit_body,
+    read_form,
+    read_json,
+)
 from serving.scoring_thread import ScoringThread
 from verl.data.scored_sequence import judge_problem
 
@@ -39,7 +47,7 @@ from verl.data.scored_sequence import judge_problem
 class RewardService:
     """What the routes work with. `model_name`: in every answer. `folder`: takes uploads. `token`: None for none.
 
-    `scale`: what rewards are given on, named in every answer.
+    `scale`: on which rewards are given, named in every answer; None for the head's own.
     """
 
     scoring: ScoringThread
@@ -58,9 +66,9 @@ class RewardService:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.token.encode()):
-            refused = RefusedError(401, "unauthorized", "give the server's token: `Authorization: Bearer TOKEN`")
-            refused.headers["WWW-Authenticate"] = "Bearer"
-            raise refused
+            refusal = RefusedError(401, "unauthorized", "give the server's token: `Authorization: Bearer TOKEN`")
+            refusal.headers["WWW-Authenticate"] = "Bearer"
+            raise refusal
 
     async def score_paths(self, request: Request) -> Response:
         """`POST /v1/score`."""
@@ -70,9 +78,10 @@ class RewardService:
                 raise RefusedError(403, "no_roots", "the server was started without --roots: upload videos instead")
             request = limit_body(request, min(MAX_JSON_MB, self.limits.max_body_mb))
             async with self._receive():
-                asked = await read_json(request)
-            self.limits.check_request(len(asked.videos), asked.prompts)
-            return await self._score(request, [self._resolve(video.path) for video in asked.videos], asked.prompts)
+                paths, prompts = await read_json(request, self.limits)
+            errors = [{"error": f"no file below the server's --roots: {path}"} for path in paths]
+            videos = [self.roots.find(path) or error for path, error in zip(paths, errors, strict=True)]
+            return await self._score(request, videos, prompts)
 
     async def score_uploads(self, request: Request) -> Response:
         """`POST /v1/score/upload`."""
@@ -81,7 +90,7 @@ class RewardService:
             request = limit_body(request, self.limits.max_body_mb)
             with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as folder:
                 async with self._receive():
-                    videos, prompts = await read_form(request, Path(folder), self.limits)
+                    videos, prompts = await read_form(request, self.limits, Path(folder))
                 return await self._score(request, videos, prompts)
 
     async def health(self) -> Response:
@@ -94,14 +103,14 @@ class RewardService:
         return Response(self.metrics.render(), media_type=self.metrics.content_type)
 
     def interrupt(self) -> None:
-        """Refuse what is still on its way: the server stops."""
+        """Refuse the bodies that are still arriving: the server stops."""
         for deadline in self._deadlines:
             if not deadline.expired():
                 deadline.reschedule(0.0)
 
     @contextlib.asynccontextmanager
     async def _receive(self) -> AsyncIterator[None]:
-        """While a body arrives: so many at a time, and each in its time. Raises RefusedError."""
+        """While a body arrives: limits their number and the time of each. Raises RefusedError."""
         if len(self._deadlines) >= self.limits.max_receiving:
             raise RefusedError(503, "too_many_bodies", "too many requests are being received", retry_after=RETRY_SOON)
         seconds = self.limits.body_timeout
@@ -111,26 +120,17 @@ class RewardService:
             async with deadline:
                 yield
         except TimeoutError as error:
-            self.scoring.require_room()
+            self.scoring.require_room()  # refuses with 503 where the deadline was moved because the server stops
             raise RefusedError(408, "slow_body", f"the body did not arrive within {seconds:g} s") from error
         finally:
             self._deadlines.discard(deadline)
 
-    def _resolve(self, path: str) -> Video | PathError:
-        try:
-            return Video(self.roots.resolve(path), path)
-        except PathError as error:
-            return error
-
-    async def _score(self, request: Request, videos: Sequence[Video | PathError], prompts: Sequence[str]) -> Response:
-        """Results in order. Raises ClientDisconnect when the client leaves."""
-        wanted = [(video, prompt) for video, prompt in zip(videos, prompts, strict=True) if isinstance(video, Video)]
-        tasks = [(video.path, judge_problem(prompt)) for video, prompt in wanted]
-        outcomes = iter(await self._outcomes(request, tasks))
-        results = [
-            describe_outcome(next(outcomes), video, self.scale) if isinstance(video, Video) else {"error": str(video)}
-            for video in videos
-        ]
+    async def _score(self, request: Request, videos: Sequence[Video | dict], prompts: Sequence[str]) -> Response:
+        """Results in order; those that are given in place of a video stay. Raises ClientDisconnect."""
+        found = [(video, prompt) for video, prompt in zip(videos, prompts, strict=True) if isinstance(video, Video)]
+        outcomes = await self._outcomes(request, [(video.path, judge_problem(prompt)) for video, prompt in found])
+        scored = iter(outcomes)
+        results = [self._describe(next(scored), video) if isinstance(video, Video) else video for video in videos]
         scale = None if self.scale is None else asdict(self.scale)
         return JSONResponse({"results": results, "model": self.model_name, "scale": scale})
 
@@ -155,18 +155,16 @@ class RewardService:
                 raise outcome
         return outcomes
 
-
-def describe_outcome(outcome: Outcome, video: Video, scale: RewardScale | None = None) -> dict[str, object]:
-    """The outcome as JSON, its reward on `scale`, with the client's name of the video in place of ours."""
-    if isinstance(outcome, FailedVideo):
-        return {"error": outcome.error.replace(video.path, video.name)}
-    names = ("cot", "num_tokens", "is_finished")
-    reward = outcome.reward if scale is None else scale.apply(outcome.reward)
-    return {"reward": reward, **{name: getattr(outcome, name) for name in names}}
+    def _describe(self, outcome: Outcome, video: Video) -> dict[str, object]:
+        """The outcome as JSON, its reward on `scale`, with the client's name for the video in place of our path."""
+        if isinstance(outcome, FailedVideo):
+            return {"error": outcome.error.replace(video.path, video.name)}
+        reward = outcome.reward if self.scale is None else self.scale.apply(outcome.reward)
+        return {"reward": reward, **{name: getattr(outcome, name) for name in ("cot", "num_tokens", "is_finished")}}
 
 
 def create_app(service: RewardService) -> FastAPI:
-    """The application; without pages of documentation, which would load scripts from elsewhere."""
+    """The application; without pages of documentation, which would load scripts from other sites."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     guarded = [Depends(service.require_token)]
     app.add_api_route("/v1/score", service.score_paths, methods=["POST"], dependencies=guarded)

@@ -8,7 +8,7 @@ SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
 
 
 class ServerMetrics:
-    """Counters of one server, in a registry of their own: nothing of the process or of vLLM is among them."""
+    """Counters of one server, in their own registry, without those of the process or of vLLM."""
 
     content_type = CONTENT_TYPE_LATEST
 

@@ -1,7 +1,7 @@
 """The one thread that owns the reward model: requests put videos into its queue and hold a future for each.
 
-The model is loaded, used and closed in this thread, for it serves one thread only. Videos of all requests share its
-batches: whoever waits longest goes next, as soon as one is done.
+The model is loaded, used and closed in this thread, since it works in one thread only. Videos of all requests share
+its batches: the one that has waited longest goes next, as soon as another is done.
 """
 
 import logging
@@ -15,8 +15,8 @@ from typing import Literal
 
 from scoring.reward_model import WINDOW, RewardModel
 from scoring.scoring import Outcome, ScoredVideo, VideoTask
-from serving.limits import RETRY_LATER, RETRY_SOON, RefusedError
 from serving.metrics import ServerMetrics
+from serving.requests import RETRY_LATER, RETRY_SOON, RefusedError
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ State = Literal["loading", "ready", "stopping", "stopped", "failed"]
 class ScoringThread(threading.Thread):
     """`submit` and `drop` videos from any thread; every future gets an outcome, is cancelled, or raises RefusedError.
 
-    `load`: gives the model; `max_queue`: videos that may wait. `ended`: done when no more answers will come; `failure`
-    then says why, if the engine failed. `has_model`: loading is over.
+    `load`: returns the model; `max_queue`: videos that may wait. `ended`: done when no more answers will come;
+    `failure` then says why, if the engine failed. `has_model`: loading is over.
     """
 
     def __init__(self, load: Callable[[], RewardModel], *, max_queue: int, metrics: ServerMetrics) -> None:
@@ -57,7 +57,7 @@ class ScoringThread(threading.Thread):
             raise RefusedError(503, "queue_full", message, retry_after=RETRY_SOON)
 
     def submit(self, videos: Sequence[tuple[str, str]]) -> list[Future[Outcome]]:
-        """Queue all of these, pairs of path and problem, or raise RefusedError and queue none."""
+        """Queue all of these pairs of path and problem, or raise RefusedError and queue none."""
         with self._changed:
             self.require_room(len(videos))
             entries = [(VideoTask(str(next(self._numbers)), *video), Future()) for video in videos]
@@ -66,7 +66,7 @@ class ScoringThread(threading.Thread):
         return [future for _, future in entries]
 
     def drop(self, futures: Sequence[Future[Outcome]]) -> None:
-        """Forget those that have not been started; their futures are cancelled."""
+        """Forget those that have not started; their futures are cancelled."""
         with self._changed:
             num_dropped = sum(future.cancel() for future in futures if not future.done())
             self._waiting = deque(entry for entry in self._waiting if not entry[1].cancelled())
@@ -74,16 +74,15 @@ class ScoringThread(threading.Thread):
 
     def stop(self) -> None:
         """Take nothing more and end when all that was taken is scored; at once while loading."""
+        if self.state == "loading":
+            self.abandon()
         with self._changed:
-            is_loading = self.state == "loading"
             if self.state == "ready":
                 self.state = "stopping"
                 self._changed.notify()
-        if is_loading:
-            self.abandon()
 
     def abandon(self) -> None:
-        """Refuse what has not been scored by now; the thread ends after its present step."""
+        """Refuse what has not been scored by now; the thread ends after its current step."""
         self._end("stopped", RefusedError(503, "stopped", "the server has stopped", retry_after=RETRY_LATER))
 
     def run(self) -> None:
@@ -97,7 +96,7 @@ class ScoringThread(threading.Thread):
                 self.failure = f"{type(error).__name__}: {error}"
                 self._end("failed", RefusedError(500, "failed", f"the engine failed: {self.failure}"))
                 raise
-            self.abandon()
+            self.abandon()  # before the model is closed, which may take a while
 
     def _score_until_stopped(self, model: RewardModel) -> None:
         with self._changed:
@@ -111,7 +110,7 @@ class ScoringThread(threading.Thread):
                 self._answer(outcome)
 
     def _take(self, num_videos: int, *, should_wait: bool) -> list[VideoTask] | None:
-        """The next videos to start on, at most so many; None when there is no more to do."""
+        """The next videos to start, at most `num_videos`; None when there is no more to do."""
         with self._changed:
             while should_wait and self.state == "ready" and not self._waiting:
                 self._changed.wait()

@@ -1,28 +1,81 @@
-"""The process around the application: its port, its signals, and its end without a request left unanswered.
+"""The process around the application: its options, port and signals, and its end without a request left unanswered.
 
 Granian reads the requests, since it closes connections that do not send a whole header in time.
 """
 
+import argparse
 import asyncio
+import dataclasses
 import logging
 import resource
 import signal
 import socket
+import tempfile
+from pathlib import Path
 
 from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings
 from granian.log import LogLevels
 from granian.server.embed import Server
 
+from scoring.options import build_source
+from scoring.source import choose_prompt_length, load_model_scale, read_checkpoint
 from serving.app import RewardService, create_app
+from serving.metrics import ServerMetrics
+from serving.requests import AllowedRoots, ServerLimits
+from serving.scoring_thread import ScoringThread
+from verl.temporary import temporary_folder
 
 HEADER_SECONDS = 10
 """For the header of a request, and for a connection without one."""
 SECONDS_FOR_ANSWERS = 15
 """For answers to leave, once all are known; a client that has stopped reading cannot hold the server longer."""
+SECONDS_TO_CLOSE = 20.0
+"""For the engine to end after its last step; one in the middle of a long step ends with the process."""
 BACKLOG = 2048
 
 logger = logging.getLogger(__name__)
+
+
+def serve(options: argparse.Namespace) -> tuple[int, bool]:
+    """Serve until a signal; returns the exit status, and whether the engine has ended. Raises ValueError."""
+    with temporary_folder("server") as folder:
+        service = build_service(options, folder)
+        port = choose_port(options.host, options.port)
+        tempfile.tempdir = str(folder)  # so that arriving bodies and the engine's files go with it
+        if service.token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
+            logger.warning("without --token_file, everyone who reaches %s can use the server", options.host)
+        logger.info("listening on %s port %d", options.host, port)
+        service.scoring.start()
+        server = build_server(service, options.host, port)
+        asyncio.run(serve_until_stopped(service, server, options.grace_seconds))
+        service.scoring.join(SECONDS_TO_CLOSE if service.scoring.has_model else 0.0)
+    return 0 if service.scoring.failure is None else 1, not service.scoring.is_alive()
+
+
+def build_service(options: argparse.Namespace, folder: Path) -> RewardService:
+    """Everything but the port, after a check of checkpoint and settings. Raises ValueError for mistakes."""
+    source, metrics = build_source(options), ServerMetrics()
+    limits = ServerLimits(**{limit.name: getattr(options, limit.name) for limit in dataclasses.fields(ServerLimits)})
+    roots, token = AllowedRoots(options.roots), read_token(options.token_file)
+    checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt, fresh_head_seed=source.fresh_head_seed)
+    choose_prompt_length(checkpoint, source.settings)
+    scale = load_model_scale(source.model_ckpt, checkpoint, source.settings) if options.normalize else None
+    scoring = ScoringThread(source.load, max_queue=limits.max_queue, metrics=metrics)
+    return RewardService(scoring, source.model_ckpt, folder, roots, limits, metrics, token, scale)
+
+
+def read_token(path: str | None) -> str | None:
+    """The token in a file; None without a file. Raises ValueError for a file without a token."""
+    if path is None:
+        return None
+    try:
+        token = Path(path).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--token_file {path}: {error}") from error
+    if not token or not token.isprintable() or " " in token:
+        raise ValueError(f"--token_file {path}: it must hold one word, such as `openssl rand -hex 32` writes")
+    return token
 
 
 def choose_port(host: str, port: int) -> int:
@@ -36,7 +89,7 @@ def choose_port(host: str, port: int) -> int:
 
 
 def build_server(service: RewardService, host: str, port: int, *, header_seconds: float = HEADER_SECONDS) -> Server:
-    """The web server, which `serve` starts and `stop` ends."""
+    """The web server; its `serve` runs until `stop`."""
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     return Server(
@@ -54,14 +107,8 @@ def build_server(service: RewardService, host: str, port: int, *, header_seconds
     )
 
 
-def run_server(service: RewardService, host: str, port: int, *, grace_seconds: float) -> int:
-    """Serve until SIGTERM or SIGINT (0), or until the engine fails (1)."""
-    asyncio.run(_serve(service, build_server(service, host, port), grace_seconds))
-    return 0 if service.scoring.failure is None else 1
-
-
-async def _serve(service: RewardService, server: Server, grace_seconds: float) -> None:
-    """Signals stop the scoring; the end of the scoring, whatever its cause, stops the server."""
+async def serve_until_stopped(service: RewardService, server: Server, grace_seconds: float) -> None:
+    """SIGTERM and SIGINT stop the scoring; the end of the scoring, whatever its cause, stops the server."""
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -78,6 +125,6 @@ async def _serve(service: RewardService, server: Server, grace_seconds: float) -
     if serving.done():
         serving.result()
         raise RuntimeError("Granian ended by itself")
-    service.interrupt()  # of a failed engine
+    service.interrupt()  # after a failure of the engine
     server.stop()
     await asyncio.wait({serving}, timeout=SECONDS_FOR_ANSWERS)

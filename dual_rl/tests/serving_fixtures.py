@@ -1,20 +1,39 @@
-"""Fixtures of the tests of the reward server: one small model, and servers in threads around it."""
+"""Fixtures of the tests of the reward server: servers in threads around one small model."""
 
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from scoring.reward_model import RewardModel
-from serving_support import CLIPS, PROMPTS, SETTINGS, Gate, Serving
+from scoring.scoring import Outcome, ScoringSettings
+from serving_support import CLIPS, PROMPTS, SECONDS, Serving
 
 
-@pytest.fixture(scope="module")
+class Gate:
+    """Stands before the model's work: while closed, nothing becomes ready; `failure` is raised by it."""
+
+    def __init__(self, model: RewardModel) -> None:
+        self.is_open = threading.Event()
+        self.is_open.set()
+        self.failure: Exception | None = None
+        self.advance = model.advance
+
+    def __call__(self) -> list[Outcome]:
+        assert self.is_open.wait(SECONDS)
+        if self.failure is not None:
+            raise self.failure
+        return self.advance()
+
+
+@pytest.fixture(scope="session")
 def model(small_model) -> Iterator[RewardModel]:
-    with RewardModel.from_pretrained(small_model, settings=SETTINGS) as model:
+    settings = ScoringSettings(backend="hf", batch_size=8, max_new_tokens=8, num_threads=1)
+    with RewardModel.from_pretrained(small_model, settings=settings) as model:
         yield model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def offline(model) -> list[dict]:
     """What the clips score without a server."""
     scores = model.score(CLIPS, PROMPTS)
@@ -22,7 +41,7 @@ def offline(model) -> list[dict]:
 
 
 @pytest.fixture
-def serving(model, offline, tmp_path) -> Iterator[Callable[..., Serving]]:
+def serving(model, tmp_path) -> Iterator[Callable[..., Serving]]:
     """Starts servers, one at a time."""
     started: list[Serving] = []
 

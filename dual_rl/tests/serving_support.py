@@ -1,7 +1,6 @@
-"""What the tests of the reward server share: a server in a thread, one in a process, and plain HTTP."""
+"""The reward server in tests: a server in a thread or in a process, and plain HTTP."""
 
 import asyncio
-import json
 import os
 import socket
 import subprocess
@@ -9,20 +8,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
-from http.client import HTTPConnection
+from contextlib import nullcontext
 from pathlib import Path
 
+import httpx
 import pytest
 
-from scoring.reward_model import RewardModel
-from scoring.scale import RewardScale
-from scoring.scoring import Outcome, ScoringSettings
 from serving.app import RewardService
-from serving.limits import ServerLimits
 from serving.metrics import ServerMetrics
-from serving.paths import AllowedRoots
+from serving.requests import AllowedRoots, ServerLimits
 from serving.scoring_thread import ScoringThread
 from serving.server import build_server, choose_port
 from training_support import DUAL_RL
@@ -31,93 +25,52 @@ CLIPS = sorted((DUAL_RL / "data" / "videos").glob("*.mp4"))
 PROMPTS = [f"a shape, number {number}" for number in range(len(CLIPS))]
 SECONDS = 30.0
 HEADER_SECONDS = 2.0
-SETTINGS = ScoringSettings(backend="hf", batch_size=8, max_new_tokens=8, num_threads=1)
 TOLERANCE = 1e-4  # of rewards, fp32
-BOUNDARY = "sheet"
-FORM_HEADERS = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
-UNDER_WAY = ("descore_queue_length", "descore_in_flight")
+UPLOAD = "/v1/score/upload"
 
 
-@dataclass(frozen=True)
-class Reply:
-    """An answer of the server; header names are lower case."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> dict:
-        return json.loads(self.body)
-
-    @property
-    def results(self) -> list[dict]:
-        assert self.status == 200, self.body
-        return self.json["results"]
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Poll until it holds; fails the test after SECONDS."""
-    deadline = time.monotonic() + SECONDS
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not within {SECONDS} s: {what}"
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.005)
 
 
-def form_body(videos: Sequence[bytes], prompts: Sequence[str]) -> bytes:
-    """A multipart form of uploads."""
-    head = f"--{BOUNDARY}\r\nContent-Disposition: form-data; name=".encode()
-    parts = [head + b'"videos"; filename="clip.mp4"\r\n\r\n' + video + b"\r\n" for video in videos]
-    parts += [head + b'"prompts"\r\n\r\n' + prompt.encode() + b"\r\n" for prompt in prompts]
-    return b"".join([*parts, f"--{BOUNDARY}--\r\n".encode()])
+def form(videos: Sequence[bytes], prompts: Sequence[str]) -> dict:
+    """Arguments of an upload for httpx."""
+    return {"files": [("videos", ("clip.mp4", video)) for video in videos], "data": {"prompts": list(prompts)}}
 
 
-def upload_request(videos: Sequence[bytes], *, token: str = "", num_bytes: int | None = None) -> bytes:
-    """The bytes of a request, of its body only the first `num_bytes`."""
-    body = form_body(videos, ["a"] * len(videos))
-    lines = ["POST /v1/score/upload HTTP/1.1", "Host: here", f"Authorization: Bearer {token}"]
-    lines += [f"Content-Type: {FORM_HEADERS['Content-Type']}", f"Content-Length: {len(body)}", "", ""]
-    return "\r\n".join(lines).encode() + body[:num_bytes]
+def upload_bytes(videos: Sequence[bytes], *, token: str = "", num_bytes: int | None = None) -> bytes:
+    """An upload as it is sent, with only the first `num_bytes` of its body."""
+    headers = {"Authorization": f"Bearer {token}"}
+    request = httpx.Request("POST", f"http://here{UPLOAD}", headers=headers, **form(videos, ["a"] * len(videos)))
+    lines = [f"POST {UPLOAD} HTTP/1.1", *(f"{name}: {value}" for name, value in request.headers.items()), "", ""]
+    return "\r\n".join(lines).encode() + request.read()[:num_bytes]
 
 
-@dataclass(frozen=True)
-class Client:
-    """Plain HTTP, a connection for each request."""
+class Client(httpx.Client):
+    """Plain HTTP, with a new connection for each request."""
 
-    port: int
-    token: str | None = None
-
-    def request(self, method: str, route: str, body=None, headers: dict[str, str] | None = None) -> Reply:
-        """One exchange; the answer may come before the whole body was sent."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
-        known = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        try:
-            with suppress(BrokenPipeError, ConnectionResetError):
-                connection.request(method, route, body, {**known, **(headers or {})})
-            response = connection.getresponse()
-            fields = {name.lower(): value for name, value in response.getheaders()}
-            return Reply(response.status, fields, response.read())
-        finally:
-            connection.close()
-
-    def get(self, route: str) -> Reply:
-        return self.request("GET", route)
+    def __init__(self, port: int, token: str | None = None) -> None:
+        self.port, headers = port, {"Authorization": f"Bearer {token}"} if token else {}
+        limits = httpx.Limits(max_keepalive_connections=0)
+        super().__init__(
+            base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=SECONDS, trust_env=False, limits=limits
+        )
 
     def health(self) -> int | None:
         """The status; None while nobody listens."""
         try:
-            return self.get("/health").status
-        except ConnectionError:
+            return self.get("/health").status_code
+        except httpx.TransportError:
             return None
 
-    def score_paths(self, paths: Sequence[str | Path], prompts: Sequence[str]) -> Reply:
-        """Videos on the server."""
-        body = json.dumps({"videos": [{"path": str(path)} for path in paths], "prompts": list(prompts)})
-        return self.request("POST", "/v1/score", body, {"Content-Type": "application/json"})
+    def score_paths(self, paths: Sequence[str | Path], prompts: Sequence[str]) -> httpx.Response:
+        return self.post("/v1/score", json={"videos": [{"path": str(path)} for path in paths], "prompts": prompts})
 
-    def upload(self, videos: Sequence[bytes], prompts: Sequence[str]) -> Reply:
-        """Videos in the request."""
-        return self.request("POST", "/v1/score/upload", form_body(videos, prompts), FORM_HEADERS)
+    def upload(self, videos: Sequence[bytes], prompts: Sequence[str]) -> httpx.Response:
+        return self.post(UPLOAD, **form(videos, prompts))
 
     def open(self, sent: bytes) -> socket.socket:
         """A connection on which so much has been sent."""
@@ -127,13 +80,25 @@ class Client:
 
     def metric(self, name: str) -> float:
         """The value of a sample, labels as in the text."""
-        lines = self.get("/metrics").body.decode().splitlines()
-        (value,) = (line.rpartition(" ")[2] for line in lines if line.startswith(f"{name} "))
+        (value,) = (line.split()[-1] for line in self.get("/metrics").text.splitlines() if line.startswith(f"{name} "))
         return float(value)
 
-    def num_under_way(self) -> float:
+    def num_pending(self) -> float:
         """Videos that are queued or started."""
-        return sum(map(self.metric, UNDER_WAY))
+        return self.metric("descore_queue_length") + self.metric("descore_in_flight")
+
+
+def results(reply: httpx.Response) -> list[dict]:
+    assert reply.status_code == 200, reply.text
+    return reply.json()["results"]
+
+
+def assert_scored(scored: list[dict], expected: list[dict]) -> None:
+    """Results without an error, like those of the offline model."""
+    assert [result.get("error") for result in scored] == [None] * len(expected)
+    assert [result["reward"] for result in scored] == pytest.approx([e["reward"] for e in expected], abs=TOLERANCE)
+    assert [result["cot"] for result in scored] == [e["cot"] for e in expected]
+    assert all(result["num_tokens"] == 8 and not result["is_finished"] for result in scored)
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -142,35 +107,10 @@ def read_all(connection: socket.socket) -> bytes:
         return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
 
-class Gate:
-    """Stands before the model's work: closed, nothing becomes ready; `failure` is raised by it."""
-
-    def __init__(self, model: RewardModel) -> None:
-        self.is_open = threading.Event()
-        self.is_open.set()
-        self.failure: Exception | None = None
-        self.advance = model.advance
-
-    def __call__(self) -> list[Outcome]:
-        assert self.is_open.wait(SECONDS)
-        if self.failure is not None:
-            raise self.failure
-        return self.advance()
-
-
 class Serving:
-    """A real server in a thread, with a model that is there already."""
+    """A real server in a thread, around a loaded model."""
 
-    def __init__(
-        self,
-        model: RewardModel,
-        folder: Path,
-        *,
-        roots: Sequence[Path] = (CLIPS[0].parent,),
-        token: str | None = None,
-        limits: ServerLimits | None = None,
-        scale: RewardScale | None = None,
-    ) -> None:
+    def __init__(self, model, folder: Path, *, roots=(CLIPS[0].parent,), token=None, limits=None, scale=None) -> None:
         limits, metrics = limits or ServerLimits(), ServerMetrics()
         self.scoring = ScoringThread(lambda: nullcontext(model), max_queue=limits.max_queue, metrics=metrics)
         self.folder = folder
@@ -185,58 +125,44 @@ class Serving:
         wait_for(lambda: self.client.health() == 200, "ready")
 
     def stop(self) -> None:
-        """End it; nothing of the uploads may be left."""
+        """End it; no upload may be left."""
         self.scoring.abandon()
         self.loop.call_soon_threadsafe(self.server.stop)
         self.thread.join(SECONDS)
-        assert not self.thread.is_alive()
-        self.loop.close()
         self.scoring.join(SECONDS)
+        assert not self.thread.is_alive()
         assert not self.scoring.is_alive()
+        self.loop.close()
         assert not list(self.folder.iterdir()), "uploads were left behind"
 
-    def wait_for_waiting(self, num_videos: int) -> None:
-        """Until so many videos are queued or started."""
-        wait_for(lambda: self.client.num_under_way() == num_videos, f"{num_videos} videos under way")
+    def wait_for_pending(self, num_videos: int) -> None:
+        wait_for(lambda: self.client.num_pending() == num_videos, f"{num_videos} videos queued or started")
 
 
 class ServingProcess:
     """`python serve.py` as users start it; its temporary files lie in `root/tmp`."""
 
     def __init__(self, root: Path, arguments: Sequence[object], *, script: Path = DUAL_RL / "serve.py") -> None:
-        self.temporary = root / "tmp"
+        self.temporary, self.console = root / "tmp", root / "console"
         self.temporary.mkdir(parents=True, exist_ok=True)
-        self.console = root / "console"
+        variables = {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary), "PYTHONPATH": str(DUAL_RL)}
+        command = [sys.executable, script, "--port", "0", *map(str, arguments)]
         with self.console.open("wb") as console:
             self.process = subprocess.Popen(
-                [sys.executable, str(script), "--port", "0", *map(str, arguments)],
-                stdout=console,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary), "PYTHONPATH": str(DUAL_RL)},
+                command, stdout=console, stderr=subprocess.STDOUT, env=os.environ | variables
             )
 
-    def client(self, token: str | None = None, *, wanted: str = "\nready", seconds: float = 120.0) -> Client:
+    def client(self, token: str | None = None, *, wanted: str = "\nready") -> Client:
         """Of the server as soon as it says what is `wanted`."""
-        deadline = time.monotonic() + seconds
-        while wanted not in self.console.read_text():
-            assert self.process.poll() is None, self.console.read_text()
-            assert time.monotonic() < deadline, self.console.read_text()
-            time.sleep(0.05)
+        wait_for(lambda: wanted in self.console.read_text() or self.process.poll() is not None, wanted, 300)
+        assert self.process.poll() is None, self.console.read_text()
         line = next(line for line in self.console.read_text().splitlines() if line.startswith("listening"))
         return Client(int(line.rpartition(" ")[2]), token)
 
-    def wait(self, seconds: float = SECONDS) -> int:
-        """The exit status; a process that hangs is killed and fails the test."""
+    def assert_ends(self, status: int, *, seconds: float = SECONDS) -> None:
+        """With this exit status, and without a file left."""
         try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired as error:
+            assert self.process.wait(seconds) == status, self.console.read_text()
+        finally:
             self.process.kill()
-            raise AssertionError(f"the server hangs:\n{self.console.read_text()}") from error
-
-
-def assert_scored(results: list[dict], expected: list[dict]) -> None:
-    """Results without an error, like those of the offline model."""
-    assert [result.get("error") for result in results] == [None] * len(expected)
-    assert [result["reward"] for result in results] == pytest.approx([e["reward"] for e in expected], abs=TOLERANCE)
-    assert [result["cot"] for result in results] == [e["cot"] for e in expected]
-    assert all(result["num_tokens"] == 8 and not result["is_finished"] for result in results)
+        assert not list(self.temporary.iterdir())

@@ -1,4 +1,4 @@
-"""Whatever is shipped for users to run or copy names settings that exist, and every setting that exists is used."""
+"""Scripts and files for users to run or copy name settings that exist, and every setting is used."""
 
 import ast
 import os
@@ -34,26 +34,24 @@ def caller(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def run_train_sh(caller: Path, *arguments: str, **environment: str) -> tuple[int, str, list[str]]:
-    """Exit status, output, and what train.sh passes to Python: a `python3` on the PATH notes it down."""
-    (caller / "bin").mkdir(exist_ok=True)
-    python = caller / "bin" / "python3"
+def run_train_sh(caller: Path, *arguments: str, **variables: str) -> tuple[str, list[str]]:
+    """Output, and what train.sh passes to Python: a `python3` on the PATH writes it down."""
+    (caller / "bin").mkdir()
+    python, passed = caller / "bin" / "python3", caller / "arguments"
     python.write_text(WRITE_ARGUMENTS)
     python.chmod(0o755)
-    noted = caller / "arguments"
-    settings = {"PATH": f"{caller / 'bin'}:{os.environ['PATH']}", "ARGUMENTS_FILE": str(noted), "PYTHONPATH": "mine"}
-    command = ["bash", str(EXAMPLES / "train.sh"), *arguments]
-    result = subprocess.run(
-        command, env=os.environ | settings | environment, capture_output=True, text=True, check=False
-    )
-    passed = noted.read_text().split("\0")[:-1] if noted.exists() else []
-    return result.returncode, result.stdout + result.stderr, passed
-
-
-def train_sh_config(caller: Path, *arguments: str, **environment: str) -> Config:
     files = {"MODEL_PATH": "my/checkpoint-5", "TRAIN_FILES": "my/train.csv"}
-    status, output, (python_path, safe_path, *passed) = run_train_sh(caller, *arguments, **files, **environment)
-    assert status == 0, output
+    files |= {"PATH": f"{python.parent}:{os.environ['PATH']}", "ARGUMENTS_FILE": str(passed), "PYTHONPATH": "mine"}
+    command = ["bash", str(EXAMPLES / "train.sh"), *arguments]
+    result = subprocess.run(command, env=os.environ | files | variables, capture_output=True, text=True, check=False)
+    assert (result.returncode == 0) == passed.exists()
+    return result.stdout + result.stderr, passed.read_text().split("\0")[:-1] if passed.exists() else []
+
+
+def train_sh_config(caller: Path, *arguments: str, **variables: str) -> Config:
+    output, passed = run_train_sh(caller, *arguments, **variables)
+    assert passed, output
+    python_path, safe_path, *passed = passed
     assert python_path == f"{STAGE_DIR}:mine"
     assert safe_path == "1", "a user's folder must not hide our modules or our libraries"
     assert passed[:2] == ["-m", "verl.trainer.main"]
@@ -77,26 +75,20 @@ def test_train_sh_has_the_paper_s_settings_on_gpus(caller):
     assert config.worker.reward.reward_function == f"{script}:compute_score"
 
 
-def test_train_sh_chooses_cpu_ranks_and_small_sizes_without_gpus(caller):
-    config = train_sh_config(caller, NUM_GPUS="0", NUM_PROCESSES="2")
+def test_train_sh_chooses_cpu_ranks_and_small_sizes_without_gpus_and_arguments_win(caller):
+    settings = ["worker.rollout.n=4", "trainer.experiment_name=a b"]
+    config = train_sh_config(caller, *settings, NUM_GPUS="0", NUM_PROCESSES="2", OUTPUT_DIR="o")
     trainer = config.trainer
     assert (trainer.n_gpus_per_node, trainer.n_cpu_ranks_per_node) == (0, 2)
     assert (config.data.rollout_batch_size, config.worker.actor.global_batch_size) == (8, 8)
     assert (config.data.val_files, config.worker.actor.model.head_path) == (None, None)
-    assert config.worker.rollout.n == 8
-
-
-def test_train_sh_passes_arguments_on_and_they_win(caller):
-    config = train_sh_config(caller, "worker.rollout.n=4", "trainer.experiment_name=a b", NUM_GPUS="0", OUTPUT_DIR="o")
-    assert (config.worker.rollout.n, config.trainer.experiment_name) == (4, "a b")
-    assert config.trainer.save_checkpoint_path == str(caller / "o")
+    assert (config.worker.rollout.n, trainer.experiment_name) == (4, "a b")
+    assert trainer.save_checkpoint_path == str(caller / "o")
 
 
 @pytest.mark.parametrize("missing", ["MODEL_PATH", "TRAIN_FILES"])
 def test_train_sh_asks_for_what_it_needs(caller, missing):
-    files = {"MODEL_PATH": "my/checkpoint-5", "TRAIN_FILES": "my/train.csv"} | {missing: ""}
-    status, output, passed = run_train_sh(caller, **files)
-    assert status != 0
+    output, passed = run_train_sh(caller, **{missing: ""})
     assert f"{missing}: set it to" in output
     assert not passed
 
