@@ -13,6 +13,7 @@ A merged model holds Hugging Face weights instead of the first two files and is 
 
 import copy
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -51,6 +52,7 @@ STATE_FILE = "trainer_state.json"
 HEAD_KEY = "rm_head.weight"
 HEAD_KEYS = (HEAD_KEY, f"{PEFT_PREFIX}{HEAD_KEY}")
 ROW_KEY = "reward_embedding"
+PROBES_PER_FILE, PROBE_BYTES = 256, 4096
 PEFT_ROW_KEY = f"{PEFT_PREFIX}model.language_model.{EMBEDDING_MODULE}.token_adapter.trainable_tokens_delta"
 
 
@@ -182,6 +184,19 @@ class LoadedReward:
     model: RewardModel
     builder: SequenceBuilder
     config: RewardConfig
+
+
+def fingerprint_weights(folder: Path) -> str:
+    """16 hex digits over evenly spaced pieces of a local model's weight files, wherever they lie."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for offset in range(0, size, max(PROBE_BYTES, size // PROBES_PER_FILE)):
+                file.seek(offset)
+                digest.update(file.read(PROBE_BYTES))
+    return digest.hexdigest()
 
 
 def is_reward_checkpoint(path: str) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -25,7 +26,6 @@ from transformers.vision_utils import (
 from arguments import ModelArguments, RewardTokenMode
 from attention import use_packed_attention
 from scored_sequence import REWARD_TOKEN, PackedSequences, reward_token_id
-from utils import send
 
 LANGUAGE_LINEARS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 VISION_LINEARS = r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc(1|2))"
@@ -143,11 +143,16 @@ class RewardModel(nn.Module):
             "position_ids": get_vision_position_ids(grid_thw, visual.config.spatial_merge_size),
             "cu_seqlens": bounds,
         }
-        return {name: send(tensor, self.device) for name, tensor in layout.items()} | {"max_seqlen": longest}
+        return {name: _send(tensor, self.device) for name, tensor in layout.items()} | {"max_seqlen": longest}
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that receive gradients."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """An asynchronous copy on `device`."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _add_vision_features(hidden: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -173,6 +178,12 @@ def _pool(hidden: torch.Tensor, batch: PackedSequences, mode: RewardTokenMode) -
     owner = torch.repeat_interleave(torch.arange(batch.num_sequences, device=hidden.device), lengths)
     sums = hidden.new_zeros(batch.num_sequences, hidden.shape[-1], dtype=torch.float32)
     return sums.index_add(0, owner, hidden.float()) / lengths.unsqueeze(-1)
+
+
+def quiet_libraries() -> None:
+    """Only errors from transformers, and no progress bar while it loads weights."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def require_qwen3_vl(path: str) -> None:

@@ -29,10 +29,11 @@ from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGene
 from arguments import DataArguments, ModelArguments, TrainingArguments
 from attention import use_packed_attention
 from data import EncodedPair, PairBatch, PairDataset
-from engine import accelerate, build_engine, init_distributed, step_engine
+from engine import build_engine, compile_and_plan_activations
 from flash_kernels import choose_kernels
-from losses import PairLabels, compute_pair_loss
+from losses import PairLabels, compute_means, compute_pair_loss
 from model_qwen3 import RewardModel, add_reward_token, prepare_for_training
+from ranks import init_distributed
 from scored_sequence import ScoredSequence, SequenceBuilder
 from shapes import DEVICE, GIB, TERA, build_config, count_pair_flops, measure_ceilings, randomize
 from trainer_qwen3 import RewardTrainer
@@ -91,36 +92,29 @@ def build_model(
 class Ours:
     """Our step."""
 
-    def __init__(self, options: argparse.Namespace, *, layers: int) -> None:
+    def __init__(self, options: argparse.Namespace, *, layers: int, pairs_per_step: int = PAIRS_PER_STEP) -> None:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
         os.environ.setdefault("MASTER_PORT", "29517")
         init_distributed()
         arguments = TrainingArguments(
-            output_dir=tempfile.mkdtemp(),
             learning_rate=0.0,
-            merger_lr=0.0,
-            vision_lr=0.0,
-            special_token_lr=0.0,
             max_grad_norm=1e9,
-            gradient_accumulation_steps=PAIRS_PER_STEP if layers != CHECK_LAYERS else 1,
+            gradient_accumulation_steps=pairs_per_step,
             deepspeed=options.deepspeed,
         )
+        plan = ModelArguments(torch_compile=not options.no_compile, max_kept_layers=options.max_kept_layers)
         self.model, self.builder = build_model(options, layers=layers, dtype=torch.bfloat16)
-        self.engine = build_engine(self.model, arguments, num_steps=100)
+        engine = build_engine(self.model, arguments, num_steps=100)
         self.trainer = RewardTrainer(
-            self.engine,
-            None,
+            engine,
             train_data=None,
             eval_data=None,
             arguments=arguments,
             data_arguments=DataArguments(),
             schedule=None,
-            activations=accelerate(self.engine, self._model_arguments(options)),
+            checkpoints=None,
+            activations=compile_and_plan_activations(engine, plan),
         )
-
-    @staticmethod
-    def _model_arguments(options: argparse.Namespace) -> ModelArguments:
-        return ModelArguments(torch_compile=not options.no_compile, max_kept_layers=options.max_kept_layers)
 
     def collate(self, pairs: list[EncodedPair]) -> list[PairBatch]:
         data = PairDataset([], self.builder, VideoBudget())
@@ -129,10 +123,8 @@ class Ours:
 
     def run(self, batches: list[PairBatch]) -> float:
         """One step; returns the loss."""
-        count = self.trainer._count_contributing_pairs(batches)
-        sums = sum(self.trainer._forward_backward(batch, count, i) for i, batch in enumerate(batches))
-        step_engine(self.engine, step=1)
-        return float(sums[0]) / count
+        sums, _ = self.trainer.train_step(batches)
+        return compute_means(sums)["loss"]
 
 
 class Original:
@@ -241,12 +233,7 @@ def run_original(options: argparse.Namespace) -> dict:
     pairs = make_pairs(original.builder, PAIRS_PER_STEP)
     loss = original.run(pairs)
     seconds = time_steps(lambda: original.run(pairs), warmup=1, repeats=options.repeats)
-    return {
-        "loss": loss,
-        "seconds": statistics.median(seconds),
-        "runs": seconds,
-        "peak_memory_gib": _peak_gib(),
-    }
+    return {"loss": loss, "seconds": statistics.median(seconds), "runs": seconds, "peak_memory_gib": _peak_gib()}
 
 
 def run_check(options: argparse.Namespace) -> dict:
@@ -259,7 +246,7 @@ def run_check(options: argparse.Namespace) -> dict:
         losses[name] = original.run(pairs, should_step=False)
         gradients[name] = {n: p.grad.float().cpu() for n, p in original.model.trainable_parameters()}
         del original
-    ours = Ours(options, layers=CHECK_LAYERS)
+    ours = Ours(options, layers=CHECK_LAYERS, pairs_per_step=1)
     found = gradients["ours"] = {}
     for name, parameter in ours.model.trainable_parameters():
         parameter.register_hook(lambda gradient, name=name: found.update({name: gradient.float().cpu()}))
