@@ -41,7 +41,7 @@ def read_deepspeed_config(path: str, arguments: TrainingArguments) -> dict:
         for name in names:
             value = config.pop(name, "auto")
             setting = value.get("enabled", value) if isinstance(value, dict) else value
-            if setting not in ("auto", False):
+            if setting is not False and setting != "auto":
                 raise ValueError(f"{path}: remove {name!r}; {reason}")
     config["train_micro_batch_size_per_gpu"] = arguments.per_device_train_batch_size
     config["gradient_accumulation_steps"] = arguments.gradient_accumulation_steps

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from arguments import DataArguments, TrainingArguments
 from data import MicroBatchSampler, PairBatch, PairDataset, PairDraw, PairFailure
-from descore.csv_table import NUM_PROBLEMS_SHOWN
+from descore.csv_table import list_problems
 from descore.progress import progress
 from engine import NonFiniteError, step_engine
 from losses import NUM_SUMS, PairLabels, compute_means, compute_pair_loss, compute_pair_sums
@@ -257,6 +257,4 @@ class DroppedPairs:
         self.failures = set().union(*gathered)
 
     def _describe(self) -> str:
-        lines = [f"  row {failure.row}: {failure.message}" for failure in sorted(self.failures)]
-        more = len(lines) - NUM_PROBLEMS_SHOWN
-        return "\n".join(lines[:NUM_PROBLEMS_SHOWN] + ([f"  ... and {more} more"] if more > 0 else []))
+        return list_problems([f"row {failure.row}: {failure.message}" for failure in sorted(self.failures)])

@@ -62,7 +62,7 @@ def make_pairs(builder: SequenceBuilder, count: int, *, seed: int = 0) -> list[E
         return builder.build(prompt, draws.choices(allowed, k=draws.randint(*COT_TOKENS)))
 
     return [
-        EncodedPair(n, make_sequence(), make_sequence(), label="AB"[n % 2], score_a=float("nan"), score_b=float("nan"))
+        EncodedPair(make_sequence(), make_sequence(), label="AB"[n % 2], score_a=float("nan"), score_b=float("nan"))
         for n in range(count)
     ]
 

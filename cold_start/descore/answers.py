@@ -169,7 +169,7 @@ def _find_object(body: str) -> dict | None:
 
 
 def _find_first_object(text: str) -> dict | None:
-    """The first JSON object. Braces that open none are passed over."""
+    """The first JSON object. Braces that open none are skipped."""
     start = _OBJECT_START.search(text)
     while start:
         end, is_closed = _skip_value(text, start.start())

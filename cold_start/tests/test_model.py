@@ -172,5 +172,5 @@ def test_other_model_families_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="'llama' checkpoint; this project needs a Qwen3-VL one"):
         require_qwen3_vl(str(tmp_path))
-    with pytest.raises(ValueError, match="no model that transformers can load"):
+    with pytest.raises(ValueError, match="not a model that transformers can load"):
         require_qwen3_vl(str(tmp_path / "nothing"))
