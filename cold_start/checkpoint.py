@@ -58,7 +58,7 @@ PEFT_ROW_KEY = f"{PEFT_PREFIX}model.language_model.{EMBEDDING_MODULE}.token_adap
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What scoring needs besides the weights. `base_model` is None beside whole weights: a merged model, or a base."""
+    """What scoring needs besides the weights. `base_model` is None for a merged model or a base."""
 
     base_model: str | None = None
     reward_token: RewardTokenMode = "special"
@@ -156,7 +156,7 @@ def save_head(path: Path, weight: torch.Tensor) -> None:
 
 
 def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
-    """Read a head, fp32 [1, hidden_size], in any of the three layouts in the wild. Raises ValueError otherwise."""
+    """Read a head, fp32 [1, hidden_size], in any of the three known layouts. Raises ValueError otherwise."""
     if not os.path.isfile(path):
         raise ValueError(f"no reward head at {path}")
     try:
@@ -187,7 +187,7 @@ class LoadedReward:
 
 
 def fingerprint_weights(folder: Path) -> str:
-    """16 hex digits over evenly spaced pieces of a local model's weight files, wherever they lie."""
+    """16 hex digits over evenly spaced pieces of a local model's weight files; the path does not matter."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size

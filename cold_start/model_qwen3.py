@@ -74,10 +74,10 @@ class RewardModel(nn.Module):
         return self.qwen.language_model.layers
 
     def compile_layers(self) -> None:
-        """Compile text layers and vision blocks, which fuses what stands between their matrix products.
+        """Compile text layers and vision blocks, which fuses the work between their matrix products.
 
-        Call once; the first passes take a minute or two longer. The inputs of first layers must not be views, since
-        those of the other layers are none: views would be compiled for separately.
+        Call once; the first passes take a minute or two longer. The inputs of the first layers must not be views, as
+        those of the other layers are not: views would be compiled for separately.
         """
         self.qwen.visual.blocks[0].register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(), *inputs[1:]))
         for layer in (*self.text_layers, *self.qwen.visual.blocks):

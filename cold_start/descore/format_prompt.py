@@ -1,6 +1,6 @@
-"""The format prompt: the Jinja template that wraps a problem before it is put to the judge.
+"""The format prompt: the Jinja template that wraps a problem for the judge.
 
-It comes with a checkpoint (`reward_config.json`) or from a file, perhaps of someone else. So it is rendered in Jinja's
+It comes from a checkpoint (`reward_config.json`) or a file, which may be untrusted. So it is rendered in Jinja's
 sandbox: a template can neither run code nor reach beyond its variable `content`.
 """
 

@@ -1,4 +1,4 @@
-"""What flash attention computes, for CPUs: tests put it in the place of kernels that only run on GPUs."""
+"""Flash attention in plain torch, which tests use on CPUs instead of kernels that only run on GPUs."""
 
 import torch
 

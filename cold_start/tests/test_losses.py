@@ -1,4 +1,4 @@
-"""Losses against values worked out by hand, and what they promise about counts and gradients."""
+"""Losses against values computed by hand, and what they promise about counts and gradients."""
 
 import math
 

@@ -42,7 +42,7 @@ def run_rank(rank: int, port: int, folder: Path, work, *arguments: object) -> No
 
 
 def meet_errors(rank: int, messages: list[str | None]) -> None:
-    """Meet the error at the rank's index in `messages`, or none and go on."""
+    """Meet the error at the rank's index in `messages`, or none and continue."""
     if messages[rank] is not None:
         report_error(ValueError(messages[rank]), seconds=ERROR_SECONDS)
     else:

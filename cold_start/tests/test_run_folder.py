@@ -14,7 +14,7 @@ from stage1_support import SMALL_BUDGET, write_pairs_csv
 
 @pytest.fixture
 def output(tmp_path) -> Path:
-    """An output folder with two checkpoints, and two folders that are none."""
+    """An output folder with two checkpoints, and two folders with other names."""
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-10-backup", "checkpoint-"):
         (tmp_path / "output" / name).mkdir(parents=True)
         (tmp_path / "output" / name / STATE_FILE).touch()

@@ -151,7 +151,7 @@ def _serve(connection: Connection) -> None:
         StopIteration,  # decord, where a frame that the file announces is missing
         IndexError,
         ArithmeticError,  # a frame rate of zero
-        OSError,  # the file was removed, or may not be read
+        OSError,  # the file was removed or is not readable
         MemoryError,
     )
     reader = None
@@ -188,6 +188,6 @@ def _describe(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; whoever asks decides when to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the caller decides when to end
     with contextlib.suppress(EOFError, ConnectionError):
         _serve(Connection(int(sys.argv[1])))
