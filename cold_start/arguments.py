@@ -1,58 +1,53 @@
 """The settings of stage 1 as command-line flags (`python train_reward.py --help`). Unknown flags are errors."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from losses import AGREEMENT_LOSSES, SCORE_LOSSES, LossType
+from transformers.hf_argparser import HfArg
+
+from losses import LossType
 
 RewardTokenMode = Literal["special", "last", "mean"]
 
 
 @dataclass
 class ModelArguments:
-    """What is trained."""
+    """The model, and which of its weights are trained."""
 
-    model_name_or_path: str = field(
-        default="Qwen/Qwen3-VL-8B-Instruct", metadata={"help": "any Qwen3-VL checkpoint: a folder or a hub name"}
+    model_name_or_path: str = HfArg(
+        default="Qwen/Qwen3-VL-8B-Instruct", help="any Qwen3-VL checkpoint: a folder or a hub name"
     )
-    reward_token: RewardTokenMode = field(
+    reward_token: RewardTokenMode = HfArg(  # noqa: RUF009
         default="special",
-        metadata={"help": "where the reward is read: at <Reward>, at the last token, or as mean over the sequence"},
+        help="where the reward is read: at <Reward>, at the last token, or as the mean over the sequence",
     )
-    lora_enable: bool = field(
-        default=True, metadata={"help": "adapt the language model with LoRA; False tunes all its weights"}
+    lora_enable: bool = HfArg(default=True, help="train the language model with LoRA; False trains all of its weights")
+    lora_r: int = HfArg(default=64, help="LoRA rank")
+    lora_alpha: int = HfArg(default=128, help="LoRA alpha")
+    lora_dropout: float = HfArg(default=0.0, help="LoRA dropout")
+    freeze_llm: bool = HfArg(default=False, help="freeze the language model: no LoRA, no tuning")
+    freeze_vision_tower: bool = HfArg(default=False, help="freeze the vision tower")
+    tune_merger: bool = HfArg(default=True, help="train the vision-language mergers")
+    vision_lora: bool = HfArg(default=False, help="train a frozen vision tower with LoRA")
+    gradient_checkpointing: bool = HfArg(
+        default=True, help="recompute the activations that do not fit into the device's memory"
     )
-    lora_r: int = field(default=64, metadata={"help": "LoRA rank"})
-    lora_alpha: int = field(default=128, metadata={"help": "LoRA alpha"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout"})
-    freeze_llm: bool = field(default=False, metadata={"help": "leave the language model as it is: no LoRA, no tuning"})
-    freeze_vision_tower: bool = field(default=False, metadata={"help": "leave the vision tower as it is"})
-    tune_merger: bool = field(default=True, metadata={"help": "tune the vision-language mergers"})
-    vision_lora: bool = field(
-        default=False, metadata={"help": "adapt the vision tower with LoRA instead of tuning it"}
+    max_kept_layers: int | None = HfArg(
+        default=None, help="most layers that may keep activations on a GPU; default: as many as fit, 0: least memory"
     )
-    gradient_checkpointing: bool = field(
-        default=True, metadata={"help": "recompute the activations that do not fit into the device's memory"}
-    )
-    max_kept_layers: int | None = field(
-        default=None,
-        metadata={"help": "most layers that keep activations on a GPU; default: as many as fit, 0: least memory"},
-    )
-    torch_compile: bool = field(
-        default=True, metadata={"help": "fuse layers on GPUs; the first step takes a minute or two longer"}
+    torch_compile: bool = HfArg(
+        default=True, help="compile the layers on GPUs; the first step takes a minute or two longer"
     )
 
     def validate(self) -> None:
-        """Raise ValueError on settings that contradict each other."""
+        """Raise ValueError for values out of range and for settings that contradict each other."""
         if self.vision_lora and not self.freeze_vision_tower:
-            raise ValueError("--vision_lora True adapts a frozen tower: add --freeze_vision_tower True")
+            raise ValueError("--vision_lora True adapts a frozen tower. Add --freeze_vision_tower True.")
         if self.vision_lora and not self.uses_lora:
-            raise ValueError("--vision_lora True needs LoRA: use --lora_enable True and --freeze_llm False")
-        if self.lora_r <= 0 or self.lora_alpha <= 0:
-            raise ValueError(f"--lora_r and --lora_alpha must be positive, not {self.lora_r} and {self.lora_alpha}")
-        if self.max_kept_layers is not None and self.max_kept_layers < 0:
-            raise ValueError(f"--max_kept_layers must not be negative, not {self.max_kept_layers}")
+            raise ValueError("--vision_lora True needs LoRA. Use --lora_enable True and --freeze_llm False.")
+        _require_at_least(self, 1, "lora_r", "lora_alpha")
+        _require_at_least(self, 0, "max_kept_layers")
 
     @property
     def uses_lora(self) -> bool:
@@ -61,154 +56,122 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What it is trained on."""
+    """The training and evaluation data."""
 
-    meta_data: str = field(default="datasets/train/example.csv", metadata={"help": "training CSV"})
-    meta_data_test: str | None = field(default=None, metadata={"help": "held-out CSV for evaluation"})
-    eval_dim: str = field(
-        default="GSB", metadata={"help": "label column; opinion scores are read from MOS_A_<dim> and MOS_B_<dim>"}
+    meta_data: str = HfArg(default="datasets/train/example.csv", help="training CSV")
+    meta_data_test: str | None = HfArg(default=None, help="held-out CSV for evaluation")
+    eval_dim: str = HfArg(default="GSB", help="label column; scores are read from MOS_A_<dim> and MOS_B_<dim>")
+    format_prompt: str | None = HfArg(
+        default=None, help="Jinja file that wraps each problem (variable `content`); default: the checkpoint's"
     )
-    format_prompt: str | None = field(
-        default=None,
-        metadata={"help": "Jinja file with the variable `content` around each problem; default: the checkpoint's"},
+    fps: float | None = HfArg(default=None, help="sampled frames per second; default: the checkpoint's budget, or 2")
+    min_frames: int | None = HfArg(
+        default=None, help="minimum number of frames per clip; default: the checkpoint's budget, or 4"
     )
-    fps: float | None = field(
-        default=None, metadata={"help": "sampled frames per second; default: the checkpoint's budget, or 2"}
+    min_frame_pixels: int | None = HfArg(
+        default=None, help="minimum number of pixels per frame; default: the checkpoint's budget, or 4096"
     )
-    min_frames: int | None = field(
-        default=None, metadata={"help": "fewest frames of a clip; default: the checkpoint's budget, or 4"}
+    max_frame_pixels: int | None = HfArg(
+        default=None, help="maximum number of pixels per frame; default: the checkpoint's budget, or 200704"
     )
-    min_frame_pixels: int | None = field(
-        default=None, metadata={"help": "fewest pixels of a frame; default: the checkpoint's budget, or 4096"}
+    max_length: int = HfArg(
+        default=8192, help="maximum number of tokens per sequence (prompt, video, CoT); longer rows are errors"
     )
-    max_frame_pixels: int | None = field(
-        default=None, metadata={"help": "most pixels of a frame; default: the checkpoint's budget, or 200704"}
+    enable_drop: bool = HfArg(default=True, help="mask the CoTs of a pair at random during training")
+    drop_prob: float = HfArg(default=0.5, help="probability of masking")
+    max_dropped_share: float = HfArg(
+        default=0.01, help="fraction of a CSV's pairs that may be dropped because a video no longer decodes"
     )
-    max_length: int = field(
-        default=8192, metadata={"help": "most tokens of one sequence (prompt, video, CoT); longer rows are errors"}
-    )
-    enable_drop: bool = field(default=True, metadata={"help": "mask the CoT of a pair at random in training"})
-    drop_prob: float = field(default=0.5, metadata={"help": "probability of masking"})
-    max_dropped_share: float = field(
-        default=0.01,
-        metadata={"help": "share of a CSV's pairs that may be dropped when their videos stop decoding"},
-    )
-    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that decode videos ahead of training"})
+    dataloader_num_workers: int = HfArg(default=2, help="processes that decode videos ahead of training")
 
     def validate(self) -> None:
-        """Raise ValueError on values outside their range."""
-        if not 0.0 <= self.drop_prob <= 1.0:
-            raise ValueError(f"--drop_prob is a probability, not {self.drop_prob}")
-        if not 0.0 <= self.max_dropped_share <= 1.0:
-            raise ValueError(f"--max_dropped_share is a share from 0 to 1, not {self.max_dropped_share}")
+        """Raise ValueError for values out of range."""
+        for name in ("drop_prob", "max_dropped_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"--{name} must be between 0 and 1, not {getattr(self, name)}")
         if self.format_prompt is not None and not os.path.isfile(self.format_prompt):
-            raise ValueError(f"--format_prompt {self.format_prompt}: no such file")
-        if self.max_length < 1:
-            raise ValueError(f"--max_length must be positive, not {self.max_length}")
+            raise ValueError(f"--format_prompt {self.format_prompt}: file not found")
+        _require_at_least(self, 1, "max_length")
 
     @property
     def mask_probability(self) -> float:
-        """Probability that training masks a pair's CoT."""
+        """Probability that training masks the CoTs of a pair."""
         return self.drop_prob if self.enable_drop else 0.0
 
 
 @dataclass
 class TrainingArguments:
-    """How it is trained."""
+    """Loss, optimizer, schedule and output."""
 
-    output_dir: str = field(default="output", metadata={"help": "where checkpoint-N/ folders and logs go"})
-    loss_type: LossType = field(default="bt", metadata={"help": "loss on the rewards of a pair"})
-    num_train_epochs: float = field(default=4.0, metadata={"help": "passes over the training CSV"})
-    max_steps: int = field(default=-1, metadata={"help": "stop after this many optimizer steps; -1: no limit"})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "pairs in one forward pass"})
-    gradient_accumulation_steps: int = field(default=4, metadata={"help": "forward passes per optimizer step"})
-    per_device_eval_batch_size: int = field(
-        default=4, metadata={"help": "pairs in one forward pass of the evaluation"}
+    output_dir: str = HfArg(default="output", help="folder of the checkpoint-N/ folders and logs")
+    loss_type: LossType = HfArg(default="bt", help="loss on the rewards of a pair")  # noqa: RUF009
+    num_train_epochs: float = HfArg(default=4.0, help="passes over the training CSV")
+    max_steps: int = HfArg(default=-1, help="stop after this many optimizer steps; -1: no limit")
+    per_device_train_batch_size: int = HfArg(default=1, help="pairs per forward pass")
+    gradient_accumulation_steps: int = HfArg(default=4, help="forward passes per optimizer step")
+    per_device_eval_batch_size: int = HfArg(default=4, help="pairs per forward pass of the evaluation")
+    learning_rate: float = HfArg(default=2e-6, help="learning rate of everything without one of its own below")
+    merger_lr: float | None = HfArg(default=None, help="learning rate of the mergers; default: --learning_rate")
+    vision_lr: float | None = HfArg(default=None, help="learning rate of the vision tower; default: --learning_rate")
+    special_token_lr: float | None = HfArg(
+        default=None, help="learning rate of the <Reward> row; default: --learning_rate"
     )
-    learning_rate: float = field(
-        default=2e-6, metadata={"help": "learning rate of whatever has none of its own below"}
+    rm_head_lr: float | None = HfArg(default=None, help="learning rate of the reward head; default: --learning_rate")
+    weight_decay: float = HfArg(default=0.0, help="AdamW weight decay of matrices")
+    lr_scheduler_type: str = HfArg(default="constant_with_warmup", help="any scheduler name of transformers")
+    warmup_ratio: float = HfArg(default=0.05, help="fraction of the steps that warm up the learning rate")
+    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping over all trained weights together")
+    bf16: bool = HfArg(
+        default=True, help="frozen weights and matrix products in bf16, trained weights in fp32; False: all fp32"
     )
-    merger_lr: float | None = field(
-        default=None, metadata={"help": "learning rate of the mergers; default: --learning_rate"}
+    deepspeed: str = HfArg(default="ds_config/zero2.json", help="DeepSpeed configuration")
+    logging_epochs: float = HfArg(default=0.01, help="log every this fraction of an epoch")
+    eval_epochs: float = HfArg(default=0.25, help="evaluate every this fraction of an epoch")
+    save_epochs: float = HfArg(default=0.5, help="save every this fraction of an epoch")
+    save_total_limit: int | None = HfArg(default=None, help="keep only this many of the newest checkpoints")
+    save_only_model: bool = HfArg(
+        default=False, help="leave out the optimizer state: smaller, but training cannot resume"
     )
-    vision_lr: float | None = field(
-        default=None, metadata={"help": "learning rate of the vision tower; default: --learning_rate"}
-    )
-    special_token_lr: float | None = field(
-        default=None, metadata={"help": "learning rate of the <Reward> row; default: --learning_rate"}
-    )
-    rm_head_lr: float | None = field(
-        default=None, metadata={"help": "learning rate of the reward head; default: --learning_rate"}
-    )
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW weight decay of matrices"})
-    lr_scheduler_type: str = field(
-        default="constant_with_warmup", metadata={"help": "any scheduler name of transformers"}
-    )
-    warmup_ratio: float = field(default=0.05, metadata={"help": "share of the steps with rising learning rate"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping over all trained weights together"})
-    bf16: bool = field(
-        default=True,
-        metadata={"help": "frozen weights and matrix products in bf16, trained weights in fp32; False: all fp32"},
-    )
-    deepspeed: str = field(default="ds_config/zero2.json", metadata={"help": "DeepSpeed configuration"})
-    logging_epochs: float = field(default=0.01, metadata={"help": "log every this fraction of an epoch"})
-    eval_epochs: float = field(default=0.25, metadata={"help": "evaluate every this fraction of an epoch"})
-    save_epochs: float = field(default=0.5, metadata={"help": "save every this fraction of an epoch"})
-    save_total_limit: int | None = field(default=None, metadata={"help": "keep only this many newest checkpoints"})
-    save_only_model: bool = field(
-        default=False, metadata={"help": "leave out optimizer state: smaller, but training cannot resume"}
-    )
-    save_full_model: bool = field(
-        default=False, metadata={"help": "also write a merged Hugging Face model into each checkpoint"}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "a checkpoint-N folder, or `latest` in --output_dir"}
-    )
-    report_to: Literal["tensorboard", "wandb", "none"] = field(
-        default="tensorboard", metadata={"help": "where curves go"}
-    )
-    run_name: str | None = field(default=None, metadata={"help": "name of the run in wandb"})
-    seed: int = field(default=42, metadata={"help": "seed of data order, CoT masking and initialisation"})
-    local_rank: int = field(default=-1, metadata={"help": "set by the DeepSpeed launcher"})
+    save_full_model: bool = HfArg(default=False, help="also write a merged Hugging Face model into each checkpoint")
+    resume_from_checkpoint: str | None = HfArg(default=None, help="a checkpoint-N folder, or `latest` in --output_dir")
+    report_to: Literal["tensorboard", "wandb", "none"] = HfArg(default="tensorboard", help="where curves are logged")
+    run_name: str | None = HfArg(default=None, help="name of the run in wandb")
+    seed: int = HfArg(default=42, help="seed of data order, CoT masking and initialisation")
+    local_rank: int = HfArg(default=-1, help="set by the DeepSpeed launcher")
 
     def validate(self) -> None:
-        """Raise ValueError on values outside their range."""
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise ValueError(f"--save_total_limit must be at least 1, not {self.save_total_limit}")
+        """Raise ValueError for values out of range."""
+        batch_sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
+        _require_at_least(self, 1, *batch_sizes, "save_total_limit")
         for name in ("num_train_epochs", "logging_epochs", "eval_epochs", "save_epochs", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, not {getattr(self, name)}")
 
     def pairs_per_step(self, world_size: int) -> int:
-        """Pairs of one optimizer step over all ranks."""
+        """Pairs per optimizer step over all ranks."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """Learning rate of each part of the model; those that are not set follow `learning_rate`."""
+        """Learning rate per part of the model; parts without one of their own follow `learning_rate`."""
         own = {
+            "base": self.learning_rate,
             "merger": self.merger_lr,
             "vision": self.vision_lr,
             "token": self.special_token_lr,
             "head": self.rm_head_lr,
         }
-        base = {"base": self.learning_rate}
-        return base | {part: self.learning_rate if rate is None else rate for part, rate in own.items()}
-
-    @property
-    def needs_scores(self) -> bool:
-        return self.loss_type in SCORE_LOSSES
-
-    @property
-    def needs_agreeing_scores(self) -> bool:
-        return self.loss_type in AGREEMENT_LOSSES
+        return {part: self.learning_rate if rate is None else rate for part, rate in own.items()}
 
 
 def validate_all(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
-    """All checks that need no file and no device. Raises ValueError."""
+    """All checks that need neither a CSV nor a device. Raises ValueError."""
     for arguments in (model, data, training):
         arguments.validate()
+
+
+def _require_at_least(arguments: object, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, not {value}")

@@ -1,4 +1,4 @@
-"""Attention over packed rows, for the text model and the vision tower alike.
+"""Attention over packed rows, for the text model and the vision tower.
 
 A packed row holds several sequences (or video frames) one after the other; each attends to itself only. On CUDA in
 half precision this is one variable-length flash attention call, an operator of its own so that compiled layers hold it
@@ -52,7 +52,7 @@ def packed_attention(
 
 
 def is_for_flash(query: Tensor) -> bool:
-    """Whether flash attention takes it."""
+    """Whether flash attention supports its device and dtype."""
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 

@@ -13,6 +13,7 @@ A merged model holds Hugging Face weights instead of the first two files and is 
 
 import copy
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -51,14 +52,15 @@ STATE_FILE = "trainer_state.json"
 HEAD_KEY = "rm_head.weight"
 HEAD_KEYS = (HEAD_KEY, f"{PEFT_PREFIX}{HEAD_KEY}")
 ROW_KEY = "reward_embedding"
+PROBES_PER_FILE, PROBE_BYTES = 256, 4096
 PEFT_ROW_KEY = f"{PEFT_PREFIX}model.language_model.{EMBEDDING_MODULE}.token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What scoring must know beside the weights. `base_model` is None when the weights are merged."""
+    """What scoring needs besides the weights. `base_model` is None for a merged model or a base."""
 
-    base_model: str | None
+    base_model: str | None = None
     reward_token: RewardTokenMode = "special"
     video: VideoBudget = field(default_factory=VideoBudget)
     format_prompt: str = DEFAULT_FORMAT_PROMPT
@@ -67,40 +69,42 @@ class RewardConfig:
         write_json(folder / CONFIG_FILE, dataclasses.asdict(self))
 
     @classmethod
+    def find(cls, folder: str | Path) -> "RewardConfig | None":
+        """The config in a folder; None where there is none. Raises ValueError that names a damaged file."""
+        file = Path(folder) / CONFIG_FILE
+        if not file.is_file():
+            return None
+        try:
+            values = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: {error}. Copy the checkpoint again.") from error
+        config = cls(**{**values, "video": VideoBudget(**values["video"])})
+        FormatPrompt(config.format_prompt, source=str(file))
+        return config
+
+    @classmethod
     def load(cls, folder: Path) -> "RewardConfig":
-        values = _read_config(folder)
-        if values is None:
+        """The config in a folder. Raises ValueError where there is none."""
+        config = cls.find(folder)
+        if config is None:
             raise ValueError(f"{folder} is not a reward checkpoint: it holds no {CONFIG_FILE}")
-        return cls(**{**values, "video": VideoBudget(**values["video"])})
+        return config
 
 
-def _read_config(folder: Path) -> dict | None:
-    """The values of a folder's `reward_config.json`; None where there is none. Raises ValueError naming the file."""
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}. Copy the checkpoint again.") from error
-    FormatPrompt(values.get("format_prompt", DEFAULT_FORMAT_PROMPT), source=str(file))
-    return values
+def stored_video_budget(path: str | Path) -> VideoBudget | None:
+    """The budget that a base model or checkpoint was made for; None if it records none."""
+    config = RewardConfig.find(path)
+    return config and config.video
 
 
-def stored_video_budget(path: str) -> VideoBudget | None:
-    """The budget that a base model or checkpoint folder was made for; None where it names none."""
-    values = _read_config(Path(path))
-    return None if values is None else VideoBudget(**values["video"])
-
-
-def choose_format_prompt(path: str, given: str | None = None) -> str:
-    """The format prompt for a model: `given`, else the one it was made for, else the default. Warns of an override."""
-    stored = (_read_config(Path(path)) or {}).get("format_prompt")
+def choose_format_prompt(path: str | Path, given: str | None = None) -> str:
+    """The format prompt for a model: `given`, else its own, else the default. Warns if `given` overrides its own."""
+    config = RewardConfig.find(path)
     if given is None:
-        return DEFAULT_FORMAT_PROMPT if stored is None else stored
+        return config.format_prompt if config else DEFAULT_FORMAT_PROMPT
     FormatPrompt(given, source="--format_prompt")
-    if stored not in (None, given):
-        logger.warning("flags override the format prompt of %s: %r becomes %r", path, stored, given)
+    if config and config.format_prompt != given:
+        logger.warning("flags override the format prompt of %s: %r becomes %r", path, config.format_prompt, given)
     return given
 
 
@@ -111,7 +115,7 @@ def write_json(path: Path, value: object) -> None:
 def save_reward_files(
     folder: Path, *, model: RewardModel, weights: dict[str, torch.Tensor], processor, config: RewardConfig
 ) -> None:
-    """Write everything of a checkpoint but the trainer's state.
+    """Write a checkpoint without the trainer's state.
 
     `weights`: the trained parameters of `model` by name, whole (not partitioned), on any device.
     """
@@ -128,7 +132,7 @@ def save_reward_files(
 
 
 def _apply_umask(folder: Path) -> None:
-    """safetensors makes files that only their owner can read; give them the mode of any other new file."""
+    """Give safetensors files, which only their owner may read, the mode of any other new file."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.glob("*.safetensors"):
@@ -152,7 +156,7 @@ def save_head(path: Path, weight: torch.Tensor) -> None:
 
 
 def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
-    """Read a head, fp32 [1, hidden_size], in any of the three layouts in the wild. Raises ValueError otherwise."""
+    """Read a head, fp32 [1, hidden_size], in any of the three known layouts. Raises ValueError otherwise."""
     if not os.path.isfile(path):
         raise ValueError(f"no reward head at {path}")
     try:
@@ -160,19 +164,17 @@ def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{path}: no head that torch can load: {reason}; copy the checkpoint again") from error
-    if not isinstance(state, Mapping):
+    candidates = (state, state.get("model")) if isinstance(state, Mapping) else ()
+    tables = [table for table in candidates if isinstance(table, Mapping)]
+    weights = [table[key] for table in tables for key in HEAD_KEYS if isinstance(table.get(key), torch.Tensor)]
+    if not weights:
+        found = ", ".join(map(str, state)) if tables else f"a {type(state).__name__}"
         raise ValueError(
-            f"{path}: no {' or '.join(HEAD_KEYS)} in it, only a {type(state).__name__}; "
-            f'save it as {{"{HEAD_KEY}": weight}}'
+            f"{path}: no {' or '.join(HEAD_KEYS)} in it, only {found}. Save it as {{'{HEAD_KEY}': weight}}."
         )
-    for candidate in (state, state.get("model")):
-        for key in HEAD_KEYS if isinstance(candidate, Mapping) else ():
-            if isinstance(candidate.get(key), torch.Tensor):
-                weight = candidate[key].float()
-                if weight.shape != (1, hidden_size):
-                    raise ValueError(f"{path}: head of shape {tuple(weight.shape)}, not (1, {hidden_size}) as needed")
-                return weight
-    raise ValueError(f"{path}: no {' or '.join(HEAD_KEYS)} in it, only {', '.join(map(str, state))}")
+    if weights[0].shape != (1, hidden_size):
+        raise ValueError(f"{path}: head of shape {tuple(weights[0].shape)}, not (1, {hidden_size}) as needed")
+    return weights[0].float()
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,19 @@ class LoadedReward:
     model: RewardModel
     builder: SequenceBuilder
     config: RewardConfig
+
+
+def fingerprint_weights(folder: Path) -> str:
+    """16 hex digits over evenly spaced pieces of a local model's weight files; the path does not matter."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for offset in range(0, size, max(PROBE_BYTES, size // PROBES_PER_FILE)):
+                file.seek(offset)
+                digest.update(file.read(PROBE_BYTES))
+    return digest.hexdigest()
 
 
 def is_reward_checkpoint(path: str) -> bool:
@@ -221,7 +236,7 @@ def load_reward_model(
 ) -> LoadedReward:
     """Load `checkpoint-N/` or a merged model; adapter and tuned weights are merged into the backbone.
 
-    `base_model` overrides where the base is looked for. Raises ValueError naming what is missing.
+    `base_model` overrides the path of the base model. Raises ValueError that names what is missing.
     """
     folder = Path(path)
     if not (folder / HEAD_FILE).is_file():
@@ -264,7 +279,7 @@ def save_merged(folder: Path, loaded: LoadedReward) -> None:
 
 def _find_base(base_model: str, folder: Path) -> str:
     if os.path.isabs(base_model) and not os.path.isdir(base_model):
-        raise ValueError(f"{folder} was trained from {base_model}, which is gone; name its place with --base_model")
+        raise ValueError(f"{folder} was trained from {base_model}, which is gone; give its path with --base_model")
     return base_model
 
 

@@ -8,7 +8,7 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 import torch
@@ -28,37 +28,26 @@ class PairDraw:
     is_masked: bool
 
 
+@dataclass(frozen=True)
 class MicroBatchSampler(Sampler[list[PairDraw]]):
     """The micro-batches of one rank, in order, from `start_step` to `num_steps`.
 
     An optimizer step takes the next `pairs_per_step` pairs of the epoch's shuffled order, whatever the number of ranks
     and micro-batches they are spread over; the last step of an epoch takes what is left, so that some of its
-    micro-batches are short or empty. Order and masking depend on seed, epoch and pair only: a resumed run goes on as
-    the uninterrupted one would have.
+    micro-batches are short or empty. Order and masking depend on seed, epoch and pair only, so that a resumed run
+    continues as the uninterrupted one would have.
     """
 
-    def __init__(
-        self,
-        num_pairs: int,
-        *,
-        batch_size: int,
-        accumulation_steps: int,
-        rank: int,
-        world_size: int,
-        num_steps: int,
-        start_step: int = 0,
-        mask_probability: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        self.num_pairs = num_pairs
-        self.batch_size = batch_size
-        self.accumulation_steps = accumulation_steps
-        self.rank = rank
-        self.world_size = world_size
-        self.num_steps = num_steps
-        self.start_step = start_step
-        self.mask_probability = mask_probability
-        self.seed = seed
+    num_pairs: int
+    _: KW_ONLY
+    batch_size: int
+    accumulation_steps: int
+    rank: int
+    world_size: int
+    num_steps: int
+    start_step: int = 0
+    mask_probability: float = 0.0
+    seed: int = 0
 
     @property
     def pairs_per_step(self) -> int:
@@ -87,9 +76,8 @@ class MicroBatchSampler(Sampler[list[PairDraw]]):
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair with both sequences built; `index` is its place in the list of pairs."""
+    """A pair with both sequences built."""
 
-    index: int
     sequence_a: ScoredSequence
     sequence_b: ScoredSequence
     label: str
@@ -110,19 +98,18 @@ class PairBatch:
     """A packed micro-batch of P pairs.
 
     `packed` holds 2P sequences; `a_sequences` and `b_sequences`, int64 [P], say which are the two of each pair.
-    `pair_indices`: int64 [P]. `failures`: pairs that were dropped. A batch without pairs holds one placeholder pair
-    with an invalid label, so that every rank runs a forward pass, and contributes nothing.
+    `failures`: pairs that were dropped. A batch without pairs holds one placeholder pair with an invalid label, so
+    that every rank runs a forward pass, and contributes nothing.
     """
 
     packed: PackedSequences
     a_sequences: torch.Tensor
     b_sequences: torch.Tensor
     labels: PairLabels
-    pair_indices: torch.Tensor
     failures: tuple[PairFailure, ...] = ()
 
     def pin_memory(self) -> "PairBatch":
-        """A copy in page-locked memory; DataLoader calls it where it is made with `pin_memory`."""
+        """A copy in page-locked memory; called by a DataLoader with `pin_memory`."""
         sequences = {name: getattr(self, name).pin_memory() for name in ("packed", "a_sequences", "b_sequences")}
         return dataclasses.replace(self, labels=self.labels.pin_memory(), **sequences)
 
@@ -140,7 +127,7 @@ class PairDataset(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with texts, labels, scores and order of the pairs, but not with the place of the videos."""
+        """Changes with texts, labels, scores and order of the pairs, but not with the paths of the videos."""
         digest = hashlib.sha256()
         for pair in self.pairs:
             content = (pair.problem, pair.cot_a, pair.cot_b, pair.label, pair.score_a, pair.score_b)
@@ -156,40 +143,34 @@ class PairDataset(Dataset):
             ]
         except VideoError as error:
             return PairFailure(row=pair.row, message=str(error))
-        return EncodedPair(draw.index, *sequences, label=pair.label, score_a=pair.score_a, score_b=pair.score_b)
+        return EncodedPair(*sequences, label=pair.label, score_a=pair.score_a, score_b=pair.score_b)
 
     def _build(self, problem: str, video: str, cot: str) -> ScoredSequence:
         frames = load_video(video, self.budget, size_factor=self.builder.size_factor)
         return self.builder.build(self.builder.encode_prompt(problem, frames), self.builder.encode_cot(cot))
 
-    def placeholder(self) -> EncodedPair:
+    def _placeholder(self) -> EncodedPair:
         """A pair of blank clips that no loss counts."""
         side = self.builder.size_factor * 2
         blank = torch.zeros(self.budget.min_frames, 3, side, side, dtype=torch.uint8)
         frames = VideoFrames(blank, self.budget.fps, tuple(range(len(blank))), len(blank))
         sequence = self.builder.build(self.builder.encode_prompt("", frames))
-        return EncodedPair(-1, sequence, sequence, label=INVALID_LABEL, score_a=math.nan, score_b=math.nan)
+        return EncodedPair(sequence, sequence, label=INVALID_LABEL, score_a=math.nan, score_b=math.nan)
 
     def collate(self, items: Sequence[EncodedPair | PairFailure]) -> PairBatch:
         """Pack the pairs of a micro-batch."""
         failures = tuple(item for item in items if isinstance(item, PairFailure))
-        encoded = [item for item in items if isinstance(item, EncodedPair)] or [self.placeholder()]
+        encoded = [item for item in items if isinstance(item, EncodedPair)] or [self._placeholder()]
         packed = pack_sequences([sequence for pair in encoded for sequence in (pair.sequence_a, pair.sequence_b)])
         return PairBatch(
             packed=packed,
             a_sequences=torch.arange(0, 2 * len(encoded), 2),
             b_sequences=torch.arange(1, 2 * len(encoded), 2),
-            labels=build_labels(encoded),
-            pair_indices=torch.tensor([pair.index for pair in encoded]),
+            labels=PairLabels(
+                preference=torch.tensor([float(PREFERENCES.get(pair.label, 0)) for pair in encoded]),
+                is_valid=torch.tensor([pair.label != INVALID_LABEL for pair in encoded]),
+                score_a=torch.tensor([pair.score_a for pair in encoded]),
+                score_b=torch.tensor([pair.score_b for pair in encoded]),
+            ),
             failures=failures,
         )
-
-
-def build_labels(pairs: Sequence[PreferencePair | EncodedPair]) -> PairLabels:
-    """Labels of pairs as tensors."""
-    return PairLabels(
-        preference=torch.tensor([float(PREFERENCES.get(pair.label, 0)) for pair in pairs]),
-        is_valid=torch.tensor([pair.label != INVALID_LABEL for pair in pairs]),
-        score_a=torch.tensor([pair.score_a for pair in pairs]),
-        score_b=torch.tensor([pair.score_b for pair in pairs]),
-    )

@@ -1,6 +1,7 @@
-"""DeepSpeed around the reward model: configuration, optimizer, whole weights out of partitioned ones, safe steps."""
+"""DeepSpeed around the reward model: configuration, optimizer, safe steps, whole weights out of partitioned ones."""
 
 import json
+import math
 from pathlib import Path
 
 import deepspeed
@@ -12,22 +13,19 @@ from arguments import ModelArguments, TrainingArguments
 from model_qwen3 import RewardModel, parameter_groups
 from recompute import ActivationPlan
 
-RUNTIME_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-)
-SHARED_MEMORY_OP = "deepspeed_shm_comm"
+SET_BY_FLAGS = {
+    "precision is set with --bf16 True or False": ("bf16", "fp16", "torch_autocast"),
+    "it is set with the learning rate flags": ("optimizer", "scheduler"),
+    "it is set with the training flags": (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    ),
+}
+"""Keys of a DeepSpeed configuration that flags decide."""
 ZERO_OF_WEIGHTS = 3
 """The ZeRO stage that partitions weights too."""
-
-
-def init_distributed() -> None:
-    """Join the process group. Keeps DeepSpeed from compiling, on a CPU, an all-reduce that only its inference uses."""
-    if get_accelerator().device_name() == "cpu":
-        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
-    deepspeed.init_distributed(verbose=False)
 
 
 class NonFiniteError(RuntimeError):
@@ -35,20 +33,16 @@ class NonFiniteError(RuntimeError):
 
 
 def read_deepspeed_config(path: str, arguments: TrainingArguments) -> dict:
-    """The user's JSON completed with batch sizes and clipping. Raises ValueError on what contradicts the flags."""
+    """The user's JSON with batch sizes and clipping filled in. Raises ValueError for keys that flags decide."""
     if not Path(path).is_file():
         raise ValueError(f"--deepspeed {path}: no such file")
     config = json.loads(Path(path).read_text())
-    for name in ("bf16", "fp16", "torch_autocast"):
-        if config.get(name, {}).get("enabled") not in (None, False):
-            raise ValueError(f"{path}: remove {name!r}; precision is set with --bf16 True or False")
-    for name in ("optimizer", "scheduler"):
-        if name in config:
-            raise ValueError(f"{path}: remove {name!r}; it is set with the learning rate flags")
-    for name in RUNTIME_KEYS:
-        if config.get(name, "auto") != "auto":
-            raise ValueError(f"{path}: remove {name!r}; it is set with the training flags")
-    config.pop("train_batch_size", None)
+    for reason, names in SET_BY_FLAGS.items():
+        for name in names:
+            value = config.pop(name, "auto")
+            setting = value.get("enabled", value) if isinstance(value, dict) else value
+            if setting is not False and setting != "auto":
+                raise ValueError(f"{path}: remove {name!r}; {reason}")
     config["train_micro_batch_size_per_gpu"] = arguments.per_device_train_batch_size
     config["gradient_accumulation_steps"] = arguments.gradient_accumulation_steps
     config["gradient_clipping"] = arguments.max_grad_norm
@@ -69,17 +63,13 @@ def build_engine(model: RewardModel, arguments: TrainingArguments, *, num_steps:
         num_warmup_steps=round(arguments.warmup_ratio * num_steps),
         num_training_steps=num_steps,
     )
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        config=read_deepspeed_config(arguments.deepspeed, arguments),
-    )
+    config = read_deepspeed_config(arguments.deepspeed, arguments)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     return engine
 
 
-def accelerate(engine, arguments: ModelArguments) -> ActivationPlan | None:
-    """On a GPU, fuse layers and plan which of them recompute their activations; None where all do, or none does.
+def compile_and_plan_activations(engine, arguments: ModelArguments) -> ActivationPlan | None:
+    """On a GPU, compile the layers and plan which of them recompute their activations; None where all do, or none.
 
     Not with ZeRO-3, whose weights come and go within a layer, and whose ranks must recompute alike.
     """
@@ -103,20 +93,20 @@ def step_engine(engine, *, step: int) -> float:
     Raises NonFiniteError before any weight changes. ZeRO checks the norm itself and then skips the update; without
     ZeRO it is checked here.
     """
-    if not engine.zero_optimization():
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        _require_finite(norm, step)
+    if engine.zero_optimization():
         engine.step()
+        norm = float(engine.get_global_grad_norm())
+        _require_finite(norm, step)
         return norm
-    engine.step()
-    norm = float(engine.get_global_grad_norm())
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
     _require_finite(norm, step)
+    engine.step()
     return norm
 
 
 def _require_finite(norm: float, step: int) -> None:
-    if not torch.isfinite(torch.tensor(norm)) or norm < 0:
+    if not math.isfinite(norm) or norm < 0:
         raise NonFiniteError(f"gradient norm is not finite at step {step}; lower the learning rate or check its data")
 
 

@@ -1,8 +1,8 @@
 """Losses on the rewards of preference pairs.
 
-Each loss returns a sum and the number of pairs in it; the caller divides by the number over all ranks and accumulation
-steps, so that neither micro-batching nor the number of ranks changes the gradient. Pairs that a loss cannot use leave
-the sum and the count alike; a sum without pairs is a zero that is still attached to the graph.
+A loss is a sum over pairs; the caller divides it by the number of contributing pairs over all ranks and accumulation
+steps, so that the gradient depends neither on micro-batching nor on the number of ranks. Pairs that a loss cannot use
+leave sum and count alike; a sum without pairs is a zero that is still attached to the graph.
 """
 
 import math
@@ -14,13 +14,15 @@ import torch.nn.functional as F
 
 LossType = Literal["bt", "btt", "margin", "constant_margin", "scaled", "reg"]
 LOSS_TYPES: tuple[str, ...] = get_args(LossType)
-SCORE_LOSSES = frozenset({"margin", "scaled", "reg"})  # these need MOS scores
+SCORE_LOSSES = frozenset({"margin", "scaled", "reg"})  # need MOS scores
 AGREEMENT_LOSSES = frozenset({"scaled"})  # unbounded below for a pair whose scores contradict its label
-TIE_LOSSES = frozenset({"btt", "reg"})  # these learn from ties
+TIE_LOSSES = frozenset({"btt", "reg"})  # learn from ties
 
 TIE_K = 5.0  # theta of the Rao-Kupper model: larger means more ties
 CONSTANT_MARGIN = 0.57
 SCORE_CENTER = 3.0  # middle of the 1..5 opinion scale
+NUM_SUMS = 6
+"""Length of what `compute_pair_sums` returns."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class PairLabels:
         return PairLabels(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
 
     def pin_memory(self) -> "PairLabels":
-        """A copy in page-locked memory, from where `to` does not wait for what the device is doing."""
+        """A copy in page-locked memory, from which `to` copies asynchronously."""
         return PairLabels(**{name: tensor.pin_memory() for name, tensor in vars(self).items()})
 
     def contributes(self, loss_type: LossType) -> torch.Tensor:
@@ -79,11 +81,10 @@ def compute_pair_loss(
         losses = -F.logsigmoid(difference - CONSTANT_MARGIN)
     elif loss_type == "scaled":
         losses = -margin * F.logsigmoid(difference)
-    elif loss_type == "reg":
-        targets = (score_a - SCORE_CENTER, score_b - SCORE_CENTER)
-        losses = ((rewards_a - targets[0]).square() + (rewards_b - targets[1]).square()) / 2
     else:
-        raise ValueError(f"unknown loss_type {loss_type!r}; choose one of {', '.join(LOSS_TYPES)}")
+        assert loss_type == "reg", loss_type
+        errors = (rewards_a - (score_a - SCORE_CENTER), rewards_b - (score_b - SCORE_CENTER))
+        losses = (errors[0].square() + errors[1].square()) / 2
     return (losses * used).sum()
 
 
@@ -95,32 +96,39 @@ def _tie_aware_losses(difference: torch.Tensor, preference: torch.Tensor) -> tor
     return torch.where(preference == 0, tied, preferred)
 
 
-@dataclass(frozen=True)
-class PairMetrics:
-    """Sums over pairs, to be added up over micro-batches and ranks; `means` turns them into what people read."""
+def compute_pair_sums(
+    loss_sum: torch.Tensor,
+    rewards_a: torch.Tensor,
+    rewards_b: torch.Tensor,
+    labels: PairLabels,
+    *,
+    loss_type: LossType,
+) -> torch.Tensor:
+    """What is logged of P pairs, float64 [6], to be added up over micro-batches and ranks; see `compute_means`.
 
-    num_decided: float  # valid, non-tied pairs
-    num_correct: float  # of these, reward of the chosen video above that of the rejected
-    chosen_reward: float
-    rejected_reward: float
-
-    def means(self) -> dict[str, float]:
-        """accuracy, chosen_reward, rejected_reward, margin; empty when no pair was decided."""
-        if self.num_decided == 0:
-            return {}
-        return {
-            "accuracy": self.num_correct / self.num_decided,
-            "chosen_reward": self.chosen_reward / self.num_decided,
-            "rejected_reward": self.rejected_reward / self.num_decided,
-            "margin": (self.chosen_reward - self.rejected_reward) / self.num_decided,
-        }
-
-
-def compute_pair_sums(rewards_a: torch.Tensor, rewards_b: torch.Tensor, labels: PairLabels) -> torch.Tensor:
-    """float64 [4]: the fields of PairMetrics in order. An equal pair of rewards counts as wrong."""
+    The loss sum, the number of pairs in it, then over decided pairs (valid and not tied): their number, how many have
+    the chosen video's reward above the rejected one's (equal rewards count as wrong), chosen and rejected rewards.
+    """
     decided = labels.is_valid & (labels.preference != 0)
     a_chosen = labels.preference > 0
-    chosen = torch.where(a_chosen, rewards_a, rewards_b).double()
-    rejected = torch.where(a_chosen, rewards_b, rewards_a).double()
+    chosen = torch.where(a_chosen, rewards_a, rewards_b).detach().double()
+    rejected = torch.where(a_chosen, rewards_b, rewards_a).detach().double()
     columns = torch.stack([torch.ones_like(chosen), (chosen > rejected).double(), chosen, rejected])
-    return torch.where(decided, columns, 0.0).sum(dim=1)
+    num_pairs = labels.contributes(loss_type).sum().double()
+    head = torch.stack([loss_sum.detach().double(), num_pairs])
+    return torch.cat([head, torch.where(decided, columns, 0.0).sum(dim=1)])
+
+
+def compute_means(sums: torch.Tensor) -> dict[str, float]:
+    """Loss, accuracy, chosen_reward, rejected_reward and margin of `compute_pair_sums`; the loss alone if no pair was
+    decided."""
+    loss, num_pairs, num_decided, num_correct, chosen, rejected = sums.tolist()
+    means = {"loss": loss / max(num_pairs, 1.0)}
+    if num_decided:
+        means |= {
+            "accuracy": num_correct / num_decided,
+            "chosen_reward": chosen / num_decided,
+            "rejected_reward": rejected / num_decided,
+            "margin": (chosen - rejected) / num_decided,
+        }
+    return means

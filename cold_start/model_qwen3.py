@@ -1,8 +1,8 @@
 """Qwen3-VL as a reward model: `<Reward>` row, linear head, LoRA, and one packed forward without vocabulary logits.
 
-The `<Reward>` row is a parameter of its own, put in place of the embedding at the one position where the token stands.
-PEFT's trainable-token layer computes the same, but copies the whole embedding matrix in each forward and builds a
-dense gradient of its size in each backward. Checkpoints store the row where PEFT looks for it (see checkpoint.py).
+The `<Reward>` row is a parameter of its own that replaces the embedding at the token's position. PEFT's layer for
+trainable tokens computes the same, but copies the whole embedding matrix in each forward pass and builds a dense
+gradient of its size in each backward pass. Checkpoints store the row where PEFT looks for it (see checkpoint.py).
 
 Precision: frozen weights are kept in the compute dtype, everything trained is fp32 (its own master copy) and enters
 matrix products through autocast. The head always computes in fp32.
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -25,7 +26,6 @@ from transformers.vision_utils import (
 from arguments import ModelArguments, RewardTokenMode
 from attention import use_packed_attention
 from scored_sequence import REWARD_TOKEN, PackedSequences, reward_token_id
-from utils import send
 
 LANGUAGE_LINEARS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 VISION_LINEARS = r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc(1|2))"
@@ -74,10 +74,10 @@ class RewardModel(nn.Module):
         return self.qwen.language_model.layers
 
     def compile_layers(self) -> None:
-        """Fuse what stands between the matrix products of text layers and vision blocks (torch.compile).
+        """Compile text layers and vision blocks, which fuses the work between their matrix products.
 
-        Call once; the first passes take a minute or two longer. What enters a first layer must be no view of another
-        tensor, as what enters the others is none: it would be compiled for by itself.
+        Call once; the first passes take a minute or two longer. The inputs of the first layers must not be views, as
+        those of the other layers are not: views would be compiled for separately.
         """
         self.qwen.visual.blocks[0].register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(), *inputs[1:]))
         for layer in (*self.text_layers, *self.qwen.visual.blocks):
@@ -101,7 +101,7 @@ class RewardModel(nn.Module):
     def compute_hidden_states(self, batch: PackedSequences) -> torch.Tensor:
         """Final normed hidden states of a packed row, [T, hidden]. The vision tower runs once over all videos.
 
-        Nothing here waits for a GPU, so that its work is queued while it still does that of the batch before.
+        Nothing here waits for the GPU, so that work is queued while the previous batch still runs.
         """
         qwen = self.qwen
         embeddings = qwen.get_input_embeddings()(batch.input_ids.unsqueeze(0))
@@ -114,7 +114,9 @@ class RewardModel(nn.Module):
             **self._vision_layout(batch.video_grid_thw),
         )
         video_embeddings = vision.pooler_output.to(embeddings.dtype).unsqueeze(0)
-        embeddings = embeddings.index_copy(1, batch.video_positions, video_embeddings)  # no view, see compile_layers
+        embeddings = embeddings.index_copy(
+            1, batch.video_positions, video_embeddings
+        )  # not a view, see compile_layers
         output = qwen.language_model(
             inputs_embeds=embeddings,
             position_ids=batch.position_ids.unsqueeze(1),
@@ -127,7 +129,7 @@ class RewardModel(nn.Module):
         return output.last_hidden_state.squeeze(0)
 
     def _vision_layout(self, grid_thw: torch.Tensor) -> dict[str, torch.Tensor | int | None]:
-        """What the vision tower derives from its grid, derived on the CPU; the names are those that it takes."""
+        """What the vision tower would derive from its grid on the GPU, computed on the CPU, by argument name."""
         visual = self.qwen.visual
         indices, weights = get_vision_interpolation_indices_and_weights(
             grid_thw,
@@ -143,15 +145,20 @@ class RewardModel(nn.Module):
             "position_ids": get_vision_position_ids(grid_thw, visual.config.spatial_merge_size),
             "cu_seqlens": bounds,
         }
-        return {name: send(tensor, self.device) for name, tensor in layout.items()} | {"max_seqlen": longest}
+        return {name: _send(tensor, self.device) for name, tensor in layout.items()} | {"max_seqlen": longest}
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that receive gradients."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
 
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """An asynchronous copy on `device`."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _add_vision_features(hidden: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Stands for transformers' `_deepstack_process`: takes positions in a row, int64 [N], besides a mask.
+    """Replaces transformers' `_deepstack_process`: takes positions in the row, int64 [N], as well as a mask.
 
     Finding the positions of a mask waits for the GPU. `hidden`: [1, T, hidden] (with a mask [batch, T, hidden]);
     `features`: [N, hidden].
@@ -164,7 +171,7 @@ def _add_vision_features(hidden: torch.Tensor, where: torch.Tensor, features: to
 
 
 def _pool(hidden: torch.Tensor, batch: PackedSequences, mode: RewardTokenMode) -> torch.Tensor:
-    """fp32 [num_sequences, hidden]: the state that the head reads."""
+    """The state that the head reads, fp32 [num_sequences, hidden]."""
     if mode == "special":
         return hidden[batch.reward_positions].float()
     if mode == "last":
@@ -175,24 +182,30 @@ def _pool(hidden: torch.Tensor, batch: PackedSequences, mode: RewardTokenMode) -
     return sums.index_add(0, owner, hidden.float()) / lengths.unsqueeze(-1)
 
 
+def quiet_libraries() -> None:
+    """Only errors from transformers, and no progress bar while it loads weights."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def require_qwen3_vl(path: str) -> None:
     """Raise ValueError unless `path` (a folder or a hub name) holds a Qwen3-VL model; reads its config only."""
     try:
         model_type = AutoConfig.from_pretrained(path).model_type
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no model that transformers can load: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is not a model that transformers can load: {str(error).splitlines()[0]}") from error
     if model_type != "qwen3_vl":
         raise ValueError(f"{path} is a {model_type!r} checkpoint; this project needs a Qwen3-VL one (qwen3_vl)")
 
 
 def add_reward_token(processor) -> int:
-    """Add `<Reward>` to the tokenizer unless it is there; returns its id."""
+    """Add `<Reward>` to the tokenizer if it is not there yet; returns its id."""
     processor.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
     return reward_token_id(processor.tokenizer)
 
 
 def load_backbone(path: str, *, dtype: torch.dtype, num_tokens: int) -> Qwen3VLForConditionalGeneration:
-    """Load Qwen3-VL with packed attention and at least `num_tokens` embedding rows (it never shrinks)."""
+    """Load Qwen3-VL with packed attention and at least `num_tokens` embedding rows (the embedding never shrinks)."""
     require_qwen3_vl(path)
     backbone = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype)
     use_packed_attention(backbone.config)
@@ -202,14 +215,14 @@ def load_backbone(path: str, *, dtype: torch.dtype, num_tokens: int) -> Qwen3VLF
 
 
 def initial_reward_embedding(backbone: Qwen3VLForConditionalGeneration, token_id: int) -> torch.Tensor:
-    """Mean of the embeddings of the tokens before `<Reward>`, fp32 [hidden]: where its untrained row starts."""
+    """Initial value of the `<Reward>` row, fp32 [hidden]: the mean embedding of the tokens before it."""
     return backbone.get_input_embeddings().weight[:token_id].float().mean(dim=0)
 
 
 def prepare_for_training(
     model: RewardModel, arguments: ModelArguments, *, autocast_dtype: torch.dtype | None = None
 ) -> RewardModel:
-    """Freeze everything, then add LoRA and free what the arguments ask for; trained weights become fp32. In place."""
+    """Freeze everything, add LoRA and unfreeze what the arguments ask for; trained weights become fp32. In place."""
     model.autocast_dtype = autocast_dtype
     model.backbone.requires_grad_(False)
     model.reward_embedding.requires_grad_(True)
@@ -225,8 +238,8 @@ def prepare_for_training(
         model.backbone = get_peft_model(model.backbone, config)
         for module in model.backbone.modules():
             if isinstance(module, LoraLayer):
-                # Autocast brings adapters to the input's dtype. PEFT brings the input to the adapters' fp32 first,
-                # from where autocast takes it back: the same numbers for more memory traffic.
+                # Autocast casts adapters to the input's dtype. PEFT would first cast the input to the adapters' fp32,
+                # and autocast would cast it back: the same numbers for more memory traffic.
                 module.cast_input_dtype_enabled = False
     elif not arguments.freeze_llm:
         model.qwen.language_model.requires_grad_(True)
@@ -257,7 +270,7 @@ def parameter_groups(model: RewardModel, learning_rates: dict[str, float], *, we
 
 
 def part_of(name: str) -> str:
-    """Which learning rate a parameter of RewardModel has."""
+    """The part of RewardModel that a parameter belongs to, which decides its learning rate."""
     if name == "reward_embedding":
         return "token"
     if name.startswith("rm_head."):

@@ -1,4 +1,4 @@
-"""The preference CSV: reading it, and every check that can be made before a model is loaded."""
+"""The preference CSV: reading it, and every check that needs no model."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ DURATION_TOLERANCE_SECONDS = 0.5
 class PreferencePair:
     """One row of the CSV. `row` counts data rows from 1; video paths are absolute; scores are NaN where not given.
 
-    `label`: A, B, same or invalid, in whatever words the CSV has it.
+    `label`: A, B, same or invalid, whatever words the CSV uses for it.
     """
 
     row: int
@@ -39,9 +39,9 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class CsvNeeds:
-    """What a use of the CSV requires beyond videos and problem: which label column, scores, CoTs.
+    """What a CSV must hold besides videos and problem: which label column, whether scores, whether CoTs.
 
-    `agreeing_scores`: no row may have a preference and a lower score for the video that it prefers.
+    `agreeing_scores`: no row may give the video that it prefers the lower score.
     """
 
     eval_dim: str = "GSB"
@@ -64,7 +64,7 @@ def require_clean(path: str | Path, problems: Sequence[str]) -> None:
 
 
 def scan_rows(path: str | Path, needs: CsvNeeds) -> tuple[list[PreferencePair], list[str]]:
-    """The sound rows of a CSV and the faults of the others. Raises CsvError when the file itself cannot be used."""
+    """The valid rows of a CSV and the faults of the others. Raises CsvError when the file itself cannot be read."""
     table = CsvTable(path)
     required = ["videos", needs.eval_dim]
     required += ["CoT_A", "CoT_B"] if needs.cots else []
@@ -134,9 +134,9 @@ def _parse_score(text: str, side: str, needs: CsvNeeds) -> float:
 def scan_videos(
     pairs: Sequence[PreferencePair], budget: VideoBudget, *, should_decode: bool = False, is_quiet: bool = False
 ) -> tuple[dict[str, VideoHeader], list[str]]:
-    """Open every distinct video: headers of the sound ones by path, and the faults with their rows.
+    """Open every distinct video: headers of the good ones by path, and the faults with their rows.
 
-    Only the first frame is decoded, or with `should_decode` all frames that training would use.
+    Decodes the first frame only, or with `should_decode` all frames that training would use.
     """
     paths = [path for pair in pairs for path in (pair.video_a, pair.video_b)]
     found = probe_videos(paths, budget, should_decode=should_decode, is_quiet=is_quiet)
@@ -161,7 +161,7 @@ def scan_sequences(
     max_length: int,
     is_quiet: bool = False,
 ) -> list[str]:
-    """Faults of texts (reserved tokens) and sequences (over `max_length`); videos without header are passed over."""
+    """Faults of texts (reserved tokens) and sequences (over `max_length`); videos without a header are skipped."""
 
     def count_tokens(text: tuple[str, str, VideoHeader]) -> int:
         problem, cot, header = text

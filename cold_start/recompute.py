@@ -1,9 +1,9 @@
 """Which layers keep their activations for the backward pass, and which compute them again.
 
-Computing a layer again costs its forward pass once more; keeping costs device memory. Before each forward pass with a
-gradient as many layers keep as the device has room for: first text layers, which save more time for their memory, then
-vision blocks. Of each kind the last ones keep, whose memory is free again first. What a layer keeps for each token
-(a block for each patch) is measured in the first such pass, in which one of each kind keeps.
+Recomputing a layer costs another forward pass; keeping its activations costs device memory. Before each forward pass
+with a gradient, as many layers keep theirs as the device has room for: first text layers, which save more time per
+byte, then vision blocks; of each kind the last ones, whose memory is freed first. The bytes that a layer keeps per
+token (a block per patch) are measured in the first such pass, in which one layer of each kind keeps its activations.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 SPARE_SHARE = 0.06
-"""Of device memory, left free for fragmentation and what else a step allocates."""
+"""Share of device memory left free for fragmentation and whatever else a step allocates."""
 SPARE_BYTES = 3 * 2**30
-"""Left free for buckets of gradients and the vision tower's backward pass."""
+"""Left free for gradient buckets and the vision tower's backward pass."""
 WORKING_LAYERS = 2
-"""Room, in layers that keep, for the one that is computed again and its gradients."""
+"""Room, in layers that keep, for the layer being recomputed and its gradients."""
 
 
 class _Stack:
-    """Layers of one kind. `size`: tokens or patches of the pass that comes; `most`: how many layers may keep."""
+    """Layers of one kind. `size`: tokens or patches of the next pass; `most`: how many layers may keep activations."""
 
     def __init__(self, layers: Sequence[nn.Module], device: torch.device, *, most: int) -> None:
         self.layers = layers
@@ -32,7 +32,7 @@ class _Stack:
         layers[-1].forward = self._measured(layers[-1].forward)
 
     def keep(self, room: float) -> float:
-        """Choose by the bytes that are free (one layer keeps until it is measured); returns those that are left."""
+        """Choose by the free bytes (until it is measured, one layer keeps); returns the bytes left over."""
         if self._bytes_per_unit is None:
             fitting, by_layer = 1, 0.0
         else:
@@ -46,7 +46,7 @@ class _Stack:
 
     @property
     def is_kept(self) -> bool:
-        """Whether all of them keep."""
+        """Whether all layers keep theirs."""
         return self.num_kept == len(self.layers)
 
     def _measured(self, forward):
@@ -61,12 +61,12 @@ class _Stack:
 
 
 class ActivationPlan:
-    """Chooses, before each forward pass with a gradient, which layers compute again in the backward pass.
+    """Chooses, before each forward pass with a gradient, which layers recompute in the backward pass.
 
-    `layers`: the text layers, made with gradient checkpointing, in order; `vision_blocks`: the same of the vision
-    tower. `trained`: the parameters that the backward pass makes gradients for. `max_kept`: most text layers that may
-    keep theirs, None for as many as fit; with fewer than all, no vision block keeps. Off GPUs every layer computes
-    again.
+    `layers`: the text layers in order, with gradient checkpointing enabled; `vision_blocks`: the same of the vision
+    tower. `trained`: the parameters that get gradients. `max_kept`: maximum number of text layers that keep
+    activations, None for as many as fit; with fewer than all, no vision block keeps any. Without a GPU every layer
+    recomputes.
     """
 
     def __init__(
@@ -90,16 +90,16 @@ class ActivationPlan:
 
     @property
     def num_kept(self) -> int:
-        """Text layers that keep."""
+        """Number of text layers that keep activations."""
         return self._text.num_kept if self.is_active else 0
 
     @property
     def num_kept_blocks(self) -> int:
-        """Vision blocks that keep."""
+        """Number of vision blocks that keep activations."""
         return self._vision.num_kept if self.is_active and self._vision else 0
 
     def prepare(self, num_tokens: int, *, num_patches: int = 0) -> None:
-        """Choose for a row of `num_tokens` tokens with videos of `num_patches` patches."""
+        """Choose for a row of `num_tokens` tokens whose videos have `num_patches` patches."""
         if not self.is_active:
             return
         self._text.size = num_tokens

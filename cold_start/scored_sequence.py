@@ -3,9 +3,9 @@
     user:       <text before "<video>">  <video frames>  <text after "<video>">
     assistant:  CoT  <Reward>  <EOS>
 
-The reward is read at `<Reward>`. The CoT stands in the assistant turn as token ids, exactly as it was generated; with
-the CoT masked, `<Reward>` follows the generation prompt directly. Several sequences lie one after the other in one
-packed row, each with its own positions, so that a batch holds no padding.
+The reward is read at `<Reward>`. The CoT is in the assistant turn as token ids, exactly as it was generated; with the
+CoT masked, `<Reward>` follows the generation prompt directly. A batch packs its sequences one after the other into one
+row, each with its own positions, without padding.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ class PackedSequences:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PackedSequences":
-        """A copy in page-locked memory, from where `to` does not wait for what the device is doing."""
+        """A copy in page-locked memory, from which `to` copies asynchronously."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedSequences":
@@ -135,7 +135,7 @@ class SequenceBuilder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with everything that the tokens of a text and a video's header depend on."""
+        """Changes with everything that the number of tokens of a text and a video header depends on."""
         frames = (self.size_factor, self.processor.video_processor.temporal_patch_size)
         tokenizer = self.tokenizer.backend_tokenizer.to_str()
         return digest(tokenizer, self.processor.chat_template, self.format_prompt.text, frames)
@@ -212,7 +212,7 @@ class SequenceBuilder:
         input_ids = torch.cat([prompt.input_ids, tail])
         num_reward_tokens = int((input_ids == self.reward_token_id).sum())
         if num_reward_tokens != 1:
-            raise ValueError(f"{REWARD_TOKEN!r} must stand exactly once in a sequence, found {num_reward_tokens}")
+            raise ValueError(f"{REWARD_TOKEN!r} must occur exactly once in a sequence, found {num_reward_tokens}")
         return ScoredSequence(
             input_ids=input_ids,
             video_positions=(input_ids == self.processor.video_token_id).nonzero().squeeze(1),
@@ -243,7 +243,7 @@ def compute_mrope_positions(
 ) -> torch.Tensor:
     """M-RoPE positions of a sequence with one video, int64 [3, length] (time, height, width).
 
-    Text advances all three by one a token. A frame group of h x w merged tokens shares one time position, spreads over
+    Each text token advances all three by one. A frame group of h x w merged tokens has one time position, spreads over
     rows and columns, and advances the text after it by max(h, w) (Qwen3-VL, where timestamps as text carry the time).
     """
     num_groups = grid_thw[0]

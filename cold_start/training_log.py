@@ -1,18 +1,35 @@
-"""When training logs, evaluates and saves, and the means that it logs."""
+"""When training logs, evaluates and saves; what it logs, and where."""
 
+import json
+import logging
 import math
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from arguments import TrainingArguments
-from losses import PairMetrics
+from losses import NUM_SUMS, compute_means
+from model_qwen3 import quiet_libraries
+from ranks import get_rank
+
+LOG_FILE = "train_log.jsonl"
+OUR_LOGGERS = ("trainer_qwen3", "run_folder", "preflight", "checkpoint", "descore")
+
+
+def setup_logging() -> None:
+    """Log to stderr: everything of ours on rank 0, warnings only on the others."""
+    quiet_libraries()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    for name in OUR_LOGGERS if get_rank() == 0 else ():
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When things happen, in optimizer steps."""
+    """Length of the training and its intervals, in optimizer steps."""
 
     steps_per_epoch: int
     num_steps: int
@@ -26,17 +43,12 @@ class Schedule:
         num_steps = max(1, round(arguments.num_train_epochs * steps_per_epoch))
         if arguments.max_steps > 0:
             num_steps = min(num_steps, arguments.max_steps)
+        intervals = (arguments.logging_epochs, arguments.eval_epochs, arguments.save_epochs)
+        return cls(steps_per_epoch, num_steps, *(max(1, round(epochs * steps_per_epoch)) for epochs in intervals))
 
-        def every(epochs: float) -> int:
-            return max(1, round(epochs * steps_per_epoch))
-
-        return cls(
-            steps_per_epoch=steps_per_epoch,
-            num_steps=num_steps,
-            logging_steps=every(arguments.logging_epochs),
-            eval_steps=every(arguments.eval_epochs),
-            save_steps=every(arguments.save_epochs),
-        )
+    def is_due(self, step: int, interval: int) -> bool:
+        """Whether what happens every `interval` steps happens after `step`; after the last step everything does."""
+        return step % interval == 0 or step == self.num_steps
 
 
 class LogWindow:
@@ -47,8 +59,7 @@ class LogWindow:
         self._reset()
 
     def _reset(self) -> None:
-        self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
-        self.num_pairs = 0.0
+        self.sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.device)
         self.grad_norms: list[float] = []
         self.seconds = 0.0
         self.restart_clock()
@@ -57,19 +68,67 @@ class LogWindow:
         """Leave out the time since the last step: evaluation and saving are not training."""
         self.clock = time.perf_counter()
 
-    def add(self, sums: torch.Tensor, *, num_pairs: float, grad_norm: float) -> None:
+    def add(self, sums: torch.Tensor, *, grad_norm: float) -> None:
+        """Add a step's `compute_pair_sums` over all ranks, and its gradient norm."""
         self.sums += sums
-        self.num_pairs += num_pairs
         self.grad_norms.append(grad_norm)
         self.seconds += time.perf_counter() - self.clock
         self.restart_clock()
 
     def means(self) -> dict[str, float]:
         """Means since the last call, which starts a new window."""
-        loss_sum, *pair_sums = self.sums.tolist()
-        values = {"loss": loss_sum / max(self.num_pairs, 1.0), **PairMetrics(*pair_sums).means()}
+        values = compute_means(self.sums)
         values["grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
         values["seconds_per_step"] = self.seconds / len(self.grad_norms)
-        values["pairs_per_second"] = self.num_pairs / self.seconds
+        values["pairs_per_second"] = float(self.sums[1]) / self.seconds
         self._reset()
         return values
+
+
+class Tracker:
+    """Writes scalars to `train_log.jsonl` and to tensorboard or wandb, on rank 0 only."""
+
+    def __init__(self, folder: Path, *, report_to: str, run_name: str | None, config: dict, start_step: int) -> None:
+        """Open the logs in `folder`; what an interrupted run logged after `start_step` is dropped."""
+        self._file = self._writer = self._run = None
+        if get_rank() != 0:
+            return
+        path = folder / LOG_FILE
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= start_step))
+        self._file = path.open("a", buffering=1)
+        if report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "runs"), purge_step=start_step + 1)
+        elif report_to == "wandb":
+            import wandb
+
+            self._run = wandb.init(project="descore", name=run_name or folder.name, dir=str(folder), config=config)
+
+    def log(self, values: dict[str, float], *, step: int) -> None:
+        """Record scalars of one optimizer step."""
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+        if self._run is not None:
+            self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+        if self._run is not None:
+            self._run.finish()
+
+
+def _step_of(line: str) -> float:
+    """The optimizer step of a log line; infinity for a line that a killed run left half written."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf

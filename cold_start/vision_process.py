@@ -1,7 +1,7 @@
-"""Video frames for the reward model: one function and one budget, whoever asks.
+"""Video frames for the reward model: one function and one budget for training, rollout and scoring.
 
-Frame sampling and the resize rule are those of qwen-vl-utils with decord. Its `fetch_video` is not called: it answers
-a decoding error with another reader, whereas here a video either decodes, in a process of its own, or fails with its
+Frame sampling and the resize rule are those of qwen-vl-utils with decord. Its `fetch_video` is not used: it retries a
+decoding error with another reader, whereas here a video either decodes, in a process of its own, or fails with its
 path and the reason.
 """
 
@@ -65,11 +65,6 @@ class VideoFrames:
     total_frames: int
 
     @property
-    def duration(self) -> float:
-        """Length of the whole clip in seconds."""
-        return self.total_frames / self.source_fps
-
-    @property
     def metadata(self) -> dict:
         """What the Qwen3-VL processor and vLLM need to write the same timestamps."""
         return {
@@ -83,7 +78,7 @@ class VideoFrames:
 
 
 def probe_video(path: str | os.PathLike, *, min_frames: int = VideoBudget.min_frames) -> VideoHeader:
-    """Open a clip and decode its first frame only. Raises VideoError as `load_video` does, far cheaper."""
+    """Open a clip and decode its first frame only: the checks of `load_video`, much cheaper. Raises VideoError."""
     with open_video(path) as video:
         _require_frames(video.path, video.header.total_frames, min_frames)
         return video.header
@@ -92,9 +87,9 @@ def probe_video(path: str | os.PathLike, *, min_frames: int = VideoBudget.min_fr
 def probe_videos(
     paths: Iterable[str], budget: VideoBudget, *, should_decode: bool = False, is_quiet: bool = False
 ) -> dict[str, VideoHeader | VideoError]:
-    """Header, or what is wrong, of each distinct video; what was found before is remembered by file size and time.
+    """The header of each distinct video, or its error; headers are remembered by file size and modification time.
 
-    `should_decode`: decode all sampled frames, twice, since some damaged videos give other frames each time.
+    `should_decode`: decode all sampled frames, twice, since some damaged videos give different frames each time.
     """
 
     def check(path: str) -> tuple:
@@ -127,7 +122,7 @@ def load_video(path: str | os.PathLike, budget: VideoBudget, *, size_factor: int
 
     `size_factor`: both sides of the result are multiples of it (patch size x merge size).
     Raises VideoError naming the file when it is missing, empty, undecodable, too large, shorter than
-    `budget.min_frames` frames, or gives other frames than when this process loaded it before.
+    `budget.min_frames` frames, or gives different frames from when this process loaded it before.
     """
     with open_video(path) as video:
         header = video.header
@@ -140,7 +135,7 @@ def load_video(path: str | os.PathLike, budget: VideoBudget, *, size_factor: int
             ]
         except VideoError:
             raise
-        except ValueError as error:  # far longer than high, or the other way round
+        except ValueError as error:  # an extreme aspect ratio
             raise VideoError(f"video has a size that the model cannot take: {video.path}: {error}") from error
     loaded = VideoFrames(torch.cat(blocks), header.fps, indices, header.total_frames)
     _require_same_as_before(video.path, loaded)
@@ -150,7 +145,7 @@ def load_video(path: str | os.PathLike, budget: VideoBudget, *, size_factor: int
 def sample_frames(
     frames: np.ndarray | torch.Tensor, *, fps: float, budget: VideoBudget, size_factor: int = 32
 ) -> VideoFrames:
-    """The same as `load_video`, of a clip that is in memory: all its frames, `fps` of them a second.
+    """`load_video` for a clip in memory: all its frames, `fps` of them per second.
 
     `frames`: uint8, an array [num_frames, height, width, 3] or a tensor [num_frames, 3, height, width]. Raises
     VideoError for another dtype or shape, or too few frames.
@@ -177,7 +172,7 @@ def resize_frames(frames: torch.Tensor, budget: VideoBudget, *, size_factor: int
 
 
 def budgeted_size(height: int, width: int, budget: VideoBudget, *, size_factor: int = 32) -> tuple[int, int]:
-    """Height and width in pixels that a frame of the given size has after `resize_frames`."""
+    """Height and width in pixels of a frame of the given size after `resize_frames`."""
     return smart_resize(height, width, size_factor, min_pixels=budget.min_pixels, max_pixels=budget.max_pixels)
 
 
@@ -191,7 +186,7 @@ _checksums: dict[int, int] = {}
 
 
 def _require_same_as_before(path: str, loaded: VideoFrames) -> None:
-    """Some damaged files decode to something else each time, from memory that nothing has written."""
+    """Catches damaged files that decode to different frames each time, from uninitialised memory."""
     try:
         stat = os.stat(path)
     except FileNotFoundError as error:

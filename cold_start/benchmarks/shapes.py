@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Iterable
 
 import torch
+from torch.utils.benchmark import Timer
 from transformers import Qwen3VLConfig
 
 from data import EncodedPair
@@ -116,12 +117,6 @@ def measure_ceilings() -> dict[str, float]:
         return {}
     left = torch.randn(16384, TEXT["hidden_size"], device="cuda", dtype=torch.bfloat16)
     right = torch.randn(TEXT["hidden_size"], TEXT["intermediate_size"], device="cuda", dtype=torch.bfloat16)
-    seconds = []
-    for _ in range(23):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        _ = left @ right
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
-    return {"matmul_tflops": 2 * left.numel() * right.shape[1] / sorted(seconds[3:])[10] / TERA}
+    timer = Timer("left @ right", globals={"left": left, "right": right})
+    seconds = timer.blocked_autorange(min_run_time=0.5).median
+    return {"matmul_tflops": 2 * left.numel() * right.shape[1] / seconds / TERA}

@@ -3,12 +3,12 @@
     cd cold_start && PYTHONPATH=. python benchmarks/step_8b.py --output benchmarks/results/step_h100.json
 
 Both get the same pairs and random weights, adapt the language model with LoRA, tune the vision tower, and take one
-pair at a time, four to a step. Each runs in a process of its own. `--tiny --layers 2` tries the script on a CPU.
+pair at a time, four per step. Each runs in a process of its own. `--tiny --layers 2` tries the script on a CPU.
 
 - ours: DeepSpeed (ZeRO-0, one process shares nothing) and `RewardTrainer`, as train.sh runs them.
-- original: A and B in forward passes of their own through stock transformers, with vocabulary logits at every position
-  that nobody reads, everything in bf16. Rebuilt generously: no padding, flash attention, no DeepSpeed, and no copy of
-  the embedding for the one row that is trained.
+- original: separate forward passes for A and B through stock transformers, with unused vocabulary logits at every
+  position, everything in bf16. Rebuilt generously: no padding, flash attention, no DeepSpeed, and no copy of the
+  embedding for the one row that is trained.
 - check: both with few text layers, and the original in fp32: how far the gradients of each are from that.
 """
 
@@ -29,15 +29,18 @@ from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGene
 from arguments import DataArguments, ModelArguments, TrainingArguments
 from attention import use_packed_attention
 from data import EncodedPair, PairBatch, PairDataset
-from engine import accelerate, build_engine, init_distributed, step_engine
+from engine import build_engine, compile_and_plan_activations
 from flash_kernels import choose_kernels
-from losses import PairLabels, compute_pair_loss
+from losses import PairLabels, compute_means, compute_pair_loss
 from model_qwen3 import RewardModel, add_reward_token, prepare_for_training
+from ranks import init_distributed
 from scored_sequence import ScoredSequence, SequenceBuilder
 from shapes import DEVICE, GIB, TERA, build_config, count_pair_flops, measure_ceilings, randomize
 from trainer_qwen3 import RewardTrainer
 from vision_process import VideoBudget, VideoFrames
 
+STAGE_DIR = Path(__file__).resolve().parents[1]
+TINY_BASE = STAGE_DIR / "model" / "tiny_base"  # its tokenizer
 PAIRS_PER_STEP = 4
 PROMPT_TOKENS, FRAMES, SIDE, COT_TOKENS = 2400, (10, 14), 448, (200, 1000)
 CHECK_LAYERS = 4
@@ -61,7 +64,7 @@ def make_pairs(builder: SequenceBuilder, count: int, *, seed: int = 0) -> list[E
         return builder.build(prompt, draws.choices(allowed, k=draws.randint(*COT_TOKENS)))
 
     return [
-        EncodedPair(n, make_sequence(), make_sequence(), label="AB"[n % 2], score_a=float("nan"), score_b=float("nan"))
+        EncodedPair(make_sequence(), make_sequence(), label="AB"[n % 2], score_a=float("nan"), score_b=float("nan"))
         for n in range(count)
     ]
 
@@ -70,9 +73,9 @@ def build_model(
     options: argparse.Namespace, *, layers: int, dtype: torch.dtype
 ) -> tuple[RewardModel, SequenceBuilder]:
     """A reward model with random weights, ready for training; the same for the same shape."""
-    processor = AutoProcessor.from_pretrained(options.tokenizer)
+    processor = AutoProcessor.from_pretrained(TINY_BASE)
     add_reward_token(processor)
-    ids = Qwen3VLConfig.from_pretrained(options.tokenizer)
+    ids = Qwen3VLConfig.from_pretrained(TINY_BASE)
     torch.manual_seed(0)
     with torch.device(DEVICE):
         torch.set_default_dtype(dtype)
@@ -91,36 +94,28 @@ def build_model(
 class Ours:
     """Our step."""
 
-    def __init__(self, options: argparse.Namespace, *, layers: int) -> None:
+    def __init__(self, options: argparse.Namespace, *, layers: int, pairs_per_step: int = PAIRS_PER_STEP) -> None:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
         os.environ.setdefault("MASTER_PORT", "29517")
         init_distributed()
         arguments = TrainingArguments(
-            output_dir=tempfile.mkdtemp(),
             learning_rate=0.0,
-            merger_lr=0.0,
-            vision_lr=0.0,
-            special_token_lr=0.0,
             max_grad_norm=1e9,
-            gradient_accumulation_steps=PAIRS_PER_STEP if layers != CHECK_LAYERS else 1,
-            deepspeed=options.deepspeed,
+            gradient_accumulation_steps=pairs_per_step,
+            deepspeed=str(STAGE_DIR / "ds_config" / "zero0.json"),
         )
         self.model, self.builder = build_model(options, layers=layers, dtype=torch.bfloat16)
-        self.engine = build_engine(self.model, arguments, num_steps=100)
+        engine = build_engine(self.model, arguments, num_steps=100)
         self.trainer = RewardTrainer(
-            self.engine,
-            None,
+            engine,
             train_data=None,
             eval_data=None,
             arguments=arguments,
             data_arguments=DataArguments(),
             schedule=None,
-            activations=accelerate(self.engine, self._model_arguments(options)),
+            checkpoints=None,
+            activations=compile_and_plan_activations(engine, ModelArguments()),
         )
-
-    @staticmethod
-    def _model_arguments(options: argparse.Namespace) -> ModelArguments:
-        return ModelArguments(torch_compile=not options.no_compile, max_kept_layers=options.max_kept_layers)
 
     def collate(self, pairs: list[EncodedPair]) -> list[PairBatch]:
         data = PairDataset([], self.builder, VideoBudget())
@@ -129,10 +124,8 @@ class Ours:
 
     def run(self, batches: list[PairBatch]) -> float:
         """One step; returns the loss."""
-        count = self.trainer._count_contributing_pairs(batches)
-        sums = sum(self.trainer._forward_backward(batch, count, i) for i, batch in enumerate(batches))
-        step_engine(self.engine, step=1)
-        return float(sums[0]) / count
+        sums, _ = self.trainer.train_step(batches)
+        return compute_means(sums)["loss"]
 
 
 class Original:
@@ -183,7 +176,7 @@ class Original:
 
 
 def time_steps(step, *, warmup: int, repeats: int) -> list[float]:
-    """Seconds of each repetition, with the device idle at its bounds."""
+    """Seconds of each repetition, with the device idle before and after it."""
     seconds = []
     for number in range(warmup + repeats):
         _synchronize()
@@ -241,16 +234,11 @@ def run_original(options: argparse.Namespace) -> dict:
     pairs = make_pairs(original.builder, PAIRS_PER_STEP)
     loss = original.run(pairs)
     seconds = time_steps(lambda: original.run(pairs), warmup=1, repeats=options.repeats)
-    return {
-        "loss": loss,
-        "seconds": statistics.median(seconds),
-        "runs": seconds,
-        "peak_memory_gib": _peak_gib(),
-    }
+    return {"loss": loss, "seconds": statistics.median(seconds), "runs": seconds, "peak_memory_gib": _peak_gib()}
 
 
 def run_check(options: argparse.Namespace) -> dict:
-    """Relative distance of gradients from the original's in fp32, over all trained weights together."""
+    """Relative distance of the gradients from the original's in fp32, over all trained weights together."""
     torch.backends.cudnn.allow_tf32 = False
     gradients, losses = {}, {}
     for name, dtype in (("fp32", torch.float32), ("original", torch.bfloat16)):
@@ -259,7 +247,7 @@ def run_check(options: argparse.Namespace) -> dict:
         losses[name] = original.run(pairs, should_step=False)
         gradients[name] = {n: p.grad.float().cpu() for n, p in original.model.trainable_parameters()}
         del original
-    ours = Ours(options, layers=CHECK_LAYERS)
+    ours = Ours(options, layers=CHECK_LAYERS, pairs_per_step=1)
     found = gradients["ours"] = {}
     for name, parameter in ours.model.trainable_parameters():
         parameter.register_hook(lambda gradient, name=name: found.update({name: gradient.float().cpu()}))
@@ -282,15 +270,10 @@ PARTS = {"check": run_check, "ours": run_ours, "original": run_original}
 
 
 def parse_arguments() -> argparse.Namespace:
-    here = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--tokenizer", default=str(here / "model" / "tiny_base"))
-    parser.add_argument("--deepspeed", default=str(here / "ds_config" / "zero0.json"))
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--no_compile", action="store_true", help="leave the layers as transformers has them")
-    parser.add_argument("--max_kept_layers", type=int, help="0: the least memory")
     parser.add_argument("--tiny", action="store_true", help="small layers, to try the script")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--one_part", choices=PARTS, help="run this part in this process")
@@ -303,7 +286,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.one_part:
         (options.folder / f"{options.one_part}.json").write_text(json.dumps(PARTS[options.one_part](options)))
-        os._exit(0)  # compilation's worker processes would hold the exit up
+        os._exit(0)  # worker processes of torch.compile would delay the exit
     result = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
         "torch": torch.__version__,
@@ -317,7 +300,7 @@ def main() -> None:
         result[part] = json.loads((options.folder / f"{part}.json").read_text())
         if {"ours", "original"} <= result.keys():
             result["speedup"] = result["original"]["seconds"] / result["ours"]["seconds"]
-        if options.output:  # after every part, so that a run that is stopped leaves something
+        if options.output:  # after every part, so that an interrupted run leaves a result
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(result, indent=2) + "\n")
     sys.stdout.write(json.dumps(result, indent=2) + "\n")

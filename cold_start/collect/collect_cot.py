@@ -29,19 +29,17 @@ from pathlib import Path
 
 from transformers import AutoProcessor
 
-from checkpoint import choose_format_prompt, stored_video_budget
+from checkpoint import choose_format_prompt, fingerprint_weights, stored_video_budget
 from collect.endpoint import VIDEO_FORMS, EndpointEngine
 from collect.engines import Judge, Sample, SampleKey, VideoFailure, VideoJob, VllmEngine
 from collect.results import ANSWER_COLUMN, CollectReport, CotJournal, Row, annotate, judge_samples
 from collect.selection import read_opinions
 from descore.csv_table import CsvTable, parse_two_paths
 from descore.progress import progress
-from fingerprint import fingerprint_weights
 from infer_utils.scorer import MAX_COT_TOKENS
-from model_qwen3 import add_reward_token
+from model_qwen3 import add_reward_token, quiet_libraries
 from preference_csv import CsvNeeds, read_pairs, require_clean
 from scored_sequence import NUM_CLOSING_TOKENS, SequenceBuilder
-from utils import quiet_libraries
 from vision_process import VideoBudget, VideoError, probe_videos
 
 logger = logging.getLogger(__name__)

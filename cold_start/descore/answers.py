@@ -77,7 +77,7 @@ def parse_label(text: str) -> int | None:
 
 
 def parse_score(value: object) -> Score | None:
-    """A sub-score as a number, or "N/A"; None for anything else. "2" and 2.0 are 2; True is no score."""
+    """A sub-score as a number, or "N/A"; None for anything else. "2" and 2.0 are 2; True is not a score."""
     if value == NOT_ASKED:
         return NOT_ASKED
     if isinstance(value, str):
@@ -169,7 +169,7 @@ def _find_object(body: str) -> dict | None:
 
 
 def _find_first_object(text: str) -> dict | None:
-    """The first JSON object. Braces that open none are passed over."""
+    """The first JSON object. Braces that open none are skipped."""
     start = _OBJECT_START.search(text)
     while start:
         end, is_closed = _skip_value(text, start.start())

@@ -1,11 +1,11 @@
-"""Remembers what was found sound, so that a second run or a resume looks only at what is new."""
+"""Remembers what passed its checks, so that a second run or a resume looks only at what is new."""
 
 import hashlib
 import json
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -16,8 +16,7 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "checked.sqlite"
 ITEMS_PER_BLOCK = 1000
-"""Items between two moments at which results are written down."""
-KEYS_PER_QUERY = 500
+"""Results are written after every so many items."""
 MAX_THREADS = 8
 
 Item = TypeVar("Item")
@@ -30,48 +29,46 @@ class CheckCache:
     """
 
     def __init__(self) -> None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "descore"
-        self._connection: sqlite3.Connection | None = None
+        self._path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "descore" / FILE_NAME
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(folder / FILE_NAME, timeout=60)
-            with self._connection:
-                self._connection.execute("CREATE TABLE IF NOT EXISTS checked (key TEXT PRIMARY KEY, result TEXT)")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = _open(self._path)
         except (OSError, sqlite3.Error) as error:
-            self._give_up(folder, error)
+            self._give_up(error)
 
-    def get(self, keys: Sequence[str]) -> dict[str, object]:
+    def get(self, keys: Iterable[str]) -> dict[str, object]:
         """The results of those keys that are known."""
-        found: dict[str, object] = {}
-        for start in range(0, len(keys), KEYS_PER_QUERY):
-            if self._connection is None:
-                break
-            block = keys[start : start + KEYS_PER_QUERY]
-            query = f"SELECT key, result FROM checked WHERE key IN ({','.join('?' * len(block))})"
-            try:
-                found |= {key: json.loads(result) for key, result in self._connection.execute(query, block)}
-            except sqlite3.Error as error:
-                self._give_up(FILE_NAME, error)
-        return found
+        query = "SELECT result FROM checked WHERE key = ?"
+        try:
+            rows = ((key, self._connection.execute(query, (key,)).fetchone()) for key in keys)
+            return {key: json.loads(row[0]) for key, row in rows if row}
+        except sqlite3.Error as error:
+            self._give_up(error)
+            return {}
 
     def put(self, results: Mapping[str, object]) -> None:
-        """Write results down; they must be JSON values."""
-        if self._connection is None or not results:
-            return
+        """Store results, which must be JSON values."""
         rows = [(key, json.dumps(result)) for key, result in results.items()]
         try:
             with self._connection:
                 self._connection.executemany("INSERT OR REPLACE INTO checked VALUES (?, ?)", rows)
         except sqlite3.Error as error:
-            self._give_up(FILE_NAME, error)
+            self._give_up(error)
 
-    def _give_up(self, path: str | os.PathLike, error: Exception) -> None:
-        logger.warning("%s cannot be used (%s): checks of this run are not remembered", path, error)
-        self._connection = None
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("%s cannot be used (%s): checks of this run are not remembered", self._path, error)
+        self._connection = _open(":memory:")
+
+
+def _open(path: str | os.PathLike) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=60)
+    with connection:
+        connection.execute("CREATE TABLE IF NOT EXISTS checked (key TEXT PRIMARY KEY, result TEXT)")
+    return connection
 
 
 def digest(*parts: object) -> str:
-    """A key of what a check depends on."""
+    """A key made of everything that a check depends on."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -86,15 +83,15 @@ def check_all(
 ) -> dict[Item, object]:
     """What `check` returns for each distinct item, a JSON value, or the ValueError that it or `key` raises.
 
-    `key` names everything that the result depends on; results of keys that were checked before are taken from the
-    cache, errors are not kept. Checks run in `num_threads` threads, with their progress and the time left on stderr.
+    `key` names everything that the result depends on; known results come from the cache, errors are never cached.
+    Checks run in `num_threads` threads, with their progress and the time left on stderr.
     """
     items = list(dict.fromkeys(items))
     cache = CheckCache()
     with ThreadPoolExecutor(min(num_threads, len(items)) or 1) as pool:
         keys = dict(zip(items, pool.map(lambda item: _try(key, item), items), strict=True))
         results = {item: value for item, value in keys.items() if isinstance(value, ValueError)}
-        known = cache.get([value for value in keys.values() if not isinstance(value, ValueError)])
+        known = cache.get(value for value in keys.values() if not isinstance(value, ValueError))
         results |= {item: known[keys[item]] for item in items if item not in results and keys[item] in known}
         missing = [item for item in items if item not in results]
         with progress(total=len(items), initial=len(results), description=description, disable=is_quiet) as bar:

@@ -10,10 +10,9 @@ import sys
 from transformers import AutoProcessor
 
 from checkpoint import choose_format_prompt, stored_video_budget
-from model_qwen3 import add_reward_token
+from model_qwen3 import add_reward_token, quiet_libraries
 from preference_csv import CsvError, CsvNeeds, require_clean, scan_rows, scan_sequences, scan_videos
 from scored_sequence import SequenceBuilder
-from utils import quiet_libraries
 from vision_process import VideoBudget
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from checkpoint import is_reward_checkpoint, write_json
 from descore.progress import progress
 from infer_utils.scorer import MAX_COT_TOKENS, RewardScorer
+from model_qwen3 import quiet_libraries
 from preference_csv import PREFERENCES, CsvNeeds, PreferencePair, read_pairs
-from utils import quiet_libraries
 
 MODES = {"csv": "the CSV's CoTs", "masked": "no CoT", "own": "CoTs it writes itself"}
 CHUNK_PAIRS = 32

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_reward_model, save_merged
-from utils import quiet_libraries
+from model_qwen3 import quiet_libraries
 
 
 def main() -> None:

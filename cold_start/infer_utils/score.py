@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from infer_utils.scorer import MAX_COT_TOKENS, Cot, RewardScorer
-from utils import quiet_libraries
+from model_qwen3 import quiet_libraries
 
 
 def main() -> None:

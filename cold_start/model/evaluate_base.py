@@ -23,12 +23,12 @@ import numpy as np
 import torch
 
 from infer_utils import RewardScorer
+from model_qwen3 import quiet_libraries
 from scored_sequence import EncodedPrompt, judge_problem
 from toy_world import scene as rules
 from toy_world.render import encode_clip, sample_nuisance
 from toy_world.scene import ATTRIBUTES, DIMENSIONS, GENERATORS, NOT_ASKED, Request, Scene
 from toy_world.texts import parse_scores, phrase, write_prompt
-from utils import quiet_libraries
 
 MAX_COT_TOKENS = 320
 BATCH_SIZE = 50

@@ -1,4 +1,4 @@
-"""The results of flash attention for CPUs: tests of both stages put it in place of kernels that only run on GPUs."""
+"""Flash attention in plain torch, which tests use on CPUs instead of kernels that only run on GPUs."""
 
 import torch
 

@@ -1,6 +1,8 @@
 """What the tests of stage 1 share: a small random model of the real architecture, and a preference CSV of clips."""
 
 import copy
+import multiprocessing
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +19,20 @@ TINY_BASE = STAGE_DIR / "model" / "tiny_base"
 REAL_VIDEOS = STAGE_DIR.parents[1] / "shared" / "videos"
 SMALL_BUDGET = VideoBudget(max_frames=8, min_pixels=64 * 64, max_pixels=64 * 96)
 COT = 'The clip shows a circle, so {score}.\n<answer>\n{{"dimensional_scores": {{"subject": {score}}}}}\n</answer>'
+
+
+def forkserver() -> multiprocessing.context.BaseContext:
+    """A context whose processes start with the slow imports done."""
+    context = multiprocessing.get_context("forkserver")
+    slow = ("deepspeed", "peft", "pytest", "torchvision", "pandas", "transformers.models.qwen3_vl.modeling_qwen3_vl")
+    context.set_forkserver_preload([*slow])
+    return context
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def write_small_base(folder: Path, *, tied: bool = False, spare_rows: int = 8) -> Path:

@@ -40,9 +40,9 @@ def make_trained(base, settings) -> tuple[RewardModel, object]:
     return model.eval(), processor
 
 
-def save(folder, base, model, processor) -> None:
+def save(folder, base, model, processor, **config) -> None:
     weights = dict(model.trainable_parameters())
-    config = RewardConfig(base_model=str(base), video=SMALL_BUDGET)
+    config = RewardConfig(base_model=str(base), video=SMALL_BUDGET, **config)
     save_reward_files(folder, model=model, weights=weights, processor=processor, config=config)
 
 
@@ -54,18 +54,17 @@ def rewards_of(model, sequences) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("tied", "spare_rows", "settings"),
     [
-        (False, 8, {}),
         (True, 8, {}),
         (False, 0, {}),
         (False, 8, {"freeze_vision_tower": True, "vision_lora": True}),
         (False, 8, {"lora_enable": False}),
-        (False, 8, {"freeze_llm": True}),
     ],
 )
 def test_saved_loaded_and_merged_models_give_the_same_rewards(tmp_path, sequences, tied, spare_rows, settings):
     base = write_small_base(tmp_path / "base", tied=tied, spare_rows=spare_rows)
     model, processor = make_trained(base, settings)
     expected = rewards_of(model, sequences)
+    assert expected.std() > 1e-3
     save(tmp_path / "checkpoint-1", base, model, processor)
     loaded = load_reward_model(tmp_path / "checkpoint-1")
     torch.testing.assert_close(rewards_of(loaded.model, sequences), expected, **TOLERANCE)
@@ -78,26 +77,23 @@ def test_saved_loaded_and_merged_models_give_the_same_rewards(tmp_path, sequence
     assert modes == {0o666 & ~umask}
     merged = load_reward_model(tmp_path / "merged")
     torch.testing.assert_close(rewards_of(merged.model, sequences), expected, **TOLERANCE)
-    assert expected.std() > 1e-3
 
 
-def test_only_the_reward_row_of_the_embedding_differs_from_the_base(tmp_path):
-    base = write_small_base(tmp_path / "base")
-    model, processor = make_trained(base, {})
-    save(tmp_path / "checkpoint-1", base, model, processor)
+def test_only_the_reward_row_of_the_embedding_differs_from_the_base(small_base, tmp_path):
+    model, processor = make_trained(small_base, {})
+    save(tmp_path / "checkpoint-1", small_base, model, processor)
     loaded = load_reward_model(tmp_path / "checkpoint-1")
-    before = Qwen3VLForConditionalGeneration.from_pretrained(base).get_input_embeddings().weight
-    after = loaded.model.qwen.get_input_embeddings().weight
-    changed = (before != after).any(dim=1).nonzero().flatten().tolist()
-    assert changed == [loaded.builder.reward_token_id]
-    torch.testing.assert_close(after[changed[0]], model.reward_embedding.detach())
+    before = Qwen3VLForConditionalGeneration.from_pretrained(small_base).get_input_embeddings().weight
+    save_merged(tmp_path / "merged", loaded)
+    after = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "merged").get_input_embeddings().weight
+    assert (before != after).any(dim=1).nonzero().flatten().tolist() == [loaded.builder.reward_token_id]
+    torch.testing.assert_close(after[loaded.builder.reward_token_id], model.reward_embedding.detach())
 
 
-def test_adapter_is_loaded_by_peft_alone(tmp_path, sequences):
-    base = write_small_base(tmp_path / "base")
-    model, processor = make_trained(base, {"freeze_vision_tower": True, "tune_merger": False})
-    save(tmp_path / "checkpoint-1", base, model, processor)
-    backbone = load_backbone(str(base), dtype=torch.float32, num_tokens=len(processor.tokenizer))
+def test_adapter_is_loaded_by_peft_alone(small_base, tmp_path, sequences):
+    model, processor = make_trained(small_base, {"freeze_vision_tower": True, "tune_merger": False})
+    save(tmp_path / "checkpoint-1", small_base, model, processor)
+    backbone = load_backbone(str(small_base), dtype=torch.float32, num_tokens=len(processor.tokenizer))
     adapted = PeftModel.from_pretrained(backbone, tmp_path / "checkpoint-1").eval()
     sequence = sequences[0]
     with torch.no_grad():
@@ -111,64 +107,51 @@ def test_adapter_is_loaded_by_peft_alone(tmp_path, sequences):
 
 
 @pytest.mark.parametrize("key", ["rm_head.weight", "base_model.model.rm_head.weight"])
-@pytest.mark.parametrize("nested", [False, True])
-def test_heads_are_read_in_every_layout(tmp_path, key, nested):
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_heads_are_read_in_every_layout(tmp_path, key, is_nested):
     weight = torch.randn(1, 4)
-    torch.save({"model": {key: weight}} if nested else {key: weight}, tmp_path / "rm_head.pth")
+    torch.save({"model": {key: weight}} if is_nested else {key: weight}, tmp_path / "rm_head.pth")
     assert torch.equal(load_head(tmp_path / "rm_head.pth", hidden_size=4), weight)
 
 
 def test_unusable_heads_are_errors_never_a_random_head(tmp_path):
-    torch.save({"rm_head.weight": torch.randn(1, 4)}, tmp_path / "narrow.pth")
-    torch.save({"other": torch.randn(1, 4)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"head of shape \(1, 4\), not \(1, 8\)"):
-        load_head(tmp_path / "narrow.pth", hidden_size=8)
-    with pytest.raises(ValueError, match=r"no rm_head\.weight"):
-        load_head(tmp_path / "other.pth", hidden_size=4)
+    path = tmp_path / "rm_head.pth"
     with pytest.raises(ValueError, match="no reward head at"):
-        load_head(tmp_path / "none.pth", hidden_size=4)
-    torch.save(torch.randn(1, 4), tmp_path / "bare.pth")
-    torch.save({"model": torch.randn(1, 4)}, tmp_path / "nested.pth")
-    torch.save({"rm_head.weight": [1.0]}, tmp_path / "list.pth")
-    for name in ("nested", "list"):
-        with pytest.raises(ValueError, match=rf"{name}\.pth: no rm_head\.weight"):
-            load_head(tmp_path / f"{name}.pth", hidden_size=4)
-    with pytest.raises(ValueError, match=r"bare\.pth: no rm_head\.weight .*only a Tensor; save it as"):
-        load_head(tmp_path / "bare.pth", hidden_size=4)
-
-
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", b"PK\3\4"])
-def test_file_that_is_no_head_is_named_with_the_remedy(tmp_path, content):
-    (tmp_path / "rm_head.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"rm_head\.pth: no head that torch can load: .*copy the checkpoint again"):
-        load_head(tmp_path / "rm_head.pth", hidden_size=4)
+        load_head(path, hidden_size=4)
+    torch.save({"rm_head.weight": torch.randn(1, 4)}, path)
+    with pytest.raises(ValueError, match=r"head of shape \(1, 4\), not \(1, 8\)"):
+        load_head(path, hidden_size=8)
+    for content in ({"other": torch.randn(1, 4)}, torch.randn(1, 4), {"model": 1}, {"rm_head.weight": [1.0]}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=r"rm_head\.pth: no rm_head\.weight"):
+            load_head(path, hidden_size=4)
+    for content in (b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", b"PK\3\4"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"rm_head\.pth: no head that torch can load: .*copy the checkpoint"):
+            load_head(path, hidden_size=4)
 
 
 def test_a_format_prompt_cannot_run_code(small_base, tmp_path):
     model, processor = make_trained(small_base, {})
-    trace = tmp_path / "trace"
-    config = RewardConfig(
-        str(small_base), format_prompt=f"{{{{ cycler.__init__.__globals__.os.system('touch {trace}') }}}}"
-    )
-    weights = dict(model.trainable_parameters())
-    save_reward_files(tmp_path / "checkpoint-1", model=model, weights=weights, processor=processor, config=config)
+    trace, folder = tmp_path / "trace", tmp_path / "checkpoint-1"
+    template = f"{{{{ cycler.__init__.__globals__.os.system('touch {trace}') }}}}"
+    save(folder, small_base, model, processor, format_prompt=template)
     for load in (load_reward_model, stored_video_budget, choose_format_prompt):
         with pytest.raises(ValueError, match=r"checkpoint-1/reward_config\.json: the format prompt does not render"):
-            load(tmp_path / "checkpoint-1")
+            load(folder)
     with pytest.raises(ValueError, match="--format_prompt: the format prompt does not render"):
-        choose_format_prompt(str(small_base), config.format_prompt)
+        choose_format_prompt(str(small_base), template)
     assert not trace.exists()
 
 
-def test_incomplete_checkpoints_are_named(tmp_path):
+def test_incomplete_checkpoints_are_named(small_base, tmp_path):
     with pytest.raises(ValueError, match=r"holds no rm_head\.pth"):
         load_reward_model(tmp_path)
-    base = write_small_base(tmp_path / "base")
-    model, processor = make_trained(base, {})
+    model, processor = make_trained(small_base, {})
     save(tmp_path / "checkpoint-1", tmp_path / "gone", model, processor)
-    with pytest.raises(ValueError, match="which is gone; name its place with --base_model"):
+    with pytest.raises(ValueError, match=r"trained from .*gone, which is gone.* --base_model"):
         load_reward_model(tmp_path / "checkpoint-1")
-    assert load_reward_model(tmp_path / "checkpoint-1", base_model=str(base)).model is not None
+    assert load_reward_model(tmp_path / "checkpoint-1", base_model=str(small_base)).model is not None
 
 
 def test_video_budget_travels_with_the_checkpoint(small_base, tmp_path):
@@ -176,20 +159,15 @@ def test_video_budget_travels_with_the_checkpoint(small_base, tmp_path):
     assert stored_video_budget(str(tmp_path)) is None
 
 
-def test_training_goes_on_from_a_merged_reward_model(tmp_path, sequences):
-    base = write_small_base(tmp_path / "base")
-    model, processor = make_trained(base, {})
-    save(tmp_path / "checkpoint-1", base, model, processor)
+def test_training_goes_on_from_a_merged_reward_model(small_base, tmp_path, sequences):
+    model, processor = make_trained(small_base, {})
+    save(tmp_path / "checkpoint-1", small_base, model, processor)
     with pytest.raises(ValueError, match="merge it first"):
         require_trainable_base(str(tmp_path / "checkpoint-1"))
+    merged = str(tmp_path / "merged")
     save_merged(tmp_path / "merged", load_reward_model(tmp_path / "checkpoint-1"))
-    require_trainable_base(str(tmp_path / "merged"))
-
-    start = build_reward_model(str(tmp_path / "merged"), processor, reward_token="special", dtype=torch.float32)
+    require_trainable_base(merged)
+    start = build_reward_model(merged, processor, reward_token="special", dtype=torch.float32)
     torch.testing.assert_close(rewards_of(start.eval(), sequences), rewards_of(model, sequences), **TOLERANCE)
-    again, processor = make_trained(tmp_path / "merged", {})
-    save(tmp_path / "checkpoint-2", tmp_path / "merged", again, processor)
-    loaded = load_reward_model(tmp_path / "checkpoint-2")
-    torch.testing.assert_close(rewards_of(loaded.model, sequences), rewards_of(again, sequences), **TOLERANCE)
-    other = build_reward_model(str(tmp_path / "merged"), processor, reward_token="mean", dtype=torch.float32)
+    other = build_reward_model(merged, processor, reward_token="mean", dtype=torch.float32)
     assert other.reward_token == "mean"

@@ -12,7 +12,7 @@ import attention
 from arguments import ModelArguments
 from checkpoint import build_reward_model
 from losses import PairLabels, compute_pair_loss
-from model_qwen3 import add_reward_token, part_of, prepare_for_training, require_qwen3_vl
+from model_qwen3 import RewardModel, add_reward_token, part_of, prepare_for_training, require_qwen3_vl
 from plain_kernels import PlainKernels
 from scored_sequence import pack_sequences
 from stage1_support import write_small_base
@@ -20,31 +20,31 @@ from stage1_support import write_small_base
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def stock_hidden_states(small_base, model, builder, sequence) -> torch.Tensor:
+def stock_hidden_states(stock, sequence) -> torch.Tensor:
     """Final hidden states of one sequence from an unmodified Qwen3-VL, [length, hidden]."""
+    ids = sequence.input_ids.unsqueeze(0)
+    return stock.model(
+        input_ids=ids,
+        mm_token_type_ids=(ids == stock.config.video_token_id).int() * 2,
+        pixel_values_videos=sequence.pixel_values,
+        video_grid_thw=torch.tensor([sequence.grid_thw]),
+    ).last_hidden_state[0]
+
+
+@torch.no_grad()
+def test_packed_rewards_equal_stock_transformers_one_by_one(small_base, model, builder, sequences):
     stock = Qwen3VLForConditionalGeneration.from_pretrained(small_base).eval()
-    with torch.no_grad():
-        stock.get_input_embeddings().weight[builder.reward_token_id] = model.reward_embedding
-        ids = sequence.input_ids.unsqueeze(0)
-        output = stock.model(
-            input_ids=ids,
-            mm_token_type_ids=(ids == stock.config.video_token_id).int() * 2,
-            pixel_values_videos=sequence.pixel_values,
-            video_grid_thw=torch.tensor([sequence.grid_thw]),
-        )
-    return output.last_hidden_state[0]
-
-
-@pytest.mark.parametrize("mode", ["special", "last", "mean"])
-def test_packed_rewards_equal_stock_transformers_one_by_one(small_base, model, builder, sequences, mode):
-    model.reward_token = mode
-    with torch.no_grad():
-        packed = model(pack_sequences(sequences))
-        for i, sequence in enumerate(sequences):
-            hidden = stock_hidden_states(small_base, model, builder, sequence)
-            pooled = {"special": hidden[sequence.reward_position], "last": hidden[-1], "mean": hidden.mean(dim=0)}
-            torch.testing.assert_close(packed[i : i + 1], model.rm_head(pooled[mode]), **TOLERANCE)
-    assert packed.std() > 1e-3  # inputs must show in the outputs, or the comparison says nothing
+    stock.get_input_embeddings().weight[builder.reward_token_id] = model.reward_embedding
+    packed = {}
+    for mode in ("special", "last", "mean"):
+        model.reward_token = mode
+        packed[mode] = model(pack_sequences(sequences))
+    for i, sequence in enumerate(sequences):
+        hidden = stock_hidden_states(stock, sequence)
+        pooled = {"special": hidden[sequence.reward_position], "last": hidden[-1], "mean": hidden.mean(dim=0)}
+        for mode, state in pooled.items():
+            torch.testing.assert_close(packed[mode][i : i + 1], model.rm_head(state), **TOLERANCE)
+    assert packed["special"].std() > 1e-3  # inputs must show in the outputs, or the comparison says nothing
 
 
 def trained_gradients(model, sequences, groups) -> dict[str, torch.Tensor]:
@@ -67,21 +67,32 @@ def assert_same_gradients(found, expected, *, bound: float) -> None:
         assert (found[name] - gradient).norm() <= bound * gradient.norm(), name  # of LoRA's A it is zero
 
 
-def test_bt_gradient_is_independent_of_micro_batch_size(model, sequences):
-    prepare_for_training(model, ModelArguments(gradient_checkpointing=False))
+@pytest.fixture
+def make_model(small_base, builder):
+    """Makes the same model again and again, prepared for training with the given settings."""
+
+    def make(*, dtype=torch.float32, autocast_dtype=None, **settings) -> RewardModel:
+        torch.manual_seed(1)
+        model = build_reward_model(str(small_base), builder.processor, reward_token="special", dtype=dtype)
+        return prepare_for_training(model, ModelArguments(**settings), autocast_dtype=autocast_dtype).train()
+
+    return make
+
+
+def test_gradients_depend_neither_on_micro_batches_nor_on_checkpointing(make_model, sequences):
+    model = make_model(gradient_checkpointing=False)
     together = trained_gradients(model, sequences, [[0, 1]])
-    separate = trained_gradients(model, sequences, [[0], [1]])
     assert {part_of(name) for name in together} == {"base", "merger", "vision", "token", "head"}
-    assert_same_gradients(together, separate, bound=1e-5)
+    assert_same_gradients(trained_gradients(model, sequences, [[0], [1]]), together, bound=1e-5)
+    recomputing = make_model(gradient_checkpointing=True)
+    assert_same_gradients(trained_gradients(recomputing, sequences, [[0, 1]]), together, bound=1e-5)
 
 
-def test_adapters_take_bf16_inputs_as_they_are_and_change_no_gradient(small_base, builder, sequences):
+def test_adapters_take_bf16_inputs_as_they_are_and_change_no_gradient(make_model, sequences):
     """Against PEFT's default, which brings inputs to fp32 before autocast brings them back."""
     runs = []
     for casts in (False, True):
-        torch.manual_seed(0)
-        model = build_reward_model(str(small_base), builder.processor, reward_token="special", dtype=torch.bfloat16)
-        prepare_for_training(model, ModelArguments(gradient_checkpointing=False), autocast_dtype=torch.bfloat16)
+        model = make_model(dtype=torch.bfloat16, autocast_dtype=torch.bfloat16, gradient_checkpointing=False)
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         assert layers
         assert not any(layer.cast_input_dtype_enabled for layer in layers)
@@ -92,95 +103,59 @@ def test_adapters_take_bf16_inputs_as_they_are_and_change_no_gradient(small_base
     assert_same_gradients(*runs, bound=0.0)
 
 
-def test_gradient_checkpointing_changes_no_gradient(small_base, builder, sequences):
-    results = []
-    for checkpointing in (False, True):
-        torch.manual_seed(1)
-        model = build_reward_model(str(small_base), builder.processor, reward_token="special", dtype=torch.float32)
-        prepare_for_training(model, ModelArguments(gradient_checkpointing=checkpointing)).train()
-        results.append(trained_gradients(model, sequences, [[0, 1]]))
-    assert_same_gradients(*results, bound=1e-5)
-
-
-def gradients_with_and_without_compiling(small_base, builder, run, **settings) -> list[dict[str, torch.Tensor]]:
-    """`run`: from a model to its gradients."""
+def compare_compiled(make_model, sequences, groups, **settings) -> None:
+    """Gradients must be the same with and without compiled layers."""
     results = []
     for is_compiled in (False, True):
-        torch.manual_seed(1)
-        model = build_reward_model(str(small_base), builder.processor, reward_token="special", dtype=torch.float32)
-        prepare_for_training(model, ModelArguments(**settings)).train()
+        model = make_model(**settings)
         if is_compiled:
             model.compile_layers()
-        results.append(run(model))
+        results.append(trained_gradients(model, sequences, groups))
     torch.compiler.reset()
-    return results
+    assert_same_gradients(*results, bound=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_change_no_gradient(small_base, builder, sequences, checkpointing):
-    results = gradients_with_and_without_compiling(
-        small_base, builder, partial(trained_gradients, sequences=sequences, groups=[[0, 1]]),
-        gradient_checkpointing=checkpointing,
-    )  # fmt: skip
-    assert_same_gradients(*results, bound=1e-5)
+def test_compiled_layers_change_no_gradient(make_model, sequences, checkpointing):
+    compare_compiled(make_model, sequences, [[0, 1]], gradient_checkpointing=checkpointing)
 
 
 @pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_layers_compile_once_around_flash_attention(monkeypatch, small_base, builder, sequences, checkpointing):
-    """As on a GPU, but for the kernels; in two passes of other lengths."""
+def test_layers_compile_once_around_flash_attention(monkeypatch, make_model, sequences, checkpointing):
+    """As on a GPU, but for the kernels; in two passes of different lengths."""
     monkeypatch.setattr(attention, "is_for_flash", lambda _: True)
     monkeypatch.setattr(attention, "choose_kernels", lambda _: PlainKernels)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    results = gradients_with_and_without_compiling(
-        small_base, builder, partial(trained_gradients, sequences=sequences, groups=[[1], [0]]),
-        gradient_checkpointing=checkpointing,
-    )  # fmt: skip
+    compare_compiled(make_model, sequences, [[1], [0]], gradient_checkpointing=checkpointing)
     assert counters["stats"]["unique_graphs"] == 2  # all text layers, all vision blocks
-    assert_same_gradients(*results, bound=1e-5)
-
-
-def test_one_row_of_the_embedding_is_trained_and_the_matrix_is_frozen(model):
-    prepare_for_training(model, ModelArguments())
-    trained = dict(model.trainable_parameters())
-    assert trained["reward_embedding"].shape == (model.rm_head.in_features,)
-    assert not any("embed_tokens" in name or "lm_head" in name for name in trained)
 
 
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
         ({}, {"base", "merger", "vision", "token", "head"}),
+        ({"lora_enable": False}, {"base", "merger", "vision", "token", "head"}),
         ({"freeze_llm": True}, {"merger", "vision", "token", "head"}),
-        ({"freeze_vision_tower": True}, {"base", "merger", "token", "head"}),
         ({"freeze_vision_tower": True, "tune_merger": False}, {"base", "token", "head"}),
         ({"freeze_vision_tower": True, "vision_lora": True}, {"base", "merger", "vision", "token", "head"}),
     ],
 )
-def test_flags_choose_what_is_trained(model, settings, parts):
-    prepare_for_training(model, ModelArguments(**settings))
-    assert {part_of(name) for name, _ in model.trainable_parameters()} == parts
-    assert all(parameter.dtype == torch.float32 for _, parameter in model.trainable_parameters())
+def test_flags_choose_what_is_trained(make_model, settings, parts):
+    model = make_model(**settings)
+    trained = dict(model.trainable_parameters())
+    assert {part_of(name) for name in trained} == parts
+    assert all(parameter.dtype == torch.float32 for parameter in trained.values())
+    assert trained["reward_embedding"].shape == (model.rm_head.in_features,)
+    assert not any("embed_tokens" in name or "lm_head" in name for name in trained)
+    uses_lora = settings.get("lora_enable", True) and not settings.get("freeze_llm")
+    adapted = {name.split(".lora_")[0] for name in trained if ".language_model.layers." in name and ".lora_" in name}
+    assert len(adapted) == (7 * len(model.text_layers) if uses_lora else 0)
 
 
-def test_lora_is_on_every_language_linear_but_the_head(model):
-    prepare_for_training(model, ModelArguments())
-    adapted = {name.split(".lora_")[0] for name, _ in model.trainable_parameters() if ".lora_" in name}
-    assert len(adapted) == 7 * model.qwen.config.text_config.num_hidden_layers
-    assert all(".language_model.layers." in name for name in adapted)
-
-
-def test_full_tuning_without_lora_leaves_the_embedding_frozen(model):
-    prepare_for_training(model, ModelArguments(lora_enable=False))
-    trained = [name for name, _ in model.trainable_parameters()]
-    assert any("language_model.layers.0.mlp" in name for name in trained)
-    assert not any("embed_tokens" in name or "lora_" in name for name in trained)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("spare_rows", [0, 8])
+@pytest.mark.parametrize(("tied", "spare_rows"), [(True, 0), (False, 8)])
 def test_reward_token_never_shrinks_the_embedding(tmp_path, tied, spare_rows):
     base = write_small_base(tmp_path, tied=tied, spare_rows=spare_rows)
     processor = AutoProcessor.from_pretrained(base)
@@ -197,5 +172,5 @@ def test_other_model_families_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="'llama' checkpoint; this project needs a Qwen3-VL one"):
         require_qwen3_vl(str(tmp_path))
-    with pytest.raises(ValueError, match="no model that transformers can load"):
+    with pytest.raises(ValueError, match="not a model that transformers can load"):
         require_qwen3_vl(str(tmp_path / "nothing"))

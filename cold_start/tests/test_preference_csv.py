@@ -12,7 +12,19 @@ from scored_sequence import judge_problem
 from stage1_support import COT, SMALL_BUDGET, write_pairs_csv
 
 NEEDS = CsvNeeds()
-MISTAKEN_SCORES = ["good", "nan", "inf", "0", "99"]
+
+
+@pytest.fixture
+def edit(pairs_csv):
+    """Sets cells of `pairs_csv`: `edit({(row, column): text})`, rows counted from 1."""
+
+    def set_cells(cells: dict[tuple[int, str], str]) -> None:
+        table = pd.read_csv(pairs_csv, dtype=str)
+        for (row, column), text in cells.items():
+            table.loc[row - 1, column] = text
+        table.to_csv(pairs_csv, index=False)
+
+    return set_cells
 
 
 def test_sound_rows_are_read_as_written(pairs_csv, clips):
@@ -28,21 +40,13 @@ def test_paths_are_relative_to_the_csv(tmp_path, clips):
     videos = repr([f"videos/{clips[0].name}", f"videos/{clips[1].name}"])
     path = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A"], videos=[videos])
     headers, problems = scan_videos(read_pairs(path, NEEDS), SMALL_BUDGET)
-    assert problems == []
-    assert len(headers) == 2
+    assert (len(headers), problems) == (2, [])
 
 
-def test_prompt_alone_gets_the_judge_prompt(pairs_csv):
-    table = pd.read_csv(pairs_csv).drop(columns="problem")
-    table.to_csv(pairs_csv, index=False)
-    assert read_pairs(pairs_csv, NEEDS)[0].problem == judge_problem("a red circle number 0")
-
-
-def test_row_without_problem_and_prompt_is_a_fault(pairs_csv):
-    table = pd.read_csv(pairs_csv, dtype=str)
-    table.loc[1, "problem"] = ""
-    table.loc[2, ["problem", "prompt"]] = " "
-    table.to_csv(pairs_csv, index=False)
+def test_prompt_alone_gets_the_judge_prompt_and_one_of_both_is_needed(pairs_csv, edit):
+    edit({(2, "problem"): ""})
+    assert read_pairs(pairs_csv, NEEDS)[1].problem == judge_problem("a red circle number 1")
+    edit({(3, "problem"): " ", (3, "prompt"): " "})
     with pytest.raises(CsvError, match=r"1 fault.*\n  row 3 .*: problem is empty; write the instruction of the judge"):
         read_pairs(pairs_csv, NEEDS)
 
@@ -50,9 +54,8 @@ def test_row_without_problem_and_prompt_is_a_fault(pairs_csv):
 @pytest.mark.parametrize("column", ["videos", "CoT_A", "GSB"])
 def test_missing_column_is_named_with_those_present(pairs_csv, column):
     pd.read_csv(pairs_csv).drop(columns=column).to_csv(pairs_csv, index=False)
-    with pytest.raises(CsvError, match=f"column {column} is missing; .*the file has") as caught:
+    with pytest.raises(CsvError, match=f"pairs.csv.*\n.*column {column} is missing; .*the file has"):
         read_pairs(pairs_csv, NEEDS)
-    assert str(pairs_csv) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -61,14 +64,12 @@ def test_missing_column_is_named_with_those_present(pairs_csv, column):
         ("GSB", "C", r"GSB: 'C' is not a label. Write A, B, same or invalid"),
         ("videos", "['a.mp4']", "videos is .*; write a list of two paths"),
         ("CoT_A", " ", "a CoT is empty; fill CoT_A and CoT_B, or mask every CoT"),
-        *(("MOS_B_GSB", text, f"MOS_B_GSB is '{text}'; write a number from 1 to 5") for text in MISTAKEN_SCORES),
+        *(("MOS_B_GSB", text, f"MOS_B_GSB is '{text}'; write a number from 1 to 5") for text in ("good", "nan", "0")),
         ("durations", "[-1.0, 2.0]", "durations is .*; write two durations in seconds"),
     ],
 )
-def test_bad_cell_is_named_with_row_and_remedy(pairs_csv, column, value, message):
-    table = pd.read_csv(pairs_csv, dtype=str).assign(durations="")
-    table.loc[1, column] = value
-    table.to_csv(pairs_csv, index=False)
+def test_bad_cell_is_named_with_row_and_remedy(pairs_csv, edit, column, value, message):
+    edit({(2, column): value})
     with pytest.raises(CsvError, match=r"row 2 \(line \d+\): " + message):
         read_pairs(pairs_csv, NEEDS)
 
@@ -79,10 +80,8 @@ def test_labels_are_read_in_the_words_of_both_stages(tmp_path, clips):
     assert [pair.label for pair in pairs] == ["A", "B", "same", "same", "invalid"]
 
 
-def test_scores_are_required_only_by_losses_that_use_them(pairs_csv):
-    table = pd.read_csv(pairs_csv, dtype=str)
-    table.loc[0, "MOS_A_GSB"] = ""
-    table.to_csv(pairs_csv, index=False)
+def test_scores_are_required_only_by_losses_that_use_them(pairs_csv, edit):
+    edit({(1, "MOS_A_GSB"): ""})
     assert len(read_pairs(pairs_csv, NEEDS)) == 6
     with pytest.raises(CsvError, match=r"row 1 \(line 2\): MOS_A_GSB is empty; this loss needs a score"):
         read_pairs(pairs_csv, CsvNeeds(scores=True))
@@ -92,12 +91,8 @@ def test_scores_that_contradict_the_label_are_faults_for_losses_that_need_them_t
     scores = {"MOS_A_GSB": [4, 2, 3, 2, 1], "MOS_B_GSB": [2, 2, 1, 4, 5]}
     path = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B", "B", "same", "invalid"], **scores)
     assert len(read_pairs(path, CsvNeeds(scores=True))) == 5
-    with pytest.raises(CsvError) as caught:
+    with pytest.raises(CsvError, match=r"1 fault.*\n  row 3 .*GSB is 'B' and its scores 3 and 1 say the opposite"):
         read_pairs(path, CsvNeeds(scores=True, agreeing_scores=True))
-    (problem,) = caught.value.problems
-    assert problem.startswith("row 3 (line ")
-    assert "GSB is 'B' and its scores 3 and 1 say the opposite" in problem
-    assert "correct them, remove the row or choose another loss" in problem
 
 
 @pytest.fixture
@@ -106,52 +101,38 @@ def broken_csv(tmp_path, clips):
     content = clips[0].read_bytes()
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "truncated.mp4").write_bytes(content[: len(content) // 2])
-    bad = ["none.mp4", "empty.mp4", "truncated.mp4", str(clips[1])]
-    videos = [repr([str(clips[0]), video]) for video in bad]
+    videos = [repr([str(clips[0]), name]) for name in ("none.mp4", "empty.mp4", "truncated.mp4", str(clips[1]))]
     durations = ["", "", "", "[1.0, 60.0]"]
     return write_pairs_csv(tmp_path / "broken.csv", clips, labels=["A"] * 4, videos=videos, durations=durations)
 
 
-def test_every_bad_video_is_listed_with_its_row(broken_csv):
+def test_every_bad_video_is_listed_with_its_row(broken_csv, pairs_csv):
     _, problems = scan_videos(read_pairs(broken_csv, NEEDS), SMALL_BUDGET)
-    assert [problem.split(":")[0] for problem in problems] == ["row 1", "row 2", "row 3", "row 4"]
-    for problem, reason in zip(
-        problems, ["not found", "0 bytes", "does not decode", "shorter than stated"], strict=True
-    ):
+    reasons = ["not found", "0 bytes", "does not decode", "shorter than stated"]
+    for row, (problem, reason) in enumerate(zip(problems, reasons, strict=True), start=1):
+        assert problem.startswith(f"row {row}: ")
         assert reason in problem
-
-
-def test_too_short_videos_are_listed(pairs_csv):
     strict = SMALL_BUDGET.replace(min_frames=500, max_frames=600)
     _, problems = scan_videos(read_pairs(pairs_csv, NEEDS), strict)
     assert len(problems) == 12
     assert "at least 500 are needed" in problems[0]
 
 
-def test_reserved_tokens_and_long_sequences_are_listed(pairs_csv, builder):
-    table = pd.read_csv(pairs_csv, dtype=str)
-    table.loc[2, "CoT_B"] = "it is <Reward> five"
-    table.loc[3, "CoT_A"] = "word " * 3000
-    table.to_csv(pairs_csv, index=False)
+def test_reserved_tokens_and_long_sequences_are_listed(pairs_csv, edit, builder):
+    special = {(1, "problem"): "a <video> and <|im_start|>user", (2, "CoT_A"): "so <|endoftext|>"}
+    edit({**special, (3, "CoT_B"): "it is <Reward> five", (4, "CoT_A"): "word " * 3000})
     pairs = read_pairs(pairs_csv, NEEDS)
     headers, _ = scan_videos(pairs, SMALL_BUDGET)
     problems = scan_sequences(pairs, headers, builder, SMALL_BUDGET, max_length=2000)
-    assert len(problems) == 2
-    assert problems[0] == "row 3, video B: CoT contains the reserved token '<Reward>'; remove it"
-    assert problems[1].startswith("row 4, video A: ")
-    assert "over --max_length 2000; raise --max_length" in problems[1]
-
-
-@pytest.mark.parametrize("token", ["<|im_start|>", "<|vision_end|>", "<|endoftext|>", "<|im_end|>"])
-@pytest.mark.parametrize(("column", "place"), [("problem", "problem"), ("CoT_A", "CoT")])
-def test_special_tokens_in_texts_are_listed(pairs_csv, builder, token, column, place):
-    table = pd.read_csv(pairs_csv, dtype=str)
-    table.loc[2, column] += f" and {token}user"
-    table.to_csv(pairs_csv, index=False)
-    pairs = read_pairs(pairs_csv, NEEDS)
-    problems = scan_sequences(pairs, scan_videos(pairs, SMALL_BUDGET)[0], builder, SMALL_BUDGET, max_length=8192)
-    assert problems[0] == f"row 3, video A: {place} contains the reserved token {token!r}; remove it"
-    assert {problem.split(",")[0] for problem in problems} == {"row 3"}
+    assert problems[:4] == [
+        "row 1, video A: problem contains the reserved token '<|im_start|>'; remove it",
+        "row 1, video B: problem contains the reserved token '<|im_start|>'; remove it",
+        "row 2, video A: CoT contains the reserved token '<|endoftext|>'; remove it",
+        "row 3, video B: CoT contains the reserved token '<Reward>'; remove it",
+    ]
+    assert problems[4].startswith("row 4, video A: ")
+    assert "over --max_length 2000; raise --max_length" in problems[4]
+    assert len(problems) == 5
 
 
 def run_check(monkeypatch, *arguments) -> int:
@@ -161,8 +142,7 @@ def run_check(monkeypatch, *arguments) -> int:
 
 def test_command_lists_all_kinds_of_faults_at_once(broken_csv, small_base, monkeypatch, capsys):
     table = pd.read_csv(broken_csv, dtype=str)
-    table = pd.concat([table, table.iloc[[0]].assign(GSB="left")])
-    table.to_csv(broken_csv, index=False)
+    pd.concat([table, table.iloc[[0]].assign(GSB="left")]).to_csv(broken_csv, index=False)
     assert run_check(monkeypatch, broken_csv, "--decode", "--model", small_base) == 1
     message = capsys.readouterr().err
     for part in ("5 fault(s)", "row 5 (line ", "row 3: video does not decode"):
@@ -172,13 +152,10 @@ def test_command_lists_all_kinds_of_faults_at_once(broken_csv, small_base, monke
 def test_command_counts_the_format_prompt_that_the_model_was_made_for(
     pairs_csv, small_base, tmp_path, monkeypatch, capsys
 ):
+    assert run_check(monkeypatch, pairs_csv, "--decode", "--model", small_base, "--needs_scores") == 0
+    assert "6 pairs (2 A, 2 B, 1 invalid, 1 same), 6 videos, no fault" in capsys.readouterr().out
     model = tmp_path / "model"
     shutil.copytree(small_base, model)
     RewardConfig(base_model=None, video=SMALL_BUDGET, format_prompt="{{ content }} <Reward>").save(model)
     assert run_check(monkeypatch, pairs_csv, "--model", model) == 1
     assert "problem contains the reserved token '<Reward>'" in capsys.readouterr().err
-
-
-def test_command_passes_a_sound_file(pairs_csv, small_base, monkeypatch, capsys):
-    assert run_check(monkeypatch, pairs_csv, "--decode", "--model", small_base, "--needs_scores") == 0
-    assert "6 pairs (2 A, 2 B, 1 invalid, 1 same), 6 videos, no fault" in capsys.readouterr().out

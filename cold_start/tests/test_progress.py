@@ -1,4 +1,4 @@
-"""Progress in a log file, which is no terminal: a line now and then."""
+"""Progress in a log file, which is not a terminal: a line now and then."""
 
 import subprocess
 import sys

@@ -11,16 +11,12 @@ from vision_process import VideoBudget, VideoError, load_video, num_sampled_fram
 
 def test_sequence_is_prompt_cot_reward_eos(builder, clips):
     prompt = builder.encode_prompt(judge_problem("a red circle"), load_video(clips[0], SMALL_BUDGET))
-    cot_ids = builder.encode_cot("it moves left")
-    ids = builder.build(prompt, cot_ids).input_ids.tolist()
-    assert ids == [*prompt.input_ids.tolist(), *cot_ids, builder.reward_token_id, builder.tokenizer.eos_token_id]
-
-
-def test_masked_cot_puts_the_reward_token_right_after_the_generation_prompt(builder, clips):
-    prompt = builder.encode_prompt(judge_problem("a red circle"), load_video(clips[0], SMALL_BUDGET))
-    sequence = builder.build(prompt)
-    assert sequence.reward_position == prompt.input_ids.numel()
     assert builder.tokenizer.decode(prompt.input_ids).endswith("<|im_start|>assistant\n")
+    closing = [builder.reward_token_id, builder.tokenizer.eos_token_id]
+    for cot_ids in (builder.encode_cot("it moves left"), []):  # no CoT: it is masked
+        sequence = builder.build(prompt, cot_ids)
+        assert sequence.input_ids.tolist() == [*prompt.input_ids.tolist(), *cot_ids, *closing]
+        assert sequence.reward_position == prompt.input_ids.numel() + len(cot_ids)
 
 
 @pytest.mark.parametrize(
@@ -28,32 +24,25 @@ def test_masked_cot_puts_the_reward_token_right_after_the_generation_prompt(buil
     [("look: <video> done?", "look: ", " done?"), ("no placeholder", "", "no placeholder")],
 )
 def test_problem_is_split_at_the_video_and_a_missing_one_comes_first(builder, problem, before, after):
-    text = builder.render(problem)
-    user = text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+    user = builder.render(problem).split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
     assert user == f"{before}<|vision_start|><|video_pad|><|vision_end|>{after}"
 
 
-def test_format_prompt_wraps_the_problem(builder):
+def test_format_prompt_wraps_the_problem_or_is_an_error(builder):
     wrapped = SequenceBuilder(builder.processor, format_prompt="{{ content | trim }} Think well.")
     assert "what is it? Think well.<|im_end|>" in wrapped.render("<video> what is it? ")
+    for template in ("{{ contents }}", "{% if %}"):
+        with pytest.raises(ValueError, match="does not render"):
+            SequenceBuilder(builder.processor, format_prompt=template)
 
 
-@pytest.mark.parametrize("template", ["{{ contents }}", "{% if %}"])
-def test_format_prompt_that_does_not_render_is_an_error(builder, template):
-    with pytest.raises(ValueError, match="does not render"):
-        SequenceBuilder(builder.processor, format_prompt=template)
-
-
-@pytest.mark.parametrize("text", ["two <video> and <video>", f"a literal {REWARD_TOKEN}", "a <|video_pad|>"])
-def test_problem_with_reserved_text_is_an_error(builder, text):
-    with pytest.raises(ValueError, match="contains"):
-        builder.render(text)
-
-
-@pytest.mark.parametrize("text", [f"so {REWARD_TOKEN} it is", "the end<|im_end|>", "<|vision_start|>"])
-def test_cot_with_a_reserved_token_is_an_error(builder, text):
-    with pytest.raises(ValueError, match="CoT contains the reserved token"):
-        builder.encode_cot(text)
+def test_reserved_texts_are_errors(builder):
+    for text in ("two <video> and <video>", f"a literal {REWARD_TOKEN}", "a <|video_pad|>"):
+        with pytest.raises(ValueError, match="problem contains"):
+            builder.render(text)
+    for text in (f"so {REWARD_TOKEN} it is", "the end<|im_end|>", "<|vision_start|>"):
+        with pytest.raises(ValueError, match="CoT contains the reserved token"):
+            builder.encode_cot(text)
 
 
 def test_positions_equal_those_of_transformers(small_base, sequences):
@@ -77,47 +66,23 @@ def test_packing_keeps_every_sequence(sequences):
     assert packed.pixel_values.shape[0] == packed.video_grid_thw.prod(dim=1).sum()
 
 
-def test_prompt_length_is_known_without_decoding(builder, clips):
+def test_frames_follow_the_budget_and_lengths_are_known_without_decoding(builder, clips):
     problem = judge_problem("a blue star that moves left")
-    for clip in clips:
-        expected = builder.encode_prompt(problem, load_video(clip, SMALL_BUDGET)).input_ids.numel()
-        assert builder.count_prompt_tokens(problem, probe_video(clip), SMALL_BUDGET) == expected
-
-
-def test_frames_follow_the_budget(clips):
     for clip in clips:
         header, video = probe_video(clip), load_video(clip, SMALL_BUDGET)
         num_frames, _, height, width = video.frames.shape
         assert video.frames.dtype == torch.uint8
         assert num_frames == num_sampled_frames(header, SMALL_BUDGET) >= SMALL_BUDGET.min_frames
-        assert num_frames % 2 == 0
-        assert height % 32 == 0
-        assert width % 32 == 0
+        assert (num_frames % 2, height % 32, width % 32) == (0, 0, 0)
         assert height * width <= SMALL_BUDGET.max_pixels
-        assert video.frame_indices[0] == 0
-        assert video.frame_indices[-1] == video.total_frames - 1
+        assert (video.frame_indices[0], video.frame_indices[-1]) == (0, video.total_frames - 1)
+        length = builder.encode_prompt(problem, video).input_ids.numel()
+        assert builder.count_prompt_tokens(problem, header, SMALL_BUDGET) == length
 
 
-def test_unusable_videos_are_named_errors(tmp_path, clips):
-    empty, truncated = tmp_path / "empty.mp4", tmp_path / "truncated.mp4"
-    empty.touch()
-    content = clips[0].read_bytes()
-    truncated.write_bytes(content[: len(content) // 2])
-    cases = {empty: "0 bytes", truncated: "does not decode", tmp_path / "none.mp4": "not found"}
-    for path, reason in cases.items():
-        for read in (lambda path: load_video(path, SMALL_BUDGET), probe_video):
-            with pytest.raises(VideoError, match=reason) as caught:
-                read(path)
-            assert str(path) in str(caught.value)
-
-
-def test_video_with_too_few_frames_is_an_error(clips):
-    strict = VideoBudget(min_frames=500, max_frames=600)
+def test_too_few_frames_and_impossible_budgets_are_errors(clips):
     with pytest.raises(VideoError, match="at least 500 are needed"):
-        load_video(clips[0], strict)
-
-
-def test_budget_rejects_impossible_values():
+        load_video(clips[0], VideoBudget(min_frames=500, max_frames=600))
     with pytest.raises(ValueError, match="fps must be positive"):
         VideoBudget(fps=0)
     with pytest.raises(ValueError, match="min_pixels"):
@@ -127,10 +92,10 @@ def test_budget_rejects_impossible_values():
 @pytest.mark.skipif(not REAL_VIDEOS.is_dir(), reason=f"no real clips at {REAL_VIDEOS}")
 def test_real_clips_fit_the_default_budget(builder):
     budget = VideoBudget()
-    for name, source_fps, num_frames in (("example_1_A.mp4", 24.0, 10), ("example_1_B.mp4", 30.0, 10)):
+    for name, source_fps in (("example_1_A.mp4", 24.0), ("example_1_B.mp4", 30.0)):
         video = load_video(REAL_VIDEOS / name, budget)
         assert video.source_fps == pytest.approx(source_fps)
-        assert video.frames.shape[0] == num_frames
+        assert video.frames.shape[0] == 10
         assert video.frames.shape[-1] * video.frames.shape[-2] <= budget.max_pixels
         length = builder.count_prompt_tokens("what is it?", probe_video(REAL_VIDEOS / name), budget)
         assert length == builder.encode_prompt("what is it?", video).input_ids.numel()

@@ -1,4 +1,4 @@
-"""CSV files of people: read strictly, with every fault named by file and row."""
+"""CSV files written by people: read strictly, with every fault named by file and row."""
 
 import ast
 import csv
@@ -25,9 +25,14 @@ class CsvError(ValueError):
 
     def __init__(self, path: str | os.PathLike, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        more = len(problems) - NUM_PROBLEMS_SHOWN
-        lines = [f"{path}: {len(problems)} fault(s)", *(f"  {line}" for line in problems[:NUM_PROBLEMS_SHOWN])]
-        super().__init__("\n".join(lines + ([f"  ... and {more} more"] if more > 0 else [])))
+        super().__init__(f"{path}: {len(problems)} fault(s)\n{list_problems(problems)}")
+
+
+def list_problems(problems: Sequence[str]) -> str:
+    """One indented line per problem, the first `NUM_PROBLEMS_SHOWN` of them."""
+    lines = [f"  {problem}" for problem in problems[:NUM_PROBLEMS_SHOWN]]
+    more = len(problems) - len(lines)
+    return "\n".join([*lines, f"  ... and {more} more"] if more else lines)
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class CsvRow:
 class CsvTable:
     """A UTF-8 CSV with a header line. Raises CsvError when the file cannot be used as one.
 
-    `columns`: the names of the header line. `problems`: faults of the rows read so far.
+    `columns`: the names in the header line. `problems`: faults of the rows read so far.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -58,28 +63,26 @@ class CsvTable:
             raise CsvError(path, ["the file is empty; begin with a line that names the columns"])
         twice = sorted({name for name in self.columns if self.columns.count(name) > 1})
         if twice:
-            raise CsvError(
-                path, [f"column(s) {', '.join(twice)} stand twice in the header line; rename or remove one"]
-            )
+            names = ", ".join(twice)
+            raise CsvError(path, [f"column(s) {names} appear twice in the header line; rename or remove one"])
 
     def require(self, columns: Iterable[str], *, remedy: str = "add it, or rename another") -> None:
-        """Raise CsvError unless all of these are there."""
+        """Raise CsvError unless all of these columns are there."""
         has = shorten(", ".join(self.columns), 400)
-        missing = [
-            f"column {name} is missing; {remedy}; the file has {has}" for name in columns if name not in self.columns
-        ]
+        missing = [name for name in columns if name not in self.columns]
         if missing:
-            raise CsvError(self.path, missing)
+            raise CsvError(self.path, [f"column {name} is missing; {remedy}; the file has {has}" for name in missing])
 
     def rows(self) -> Iterator[CsvRow]:
-        """Rows as wide as the header line; the others are noted in `problems`. Blank lines are passed over."""
+        """Rows as wide as the header line; others are added to `problems`. Blank lines are skipped."""
         number = 0
         for line, cells in self._read(skip=1):
             number += 1
+            row = CsvRow(number, line, dict(zip(self.columns, cells, strict=False)))
             if len(cells) == len(self.columns):
-                yield CsvRow(number, line, dict(zip(self.columns, cells, strict=True)))
+                yield row
             else:
-                self.problems.append(f"row {number} (line {line}): {RAGGED.format(len(cells), len(self.columns))}")
+                self.problems.append(f"{row.name}: {RAGGED.format(len(cells), len(self.columns))}")
         if not number:
             self.problems.append("there are no rows; add at least one")
 
@@ -122,7 +125,7 @@ class CsvTable:
 
 
 def row_of(problem: str) -> int:
-    """The row that a fault names, 0 for the whole file: for putting faults in order."""
+    """The row that a fault names, 0 for the whole file; the key for sorting faults."""
     match = re.match(r"row (\d+)", problem)
     return int(match[1]) if match else 0
 
@@ -153,12 +156,12 @@ def parse_two_seconds(text: str, column: str) -> tuple[float, float]:
     """Two durations from a list literal such as [2.0, 2.5]. Raises ValueError."""
     message = f"{column} is {shorten(text)!r}; write two durations in seconds, such as [2.0, 2.5], or leave it empty"
     try:
-        first, second = (float(value) for value in _parse_two(text, message))
+        seconds = tuple(float(value) for value in _parse_two(text, message))
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(message) from error
-    if not (0 <= first < math.inf and 0 <= second < math.inf):
+    if not all(0 <= value < math.inf for value in seconds):
         raise ValueError(message)
-    return first, second
+    return seconds
 
 
 def _parse_two(text: str, message: str) -> tuple:

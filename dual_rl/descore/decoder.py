@@ -1,9 +1,9 @@
 """Decodes videos in processes of their own, so that a damaged or hostile file can only end its own decoder.
 
-decord ends its process when a container announces frames that no memory holds, and with several threads it gives other
-frames of a damaged clip each time. A decoder process has one thread, `MEMORY_BYTES` of address space and `SECONDS` for
-each answer. Whatever ends it is an error of the video that it was working on; the next video gets a new one. Each
-thread that decodes has a process to itself, so that callers choose how many run at a time.
+decord ends its process when a container announces more frames than memory holds, and with several threads it returns
+different frames of a damaged clip each time. A decoder process has one thread, `MEMORY_BYTES` of address space and
+`SECONDS` per answer. Whatever ends it is an error of the video that it was decoding; the next video gets a new
+process. Each thread that decodes has a process of its own, so that callers choose how many run at a time.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ MEMORY_BYTES = 4 << 30
 MAX_FRAME_PIXELS = 7680 * 4320
 SECONDS = 120
 BLOCK_BYTES = 64 << 20
-"""Frames go to the caller in blocks of about this size, so that memory does not grow with their number."""
+"""Frames are returned in blocks of about this size, so that memory does not grow with their number."""
 CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -33,7 +33,7 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True)
 class VideoHeader:
-    """What a clip's container and first frame tell: size in pixels, number of frames, frames per second."""
+    """From a clip's container and first frame: size in pixels, number of frames, frames per second."""
 
     width: int
     height: int
@@ -99,7 +99,7 @@ class _Decoder:
 
     def ask(self, request: str | list[int], path: str) -> tuple | bytes:
         """The answer to a request about the video `path`. Raises VideoError."""
-        self.is_ready = False  # an answer that nobody waits for any more must not be taken for the next one's
+        self.is_ready = False  # an answer that nobody waits for any more must not be mistaken for the next one
         try:
             self._connection.send(request)
             is_error, answer = self._connection.recv()
@@ -125,11 +125,11 @@ def _describe_death(status: int, path: str) -> str:
 
 
 def existing_file(path: str | os.PathLike) -> str:
-    """The path as text. Raises VideoError unless it names a file that holds something."""
+    """The path as text. Raises VideoError unless it names a file that is not empty."""
     path = os.fspath(path)
     try:
         size = os.path.getsize(path) if os.path.isfile(path) else None
-    except OSError:  # it went away between the two questions
+    except OSError:  # removed between the two calls
         size = None
     if size is None:
         raise VideoError(f"video not found: {path}")
@@ -139,7 +139,7 @@ def existing_file(path: str | os.PathLike) -> str:
 
 
 def _serve(connection: Connection) -> None:
-    """The decoder process: a path opens a video and is answered with its header, a list of indices with frames."""
+    """The decoder process: answers a path with the video's header, and a list of indices with its frames."""
     import decord
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -148,10 +148,10 @@ def _serve(connection: Connection) -> None:
         decord.DECORDError,
         RuntimeError,  # decord, where it cannot open a file
         AssertionError,  # decord, on a video without frames
-        StopIteration,  # decord, where a frame is missing that the file announces
+        StopIteration,  # decord, where a frame that the file announces is missing
         IndexError,
         ArithmeticError,  # a frame rate of zero
-        OSError,  # the file went away, or may not be read
+        OSError,  # the file was removed or is not readable
         MemoryError,
     )
     reader = None
@@ -183,11 +183,11 @@ def _read_header(reader) -> tuple[int, int, int, float]:
 
 
 def _describe(error: Exception) -> str:
-    text = re.sub(r"^\[[^]]*\] \S+: ", "", str(error).strip())  # decord's time and place in its source
+    text = re.sub(r"^\[[^]]*\] \S+: ", "", str(error).strip())  # decord's time stamp and source line
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; whoever asks decides when to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the caller decides when to end
     with contextlib.suppress(EOFError, ConnectionError):
         _serve(Connection(int(sys.argv[1])))

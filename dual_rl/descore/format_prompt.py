@@ -1,7 +1,7 @@
-"""The format prompt: the Jinja template that wraps a problem before it is put to the judge.
+"""The format prompt: the Jinja template that wraps a problem for the judge.
 
-It comes with a checkpoint (`reward_config.json`) or from a file, which may be someone else's. So it is rendered in
-Jinja's sandbox: a template can neither run code nor reach beyond its variable `content`.
+It comes from a checkpoint (`reward_config.json`) or a file, which may be untrusted. So it is rendered in Jinja's
+sandbox: a template can neither run code nor reach beyond its variable `content`.
 """
 
 import jinja2
@@ -21,7 +21,7 @@ FAILURES = (
 
 
 class FormatPrompt:
-    """A template that renders. `text`: the template. `source`: the file or setting it comes from, for messages.
+    """A template that renders. `text`: the template. `source`: its file or setting, for messages.
 
     Raises ValueError when `text` is not a template, or reaches for what the sandbox forbids.
     """

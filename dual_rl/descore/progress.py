@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, elsewhere a line now and then, so that log files stay readable."""
+"""Progress of long work: a bar on a terminal; elsewhere a line every 30 s, so that log files stay readable."""
 
 import sys
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class _Lines:
-    """Takes what tqdm writes to a terminal and passes it on as lines."""
+    """A file for tqdm that writes its bars as lines."""
 
     def write(self, text: str) -> None:
         if line := text.strip():
@@ -22,7 +22,7 @@ class _Lines:
 def progress(
     items: Iterable | None = None, *, total: int | None = None, description: str, unit: str = "it", **options: object
 ) -> tqdm:
-    """A tqdm bar over `items`, or to be updated by hand; `options` are tqdm's. It shows the time that is left."""
+    """A tqdm bar over `items`, or one to update by hand; `options` are tqdm's."""
     if not sys.stderr.isatty():
         options |= {"file": _Lines(), "ascii": True, "ncols": 100, "miniters": 1}
         options |= {"mininterval": SECONDS_BETWEEN_LINES, "delay": SECONDS_BETWEEN_LINES}

@@ -9,15 +9,15 @@ from pathlib import Path
 
 LOCK_FILE = ".lock"
 SECONDS_TO_WAIT = 3
-"""A run that was killed may take so long to end."""
+"""A killed run may take this long to end."""
 
 logger = logging.getLogger(__name__)
 
 
 def lock_folder(folder: str | os.PathLike) -> int | None:
-    """Hold a folder, which is made if need be, until this process ends; returns the descriptor that holds it.
+    """Lock a folder, made if need be, until this process ends; returns the descriptor that holds the lock.
 
-    None where the file system knows no locks, with a warning. Raises ValueError that names the process that holds it.
+    None, with a warning, where the file system has no locks. Raises ValueError that names the process that holds it.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     descriptor = os.open(Path(folder) / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
@@ -34,7 +34,7 @@ def lock_folder(folder: str | os.PathLike) -> int | None:
             raise ValueError(
                 f"{folder} is in use by {holder}; wait for it to end, or choose another folder"
             ) from error
-        except OSError as error:  # some network file systems know no locks
+        except OSError as error:  # some network file systems have no locks
             logger.warning("%s cannot be locked (%s): start no second run in it", folder, error)
             os.close(descriptor)
             return None

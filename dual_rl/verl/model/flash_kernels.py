@@ -1,7 +1,7 @@
 """Variable-length flash attention on CUDA, forward and backward, with its log-sum-exp.
 
-FlashAttention-2 comes with torch. FlashAttention-4 (the package flash-attn-4) is used where it is installed and was
-seen to be right: on Hopper, for heads of 64 or 128. For heads of 72 (the vision tower's) its 4.0.0b36 returns wrong
+FlashAttention-2 comes with torch. FlashAttention-4 (the package flash-attn-4) is used where it is installed and known
+to be correct: on Hopper, for heads of 64 or 128. For heads of 72 (the vision tower's) its 4.0.0b36 returns wrong
 gradients of the queries.
 
 Both share their arguments: query [Tq, heads, dim], key and value [Tk, kv_heads, dim]; `bounds`, int32, where each
@@ -71,13 +71,13 @@ def _name_rows(bounds, longest) -> dict[str, object]:
 
 
 def choose_kernels(query: torch.Tensor) -> type[FlashAttention2] | type[FlashAttention4]:
-    """The fastest that are right for `query` [..., dim]."""
+    """The fastest kernels that are correct for `query` [..., dim]."""
     is_supported = query.shape[-1] in FLASH4_DIMS and has_flash4(query.device)
     return FlashAttention4 if is_supported else FlashAttention2
 
 
 @cache
 def has_flash4(device: torch.device) -> bool:
-    """Whether FlashAttention-4 is installed and `device` is a card that it is used on."""
+    """Whether FlashAttention-4 is installed and `device` is a Hopper GPU."""
     is_hopper = torch.cuda.get_device_capability(device)[0] == FLASH4_CAPABILITY
     return is_hopper and find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None

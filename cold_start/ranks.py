@@ -1,0 +1,106 @@
+"""The ranks of a run: what they tell each other, and how they end. Without a process group there is rank 0 alone."""
+
+import itertools
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+SECONDS_FOR_ERRORS = 10.0
+"""How long an error waits for the other ranks, which may have raised the same one."""
+SECONDS_BETWEEN_LOOKS = 0.2
+LAUNCHER_NAMES = ("deepspeed.launcher", "deepspeed/launcher", "bin/deepspeed")
+_exchanges = itertools.count()
+
+
+def init_distributed() -> None:
+    """Join the process group. Keeps DeepSpeed from compiling an all-reduce for CPUs that only its inference uses."""
+    if get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
+    deepspeed.init_distributed(verbose=False)
+
+
+def get_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def exchange(value: str) -> list[str]:
+    """The values of all ranks, in order of rank, on every rank.
+
+    Ranks may arrive hours apart: they poll the process group's store, because a collective would time out.
+    """
+    if not dist.is_initialized():
+        return [value]
+    store, number = dist.distributed_c10d._get_default_store(), next(_exchanges)
+    keys = [f"exchange {number} {rank}" for rank in range(get_world_size())]
+    store.set(keys[get_rank()], value)
+    while not store.check(keys):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return [store.get(key).decode() for key in keys]
+
+
+def run_on_main_process(work: Callable[[], None]) -> None:
+    """Run `work`, however long it takes, on rank 0 while the others wait. Its ValueError is raised on every rank."""
+    message = ""
+    if get_rank() == 0:
+        try:
+            work()
+        except ValueError as error:
+            message = str(error)
+    message = exchange(message)[0]
+    if message:
+        raise ValueError(message)
+
+
+def report_error(error: Exception, *, seconds: float = SECONDS_FOR_ERRORS) -> None:
+    """Write an error to stderr, with its rank unless that is 0; an error that several ranks raise is written once.
+
+    Ranks without an error are in a collective of their own, so that this waits for nobody longer than `seconds`.
+    """
+    rank, message, wait = get_rank(), str(error), timedelta(seconds=seconds)
+    if rank == 0:
+        sys.stderr.write(f"error: {message}\n")
+    if get_world_size() == 1:
+        return
+    store, shown = dist.distributed_c10d._get_default_store(), None
+    try:
+        if rank == 0:  # its end closes the store
+            store.set("error", message)
+            store.wait([f"error read by {other}" for other in range(1, get_world_size())], wait)
+        else:
+            store.wait(["error"], wait)
+            shown = store.get("error").decode()
+            store.set(f"error read by {rank}", "")
+    except dist.DistError:  # the other ranks have no error, or are gone
+        pass
+    if rank != 0 and shown != message:
+        sys.stderr.write(f"error on rank {rank}: {message}\n")
+
+
+def end_with_launcher() -> None:
+    """End this process when a DeepSpeed launcher above it dies, which can then no longer end its ranks."""
+    launchers = []
+    pid = os.getppid()
+    while any(name in Path(f"/proc/{pid}/cmdline").read_text() for name in LAUNCHER_NAMES):
+        launchers.append(os.pidfd_open(pid))
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+    def watch() -> None:
+        select.select(launchers, [], [])
+        os._exit(1)
+
+    if launchers:
+        threading.Thread(target=watch, name="end_with_launcher", daemon=True).start()

@@ -1,0 +1,73 @@
+"""What is settled before a model is loaded: where a run resumes, and what it takes over from its base."""
+
+from pathlib import Path
+
+import pytest
+
+from arguments import DataArguments, ModelArguments, TrainingArguments
+from checkpoint import STATE_FILE, RewardConfig
+from preflight import build_config, load_checked_data
+from run_folder import find_resume, list_checkpoints
+from scored_sequence import DEFAULT_FORMAT_PROMPT
+from stage1_support import SMALL_BUDGET, write_pairs_csv
+
+
+@pytest.fixture
+def output(tmp_path) -> Path:
+    """An output folder with two checkpoints, and two folders with other names."""
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-10-backup", "checkpoint-"):
+        (tmp_path / "output" / name).mkdir(parents=True)
+        (tmp_path / "output" / name / STATE_FILE).touch()
+    return tmp_path / "output"
+
+
+def resume(output: Path, wanted: Path | str) -> Path | None:
+    return find_resume(TrainingArguments(output_dir=str(output), resume_from_checkpoint=str(wanted)))
+
+
+def test_a_run_resumes_from_the_last_checkpoint_of_a_folder_or_into_a_new_one(output, tmp_path):
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-9", "checkpoint-10"]
+    assert resume(output, output / "checkpoint-10") == output / "checkpoint-10"
+    assert resume(output, "latest") == output / "checkpoint-10"
+    assert resume(tmp_path / "new", output / "checkpoint-9") == output / "checkpoint-9"
+
+
+def test_resuming_that_would_mix_two_runs_is_refused(output, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / STATE_FILE).touch()
+    with pytest.raises(ValueError, match="remove checkpoint-10, or choose another --output_dir"):
+        resume(output, output / "checkpoint-9")
+    with pytest.raises(ValueError, match="already holds checkpoint-9, checkpoint-10, which"):
+        resume(output, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"is not a checkpoint-N folder with trainer_state\.json in it"):
+        resume(output, tmp_path)
+
+
+def test_format_prompt_of_the_base_holds_unless_another_is_given(tmp_path, caplog):
+    base = ModelArguments(model_name_or_path=str(tmp_path))
+    assert build_config(base, DataArguments()).format_prompt == DEFAULT_FORMAT_PROMPT
+    RewardConfig(base_model=None, video=SMALL_BUDGET, format_prompt="So: {{ content }}").save(tmp_path)
+    assert build_config(base, DataArguments()).format_prompt == "So: {{ content }}"
+    assert caplog.text == ""
+
+    (tmp_path / "mine.jinja").write_text("{{ content }}!")
+    given = DataArguments(format_prompt=str(tmp_path / "mine.jinja"))
+    assert build_config(base, given).format_prompt == "{{ content }}!"
+    assert f"flags override the format prompt of {tmp_path}" in caplog.text
+
+
+def test_learning_rates_that_are_not_set_follow_the_one_that_is():
+    rates = TrainingArguments(learning_rate=1e-4, vision_lr=1e-6).learning_rates
+    assert rates == {"base": 1e-4, "merger": 1e-4, "vision": 1e-6, "token": 1e-4, "head": 1e-4}
+
+
+def test_scores_that_contradict_a_label_stop_only_the_loss_that_cannot_use_them(tmp_path, clips, builder):
+    path = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A"], MOS_A_GSB=[1.5])
+
+    def count_pairs(loss_type: str) -> int:
+        training = TrainingArguments(loss_type=loss_type)
+        return len(load_checked_data(path, builder, SMALL_BUDGET, data=DataArguments(), training=training))
+
+    assert count_pairs("margin") == 1
+    with pytest.raises(ValueError, match=r"row 1 \(line 2\): GSB is 'A' and its scores 1\.5 and 2\.5 say the opp"):
+        count_pairs("scaled")
