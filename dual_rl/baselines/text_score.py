@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from descore.answers import extract_overall
 from descore.csv_table import CsvError
-from scoring.accuracy import Estimate, compute_pair_accuracy
+from scoring.accuracy import compute_pair_accuracy
 from scoring.bench_csv import BENCH_FORMATS, LabelReader, iterate_rows, read_columns
 
 COT_COLUMNS = ("CoT_A", "CoT_B")
@@ -48,7 +48,7 @@ def read_text_margins(path: str, bench_type: str, *, by: str | None = None) -> d
             margin = compute_text_margin(*(cells[column] for column in COT_COLUMNS))
             rows.append((margin, cells.get(by), reader.read(row)))
     if faults := reader.find_faults():
-        raise CsvError(path, [f"{row.name}: {fault}" for row, fault in faults])
+        raise CsvError(path, faults)
     pairs = defaultdict(list)
     for name, index in reader.find_columns().items():
         for margin, group, found in rows:
@@ -74,15 +74,11 @@ def main(argv: Sequence[str]) -> int:
     lines = [f"{'score in the text':<30}{'accuracy without ties':>24}{'with ties, calibrated':>24}{'pairs':>14}"]
     for group, pairs in groups.items():
         result = compute_pair_accuracy(*zip(*pairs, strict=True), seed=options.seed)
-        cells = [_interval(result.without_ties), _interval(result.with_ties)]
+        cells = [str(estimate or "-") for estimate in (result.without_ties, result.with_ties)]
         counts = f"{result.num_decided} + {result.num_ties}"
         lines.append(f"{' '.join(group):<30}{cells[0]:>24}{cells[1]:>24}{counts:>14}")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
-
-
-def _interval(estimate: Estimate | None) -> str:
-    return "-" if estimate is None else f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def run_rounds(score, options: argparse.Namespace) -> dict:
 def score_offline(options: argparse.Namespace) -> dict:
     """In this process, which ends with it and frees the device."""
     from scoring.reward_model import RewardModel
-    from scoring.scoring import ScoringSettings
+    from scoring.types import ScoringSettings
 
     settings = ScoringSettings(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens)
     with RewardModel.from_pretrained(options.model, settings=settings) as model:

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from scoring.reward_model import RewardModel
-from scoring.scale import RewardScale
-from scoring.scoring import Outcome, ScoringSettings
+from scoring.source import RewardScale
+from scoring.types import Outcome, ScoringSettings
 from serving.app import RewardService
 from serving.limits import ServerLimits
 from serving.metrics import ServerMetrics

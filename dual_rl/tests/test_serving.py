@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from reward_client import RewardClient, RewardServerError
-from scoring.scale import RewardScale
+from scoring.source import RewardScale
 from serving.limits import ServerLimits
 from serving_support import (
     CLIPS,
