@@ -12,9 +12,9 @@ by relative path.
 
 What is embedded: `items`, the videos (`clip`, a URL relative to the page or None, `name`, `reward`, `thought`,
 `note`, and `scores`, column -> dimension -> sub-score); `prompts`; `rows`, a pair or a single video each (`number`,
-`items` and `prompt` as indices, `models`, `summary`, `numbers` to sort by, `facets` to filter by); `sides`, the names
-of a row's items; `verdicts` that rows may have; `tables`; and `views`, the rows as one label column sees them
-(`labels`, `verdicts`, `charts`, `tables`), of which `main` is shown first.
+`items` and `prompt` as indices, `models`, `summary`, `numbers` to sort by, `facets` to filter by); `sides` and
+`sorts`, the names of a row's items and numbers; `verdicts` that rows may have; `tables`; and `views`, the rows as one
+label column sees them (`labels`, `verdicts`, `charts`, `tables`), of which `main` is shown first.
 """
 
 import argparse
@@ -65,14 +65,13 @@ def _write_page(
     title: str,
     facts: Mapping[str, object],
     facets: Mapping[str, Sequence[str]],
-    sorts: Sequence[str],
     failures: Sequence[str] = (),
     data: Json,
 ) -> None:
     """Write the page, complete or not at all; its folder is made if needed.
 
-    `facts`: name -> value, None to leave it out. `facets`: name -> values that rows are filtered by. `sorts`: names of
-    a row's `numbers`. `data`: what is embedded.
+    `facts`: name -> value, None to leave it out. `facets`: name -> values that rows are filtered by. `data`: what is
+    embedded.
     """
     check_page_path(path)
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True)
@@ -81,7 +80,6 @@ def _write_page(
         title=title,
         facts=[(name.replace("_", " "), value) for name, value in facts.items() if value is not None],
         facets=facets.items(),
-        sorts=sorts,
         failures=failures,
         data=data,
         nonce=secrets.token_hex(16),
@@ -148,9 +146,9 @@ def write_report(path: str | os.PathLike, bench: Bench, journal: Journal, result
         title=f"{bench.bench_type}: {os.path.basename(bench.path)}",
         facts=_build_facts(bench, result),
         facets={"generator model": sorted(models)} if models else {},
-        sorts=("margin", "|margin|", "reward A", "reward B") if bench.is_paired else ("reward",),
         failures=[failure["error"] for failure in result["failures"]],
         data={
+            "sorts": ("margin", "|margin|", "reward A", "reward B") if bench.is_paired else ("reward",),
             "sides": ("A", "B") if bench.is_paired else ("",),
             "verdicts": VERDICTS if bench.label_columns else (UNLABELLED, UNSCORED),
             "tables": [asdict(build_accuracy_table(result["labels"]))] if result["labels"] else [],
@@ -215,9 +213,7 @@ def _build_views(
     for column, name in enumerate(bench.label_columns or ("",)):
         labels = [row.labels[column] if bench.label_columns else None for row in bench.rows]
         verdicts = [_judge_row(*each) for each in zip(rows, margins, labels, strict=True)]
-        values = [
-            None if verdict == UNSCORED else row["numbers"][0] for row, verdict in zip(rows, verdicts, strict=True)
-        ]
+        values = [row["numbers"][0] for row in rows]
         charts = [build_histogram(title, x_label, values, verdicts), build_calibration(margins, labels)]
         models = summaries[name]["models"] if name in summaries else ()
         tables = [asdict(build_model_table(name, models))] if models else []
@@ -279,8 +275,8 @@ def write_generations_report(
         title=f"Generations of {Path(generations_jsonl).resolve().parent.name}",
         facts={"generations": of_steps, "file": generations_jsonl},
         facets={"step": [str(step) for step in sorted(set(steps))], "side": tuple(SCORE_KEYS)},
-        sorts=("step", "reward", "head reward"),
         data={
+            "sorts": ("step", "reward", "head reward"),
             "sides": ("",),
             "verdicts": FORMS,
             "tables": [],
