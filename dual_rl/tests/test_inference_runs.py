@@ -24,8 +24,8 @@ from toy_world.tables import read_table
 from training_support import wait_until_gone
 from verl.model.reward_files import save_head
 
-NUM_KILLS = 4
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
+NUM_KILLS = 3
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 OWN_LINES = (
     "inference: ",
     "tabench: ",
@@ -252,9 +252,10 @@ def test_a_base_model_is_scored_with_a_fresh_head_only(desk, bench, tmp_path):
     assert all(abs(first.rewards[name] - other.rewards[name]) > 1e-3 for name in first.rewards)
 
 
-@pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")
-def test_the_script_scores_with_vllm_as_transformers_do_and_prints_its_own_lines_only(desk, bench, whole):
-    scored = desk.run_script(bench, output="vllm/out.csv", batch_size=8, max_new_tokens=8)
+@pytest.mark.parametrize("backend", ["hf", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])])
+def test_the_script_scores_alike_with_both_backends_and_prints_its_own_lines_only(desk, bench, whole, backend):
+    options = {"backend": backend, "batch_size": 8, "max_new_tokens": 8}
+    scored = desk.run_script(bench, output=f"{backend}/out.csv", **options)
     assert_same(scored, whole)
     foreign = [line for line in scored.output.splitlines() if line.strip() and not line.startswith(OWN_LINES)]
     assert not foreign, scored.output
