@@ -112,24 +112,6 @@ def test_rewards_are_those_of_the_plain_forward(models, thoughts, policy, backen
     assert_plain_forward(policy, models[backend], scores)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_thought_cut_at_the_limit_is_scored_as_it_is(thoughts, policy, backend):
-    with load_tiny(backend, max_new_tokens=7) as model:
-        scores = think_and_score(model, encode(model))
-        assert [(score.cot_ids, score.is_finished) for score in scores] == [
-            (whole.cot_ids[:7], False) for whole in thoughts[backend]
-        ]
-        assert_plain_forward(policy, model, scores)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_with_the_cot_masked_the_reward_follows_the_prompt(policy, backend):
-    with load_tiny(backend, mask_cot=True) as model:
-        scores = think_and_score(model, encode(model))
-        assert [(score.cot_ids, score.is_finished) for score in scores] == [((), True)] * 4
-        assert_plain_forward(policy, model, scores)
-
-
 @needs_vllm
 def test_backends_write_and_score_alike(thoughts):
     ours, theirs = thoughts["vllm"], thoughts["hf"]
@@ -251,6 +233,27 @@ def test_a_head_in_fp32_reads_bf16_states_without_the_error_of_one_in_bf16(thoug
     error_in_bf16 = ((states @ heads.bfloat16().T).double() - truth).abs().mean()
     assert 1000 * error_in_fp32 < error_in_bf16
     assert rewards == pytest.approx((states.float() @ head_weight).tolist(), abs=1e-6)
+
+
+# From here on engines of vLLM are closed, which ends the process groups of the shared one: it is not used again.
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_thought_cut_at_the_limit_is_scored_as_it_is(thoughts, policy, backend):
+    with load_tiny(backend, max_new_tokens=7) as model:
+        scores = think_and_score(model, encode(model))
+        assert [(score.cot_ids, score.is_finished) for score in scores] == [
+            (whole.cot_ids[:7], False) for whole in thoughts[backend]
+        ]
+        assert_plain_forward(policy, model, scores)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_the_cot_masked_the_reward_follows_the_prompt(policy, backend):
+    with load_tiny(backend, mask_cot=True) as model:
+        scores = think_and_score(model, encode(model))
+        assert [(score.cot_ids, score.is_finished) for score in scores] == [((), True)] * 4
+        assert_plain_forward(policy, model, scores)
 
 
 @needs_vllm
