@@ -1,4 +1,4 @@
-"""Scores a benchmark CSV and reports how often the rewards agree with people. README.md says more.
+"""Scores a benchmark CSV and reports how often the rewards agree with people. See README.md.
 
     python inference.py --model_ckpt CHECKPOINT --data_path bench.csv --bench_type tabench --output results/bench.csv
 
@@ -17,16 +17,17 @@ from typing import get_args
 from transformers.utils import logging as transformers_logging
 
 from scoring.bench_csv import BenchType
-from scoring.benchmark import BenchmarkRun, describe_result, run_benchmark
+from scoring.benchmark import BenchmarkRun, run_benchmark
 from scoring.options import add_model_flags, build_source
+from scoring.report import format_result
 from scoring.reward_model import RewardModel
-from scoring.scoring import ScoringSettings
+from scoring.types import ScoringSettings
 from verl.data.scored_sequence import REWARD_TOKEN
 from verl.trainer.cluster import WorkerError
 
 __all__ = ["RewardModel", "ScoringSettings"]
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, as in shells."""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -38,7 +39,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--output", "--output_path", dest="output", required=True, help="CSV to write; JSON and journal beside it")
     add("--report", help="HTML page to write too: clips, thoughts, rewards and labels side by side, charts")
     add("--video_root", help="folder of relative video paths; default: the CSV's")
-    add("--overwrite", action="store_true", help="drop what another run wrote to the same output")
+    add("--overwrite", action="store_true", help="drop what another run wrote to this output")
     add("--save_every", type=int, default=100, help="videos between two forced writes of the journal to disk")
     add("--num_workers", type=int, help="engines; default: one on each GPU, one on a CPU")
     add("--calibrate", action="store_true", help="keep mean and standard deviation of the rewards with the checkpoint")
@@ -48,13 +49,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def build_run(options: argparse.Namespace) -> BenchmarkRun:
-    """Raises ValueError for settings that cannot be."""
+    """The run that the flags describe. Raises ValueError for invalid settings."""
     names = [name for name in BenchmarkRun.__dataclass_fields__ if name != "source"]
     return BenchmarkRun(source=build_source(options), **{name: getattr(options, name) for name in names})
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 1 for a mistake or when nothing could be scored."""
+    """Returns the exit status: 1 for a mistake or if nothing could be scored."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("verl").setLevel(logging.INFO)
     transformers_logging.set_verbosity_error()
@@ -65,9 +66,9 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command continues where it stopped\n")
+        sys.stderr.write("interrupted; the same command resumes where it stopped\n")
         return INTERRUPTED
-    sys.stdout.write(describe_result(result) + "\n")
+    sys.stdout.write(format_result(result) + "\n")
     return 0 if result["num_scored"] else 1
 
 

@@ -4,7 +4,7 @@
 #   MODEL_CKPT=dual_rl/results/mine/global_step_100 DATA_PATH=bench.csv BENCH_TYPE=tabench bash dual_rl/inference.sh
 #   MODEL_CKPT=... DATA_PATH=... BENCH_TYPE=genai bash dual_rl/inference.sh --batch_size 128 --backend hf     any flag
 #
-# Paths are relative to where it is called from. Run again, it continues where it stopped.
+# Paths are relative to the current directory. Run it again to resume.
 set -euo pipefail
 stage="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 

@@ -10,15 +10,16 @@ import argparse
 import csv
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
+from itertools import groupby
+from math import comb
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "dual_rl"))
-from scoring.best_of_n import compute_expected_best  # noqa: E402
-
 DATA, PICTURE = HERE / "best_of_n.csv", HERE / "best_of_n.png"
 COLUMNS = ("model", "folder", "reward", "true_score")
 NUMBERS = (1, 2, 4, 8)
@@ -39,6 +40,22 @@ def collect(truth: Path, rankings: list[str]) -> None:
                 for row in csv.DictReader(ranked):
                     clip = (row["folder"], Path(row["video"]).name)
                     writer.writerow([name, row["folder"], f"{float(row['reward']):.5f}", scores[clip]])
+
+
+def compute_expected_best(rewards: Sequence[float], values: Sequence[float], *, n: int) -> float:
+    """Mean of `values` at the highest reward over all ways to draw `n` of the clips; equal rewards share equally.
+
+    Of K clips in ascending order of reward, the i-th (from 0) is the best of comb(i, n - 1) of the comb(K, n) draws.
+
+    Example: rewards (1, 2, 3), values (0, 0, 1), n = 2: the third clip is the best of two of the three draws: 2/3.
+    """
+    total, start = 0.0, 0
+    for _, equals in groupby(sorted(zip(rewards, values, strict=True)), key=itemgetter(0)):
+        of_equals = [value for _, value in equals]
+        num_draws = sum(comb(index, n - 1) for index in range(start, start + len(of_equals)))
+        total += num_draws * fmean(of_equals)
+        start += len(of_equals)
+    return total / comb(len(rewards), n)
 
 
 def compute_curves() -> dict[str, list[tuple[int, float, float]]]:

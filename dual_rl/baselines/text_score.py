@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from descore.answers import extract_overall
 from descore.csv_table import CsvError
-from scoring.accuracy import Estimate, compute_pair_accuracy
+from scoring.accuracy import compute_pair_accuracy
 from scoring.bench_csv import BENCH_FORMATS, LabelReader, iterate_rows, read_columns
 
 COT_COLUMNS = ("CoT_A", "CoT_B")
@@ -46,7 +46,7 @@ def read_text_margins(path: str, bench_type: str, *, by: str | None = None) -> d
             margin = compute_text_margin(*(cells[column] for column in COT_COLUMNS))
             rows.append((margin, cells.get(by), reader.read(row)))
     if faults := reader.find_faults():
-        raise CsvError(path, [f"{row.name}: {fault}" for row, fault in faults])
+        raise CsvError(path, faults)
     pairs = defaultdict(list)
     for name, index in reader.find_columns().items():
         for margin, group, labels in rows:
@@ -73,14 +73,10 @@ def main(argv: Sequence[str]) -> int:
     sys.stdout.write("{:<30}{:>24}{:>24}{:>14}\n".format(*titles))
     for group, pairs in groups.items():
         result = compute_pair_accuracy(*zip(*pairs, strict=True), seed=options.seed)
-        cells = "".join(f"{_interval(estimate):>24}" for estimate in (result.without_ties, result.with_ties))
+        cells = "".join(f"{estimate or '-'!s:>24}" for estimate in (result.without_ties, result.with_ties))
         counts = f"{result.num_decided} + {result.num_ties}"
         sys.stdout.write(f"{' '.join(group):<30}{cells}{counts:>14}\n")
     return 0
-
-
-def _interval(estimate: Estimate | None) -> str:
-    return "-" if estimate is None else f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
 if __name__ == "__main__":

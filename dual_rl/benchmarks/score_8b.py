@@ -30,7 +30,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from harness import GIB, clock, describe_machine, make_parser, run_parts, write_result
 from scoring.hf_scorer import HfScorer
 from scoring.reward_model import RewardModel
-from scoring.scoring import ScoringSettings, VideoTask
+from scoring.types import ScoringSettings, VideoTask
 from scoring.vllm_scorer import VllmScorer
 from verl.config import DataConfig, RolloutConfig
 from verl.data.loading import VideoLoader

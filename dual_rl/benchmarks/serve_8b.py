@@ -21,7 +21,7 @@ from pathlib import Path
 from harness import clock, describe_machine, make_parser, run_parts, write_result
 from reward_client import RewardClient, ServerPath
 from scoring.reward_model import RewardModel
-from scoring.scoring import ScoringSettings
+from scoring.types import ScoringSettings
 from verl.config import DataConfig
 from verl.data.pair_csv import read_pairs
 

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from scoring.reward_model import RewardModel
-from scoring.scoring import ScoringSettings
+from scoring.types import ScoringSettings
 
 
 class VideoReward:
-    """A reward model as a function of clips and prompts. `fps`: frames a second of clips in memory.
+    """A reward model as a function of clips and prompts. `fps`: frames per second of clips in memory.
 
     `normalize`: scores in standard deviations from the mean of the validation set, else the head's own.
     """
@@ -46,7 +46,7 @@ class VideoReward:
         """Scores float32 [n], and the chains of thought.
 
         `videos`: tensor [n, frames, 3, height, width] or array [n, frames, height, width, 3], uint8 or floats in
-        [0, 1]. `metadata` is not looked at. Raises VideoError when a clip cannot be scored.
+        [0, 1]. `metadata` is ignored. Raises VideoError when a clip cannot be scored.
         """
         rewards, cots = self.model.score([to_frames(video) for video in videos], prompts, fps=self.fps)
         return np.array(rewards, dtype=np.float32), {"cots": cots}
@@ -54,13 +54,13 @@ class VideoReward:
     def reward(
         self, video_paths: Sequence[str], prompts: Sequence[str], use_norm: bool = False
     ) -> list[dict[str, float]]:
-        """A dict with `Overall` for each clip. Raises ValueError when `use_norm` asks for a scale it has not."""
+        """A dict with `Overall` for each clip. Raises ValueError if `use_norm` asks for another scale than it has."""
         if use_norm != self.normalize:
             raise ValueError(f"use_norm={use_norm}, but this reward was made with normalize={self.normalize}")
         return [{"Overall": reward} for reward in self.model.score(video_paths, prompts).rewards]
 
     def close(self) -> None:
-        """End the engine."""
+        """Stop the engine."""
         self.model.close()
 
 

@@ -1,7 +1,7 @@
 """Benchmark CSVs: the pairs (or single videos) that inference scores, in the columns that each benchmark came with.
 
 Everything is read and checked before a model is loaded. Each distinct (video, problem) becomes one item, however many
-rows name it; rows hold ids of items. Cells are not kept: `iterate_rows` streams them again for the file of results.
+rows name it; rows hold item ids. Cells are not kept: `iterate_rows` streams them again for the file of results.
 """
 
 import logging
@@ -19,9 +19,9 @@ from descore.csv_table import CsvError, CsvRow, CsvTable, row_of
 from verl.data.pair_csv import BARE_PROMPT_COLUMN
 from verl.data.scored_sequence import judge_problem
 
-Fault = tuple[CsvRow, str]
 BenchType = Literal["tabench", "videoalign", "genai", "react", "videofeedback"]
-PROBLEM_COLUMN = "problem"  # where a row has it, it takes the place of the judge prompt around `prompt`
+PROBLEM_COLUMN = "problem"
+"""Where a row has it, it replaces the judge prompt around `prompt`."""
 VOTES = {"leftvote": "A", "rightvote": "B", "tievote": "same", "bothbad_vote": "same"}
 BLANK = ("", "nan")
 
@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BenchFormat:
-    """What is particular to a format. All have `prompt` or `problem`; other columns, such as fps_A, are not read.
+    """The columns of a format. All have `prompt` or `problem`; other columns, such as fps_A, are not read.
 
     `video_columns`: A and B, or the one of single videos. `model_columns`: who made A and B, optional.
-    `label_columns`: names, `*` standing for any text; a file needs at least one. `parse`: text of a label -> +1 when
-    A is better, -1 when B is, 0 for a tie, None for `invalid`; raises ValueError for anything else.
+    `label_columns`: names, where `*` matches any text; a file needs at least one. `parse`: text of a label -> +1 if A
+    is better, -1 if B is, 0 for a tie, None for `invalid`; raises ValueError for anything else.
     """
 
     video_columns: tuple[str, ...]
@@ -43,11 +43,11 @@ class BenchFormat:
     parse: Callable[[str], int | None] = parse_label
 
     def find_labels(self, columns: Sequence[str]) -> tuple[str, ...]:
-        """The columns among `columns` that have the name of a label column, in their order."""
+        """Those of `columns` that have the name of a label column, in their order."""
         return tuple(name for name in columns if any(fnmatchcase(name, label) for label in self.label_columns))
 
     def find_missing(self, columns: Sequence[str]) -> list[str]:
-        """What a file with these columns lacks, in words; empty when it is of this format."""
+        """What a file with these columns lacks, in words; empty if it has this format."""
         missing = [column for column in self.video_columns if column not in columns]
         if BARE_PROMPT_COLUMN not in columns and PROBLEM_COLUMN not in columns:
             missing.append(BARE_PROMPT_COLUMN)
@@ -71,19 +71,19 @@ BENCH_FORMATS: dict[BenchType, BenchFormat] = {
 
 
 class LabelReader:
-    """Reads the labels of a file, row by row, and finds out which columns hold labels.
+    """Reads the labels of a file row by row, and finds out which columns hold labels.
 
-    A column that only matches a pattern with `*`, such as GSB_MQ_A_reasoning, and holds text but no label is not a
-    label column. Anywhere else a cell that is not a label is a fault.
+    A column that matches only by `*`, such as GSB_MQ_A_reasoning, and holds text but no label is not a label column.
+    Anywhere else a cell that is not a label is a fault.
     """
 
     def __init__(self, bench_format: BenchFormat, columns: Sequence[str]) -> None:
         self._format, self.names = bench_format, bench_format.find_labels(columns)
-        self._faults: dict[str, list[Fault]] = {name: [] for name in self.names}
+        self._faults: dict[str, list[str]] = {name: [] for name in self.names}
         self._has_labels = dict.fromkeys(self.names, False)
 
     def read(self, row: CsvRow) -> tuple[int | None, ...]:
-        """A label for each candidate column of a row; None for `invalid`, a blank or a faulty cell."""
+        """A label per candidate column; None for `invalid`, a blank or a faulty cell."""
         return tuple(self._read_cell(row, name) for name in self.names)
 
     def _read_cell(self, row: CsvRow, name: str) -> int | None:
@@ -93,13 +93,13 @@ class LabelReader:
         try:
             label = self._format.parse(text)
         except ValueError as error:
-            self._faults[name].append((row, f"{name}: {error}"))
+            self._faults[name].append(f"{row.name}: {name}: {error}")
             return None
         self._has_labels[name] = True
         return label
 
     def find_columns(self) -> dict[str, int]:
-        """After the last row: name -> index in what `read` returns, of the columns that are label columns."""
+        """After the last row: name of each label column -> its index in what `read` returns."""
         is_fixed = self._format.label_columns
         return {
             name: index
@@ -107,8 +107,8 @@ class LabelReader:
             if name in is_fixed or self._has_labels[name] or not self._faults[name]
         }
 
-    def find_faults(self) -> list[Fault]:
-        """After the last row: the cells of label columns that are not labels."""
+    def find_faults(self) -> list[str]:
+        """After the last row: the cells of label columns that are not labels, with their rows."""
         return [fault for name in self.find_columns() or self.names for fault in self._faults[name]]
 
 
@@ -124,7 +124,7 @@ class BenchItem:
 @dataclass(frozen=True, slots=True)
 class BenchRow:
     """One row. `item_ids`: of A and B, or of the single video. `labels`: in the order of `Bench.label_columns`, each
-    +1, -1, 0 or None as from `BenchFormat.parse`. `models`: who made A and B, None where the file does not say.
+    +1, -1, 0 or None as from `BenchFormat.parse`. `models`: who made A and B, None if the file does not say.
 
     With label columns VQ, Overall: BenchRow(("0f3a61c2d4e5b697", "b1c8800a72f35d4e"), (1, None), ("sora", "kling"))
     """
@@ -165,37 +165,44 @@ def read_bench(path: str | os.PathLike, bench_type: BenchType, *, video_root: st
     """Read and check a benchmark CSV.
 
     Relative video paths start from `video_root`, by default the CSV's folder. A label or model name that is empty or
-    "nan" counts as none. Videos that do not exist are listed in `Bench.missing`. Raises CsvError for a file that is no
-    UTF-8 CSV with this format's columns, or that lists all faults of the rows (counted from 1, without the header).
+    "nan" counts as none. Videos that do not exist are listed in `Bench.missing`. Raises CsvError for a file that is
+    not a UTF-8 CSV with this format's columns, or that lists all faults of the rows (counted from 1, without header).
     """
     if video_root and not Path(video_root).is_dir():
-        raise CsvError(path, [f"video_root {video_root} is no folder; give the one that video paths start from"])
+        raise CsvError(path, [f"video_root {video_root} is not a folder. Give the one that video paths start from."])
     root = Path(video_root or Path(path).parent).resolve()
-    table = CsvTable(path)
+    table, form = CsvTable(path), BENCH_FORMATS[bench_type]
     _require_columns(path, table.columns, bench_type)
-    builder = _BenchBuilder(BENCH_FORMATS[bench_type], table.columns, root)
+    reader, items, rows = LabelReader(form, table.columns), {}, []
     for row in table.rows():
-        builder.add_row(row)
-    label_columns, faults = builder.finish(path)
-    problems = sorted([*table.problems, *(f"{row.name}: {fault}" for row, fault in faults)], key=row_of)
-    items, rows = builder.items, builder.rows
+        labels = reader.read(row)
+        if faults := _find_faults(form, row.cells):
+            table.problems += [f"{row.name}: {fault}" for fault in faults]
+        else:
+            item_ids = tuple(_add_item(items, root, row.cells, column) for column in form.video_columns)
+            rows.append(BenchRow(item_ids, labels, _read_models(form, row.cells)))
+    table.problems = sorted([*table.problems, *reader.find_faults()], key=row_of)
+    kept = reader.find_columns()
+    if len(kept) < len(reader.names):
+        left_out = ", ".join(name for name in reader.names if name not in kept)
+        logger.info("%s: no label in %s; these are not label columns", path, left_out)
+        rows = [replace(row, labels=tuple(row.labels[index] for index in kept.values())) for row in rows]
     absent = {video for video in {item.video for item in items.values()} if not os.path.isfile(video)}
     missing = {item.item_id: f"video not found: {item.video}" for item in items.values() if item.video in absent}
     if items and len(missing) == len(items):
-        problems.append(f"none of the videos exists, {min(absent)} for one; paths start from {root}: set video_root")
-    if problems:
-        raise CsvError(path, problems)
+        table.problems.append(f"no video exists, {min(absent)} for one; paths start from {root}. Set video_root.")
+    table.require_clean()
     num_duplicate_rows = len(rows) - len({(row.item_ids, row.labels) for row in rows})
-    return Bench(str(path), bench_type, label_columns, items, rows, num_duplicate_rows, missing)
+    return Bench(str(path), bench_type, tuple(kept), items, rows, num_duplicate_rows, missing)
 
 
 def read_columns(path: str | os.PathLike) -> tuple[str, ...]:
-    """The names in the header line. Raises CsvError when there is none or one stands twice."""
+    """The names in the header line. Raises CsvError if there are none or one occurs twice."""
     return CsvTable(path).columns
 
 
 def iterate_rows(path: str | os.PathLike) -> Iterator[CsvRow]:
-    """Every row, as in the file and in its order. Raises CsvError at a row that cannot be read."""
+    """Every row, unchanged and in the file's order. Raises CsvError at a row that cannot be read."""
     table = CsvTable(path)
     for row in table.rows():
         table.require_clean()
@@ -203,51 +210,27 @@ def iterate_rows(path: str | os.PathLike) -> Iterator[CsvRow]:
     table.require_clean()
 
 
-class _BenchBuilder:
-    """Collects rows and their distinct items. Equal strings are held once."""
+def _find_faults(form: BenchFormat, cells: dict[str, str]) -> list[str]:
+    faults = [f"{name} is empty; write the path of a video" for name in form.video_columns if not cells[name].strip()]
+    if not cells.get(PROBLEM_COLUMN, "").strip() and not cells.get(BARE_PROMPT_COLUMN, "").strip():
+        faults.append(f"{BARE_PROMPT_COLUMN} is empty; write the text that the video was made from")
+    return faults
 
-    def __init__(self, bench_format: BenchFormat, columns: Sequence[str], root: Path) -> None:
-        self.format, self.root = bench_format, root
-        self.items: dict[str, BenchItem] = {}
-        self.rows: list[BenchRow] = []
-        self._labels = LabelReader(bench_format, columns)
-        self._faults: list[Fault] = []
 
-    def add_row(self, row: CsvRow) -> None:
-        """Keeps a row or its faults."""
-        cells = row.cells
-        videos = {column: cells[column].strip() for column in self.format.video_columns}
-        faults = [f"{column} is empty; write the path of a video" for column, video in videos.items() if not video]
-        problem, prompt = cells.get(PROBLEM_COLUMN, ""), cells.get(BARE_PROMPT_COLUMN, "")
-        if not problem.strip():
-            problem = judge_problem(prompt)
-            if not prompt.strip():
-                faults.append(f"{BARE_PROMPT_COLUMN} is empty; write the text that the video was made from")
-        labels = self._labels.read(row)
-        self._faults += [(row, fault) for fault in faults]
-        if not faults:
-            item_ids = tuple(self._add_item(video, problem) for video in videos.values())
-            self.rows.append(BenchRow(item_ids, labels, self._read_models(cells)))
+def _add_item(items: dict[str, BenchItem], root: Path, cells: dict[str, str], column: str) -> str:
+    """Add the item of a row's video unless it is there; returns its id. Equal strings are held once."""
+    problem, video = cells.get(PROBLEM_COLUMN, ""), cells[column].strip()
+    if not problem.strip():
+        problem = judge_problem(cells[BARE_PROMPT_COLUMN])
+    item_id, path = compute_item_id(video, problem=problem), os.path.normpath(root / video)
+    item = items.setdefault(item_id, BenchItem(item_id, intern(path), intern(problem)))
+    assert (item.video, item.problem) == (path, problem), f"two items have the id {item_id}: {item.video}, {path}"
+    return item.item_id
 
-    def finish(self, path: str | os.PathLike) -> tuple[tuple[str, ...], list[Fault]]:
-        """The label columns, to which the rows' labels are cut, and all faults with their rows."""
-        kept, names = self._labels.find_columns(), self._labels.names
-        faults = [*self._faults, *self._labels.find_faults()]
-        if len(kept) < len(names):
-            left_out = ", ".join(name for name in names if name not in kept)
-            logger.info("%s: no label in %s; these are not label columns", path, left_out)
-            self.rows = [replace(row, labels=tuple(row.labels[index] for index in kept.values())) for row in self.rows]
-        return tuple(kept), faults
 
-    def _add_item(self, video: str, problem: str) -> str:
-        item_id, path = compute_item_id(video, problem=problem), os.path.normpath(self.root / video)
-        item = self.items.setdefault(item_id, BenchItem(item_id, intern(path), intern(problem)))
-        assert (item.video, item.problem) == (path, problem), f"two items have the id {item_id}: {item.video}, {path}"
-        return item.item_id
-
-    def _read_models(self, cells: dict[str, str]) -> tuple[str, ...] | None:
-        models = tuple(intern(cells.get(column, "").strip()) for column in self.format.model_columns)
-        return None if not models or any(model.lower() in BLANK for model in models) else models
+def _read_models(form: BenchFormat, cells: dict[str, str]) -> tuple[str, ...] | None:
+    models = tuple(intern(cells.get(column, "").strip()) for column in form.model_columns)
+    return None if not models or any(model.lower() in BLANK for model in models) else models
 
 
 def _require_columns(path: str | os.PathLike, columns: Sequence[str], bench_type: BenchType) -> None:

@@ -1,7 +1,7 @@
-"""Thinking and scoring with plain transformers: for machines without vLLM, and to hold the other engine against.
+"""Chain of thought and reward with plain transformers: for machines without vLLM, and as a reference for it.
 
-One copy of the model serves both: the rollout engine of the same kind writes, and a second forward over the whole
-sequences reads the states at `<Reward>`. Batches are worked off one after the other.
+One copy of the model does both: the `hf` rollout engine writes, and a second forward over the whole sequences reads
+the states at `<Reward>`. Batches run one after the other.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from scoring.scoring import ScoringSettings, ThoughtScore
+from scoring.types import ScoringSettings, ThoughtScore
 from verl.config import RolloutConfig
 from verl.model.reward_files import PolicyCheckpoint
 from verl.rollout.hf_engine import HfEngine
@@ -17,7 +17,7 @@ from verl.types import Sampling, VideoPrompt
 
 
 class HfScorer:
-    """`ScoringEngine` with transformers; arguments as of `VllmScorer`."""
+    """`ScoringEngine` with transformers; arguments as for `VllmScorer`. A step is a whole batch."""
 
     is_continuous = False
 
@@ -56,15 +56,12 @@ class HfScorer:
         self._waiting: list[tuple[str, VideoPrompt]] = []
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take the model's weights, pairs of Hugging Face name and whole tensor."""
         self.engine.load_weights(weights)
 
     def submit(self, name: str, prompt: VideoPrompt) -> None:
-        """See `ScoringEngine`."""
         self._waiting.append((name, prompt))
 
     def step(self) -> list[tuple[str, ThoughtScore]]:
-        """See `ScoringEngine`: a whole batch."""
         batch, self._waiting = self._waiting[: self.batch_size], self._waiting[self.batch_size :]
         if not batch:
             return []
@@ -79,11 +76,10 @@ class HfScorer:
 
     @property
     def num_unfinished(self) -> int:
-        """See `ScoringEngine`."""
         return len(self._waiting)
 
     def close(self) -> None:
-        """See `ScoringEngine`; nothing to end."""
+        pass
 
     @torch.no_grad()
     def compute_rewards(self, prompts: Sequence[VideoPrompt], cot_ids: Sequence[Sequence[int]]) -> list[float]:

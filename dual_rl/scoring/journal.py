@@ -1,8 +1,8 @@
-"""What a run has scored so far: one JSON line a video, written the moment it is known.
+"""What a run has scored so far: one JSON line per video, written as soon as it is known.
 
-A killed run leaves a journal of whole lines and at most one torn one, which is dropped; the next run scores what is
-missing. Its first line says what the rewards depend on, so that those of another run are never mixed in. Failures are
-listed, not kept: a video that was repaired meanwhile is tried again.
+A killed run leaves a journal of whole lines and at most one torn line, which is dropped; the next run scores what is
+missing. The first line says what the rewards depend on, so that those of another run are never mixed in. Failures are
+not kept: a video that was repaired is tried again.
 """
 
 import fcntl
@@ -11,9 +11,9 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO
 
-from scoring.scoring import FailedVideo, Outcome, ScoredVideo
+from scoring.types import FailedVideo, Outcome, ScoredVideo
 
 logger = logging.getLogger(__name__)
 
@@ -24,106 +24,89 @@ FIRST_BYTES = b'{"identity": '
 class Journal:
     """The open journal of this run. Close it, or use it as a context manager.
 
-    `rewards`: by task name, of this run and the ones before it. Chains of thought stay on disk: `read`.
+    `rewards`: by task name, of this run and earlier ones. `failures`: of this run. `read` gets chains of thought from
+    disk.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, object], *, overwrite: bool = False, save_every: int = 100):
         """Open or begin. `identity`: what rewards depend on, JSON values. `overwrite`: drop another run's journal.
 
-        `save_every`: videos after which the file is forced to disk, for what even a crash of the machine must not
-        take. Raises ValueError when another process writes it, or its identity is not this one.
+        `save_every`: videos between two forced writes to disk, which survive even a crash of the machine. Raises
+        ValueError if another process writes the file, its identity is another, or it is not a journal.
         """
         self.path = path
         self.save_every = save_every
         self.rewards: dict[str, float] = {}
         self.failures: dict[str, str] = {}
-        self._places: dict[str, int] = {}
+        self._offsets: dict[str, int] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+b")  # noqa: SIM115, closed by close()
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise ValueError(
-                f"{path} is being written by another run: wait for it, or choose another output"
-            ) from error
-        except OSError as error:  # some network file systems know no locks
-            logger.warning("%s cannot be locked (%s): start no second run with it", path, error)
-        try:
-            self._begin(json.loads(json.dumps(identity)), overwrite)
+            _lock(self._file)
+            if overwrite:
+                self._file.truncate(0)
+            self._begin(json.loads(json.dumps(identity)))
         except ValueError:
             self._file.close()
             raise
 
-    def _begin(self, identity: dict, overwrite: bool) -> None:
-        if overwrite:
-            self._file.truncate(0)
+    def _begin(self, identity: dict) -> None:
         self._file.seek(0)
         first = self._file.readline()
-        is_torn = not first.endswith(b"\n")
-        if is_torn and not (first.startswith(FIRST_BYTES) or FIRST_BYTES.startswith(first)):
-            self._refuse()
-        if is_torn:  # new, or killed in its first line
+        if not first.endswith(b"\n"):  # new, or killed in its first line
+            if not (first.startswith(FIRST_BYTES) or FIRST_BYTES.startswith(first)):
+                raise self._not_a_journal()
             self._file.truncate(0)
             self._write({"identity": identity})
             return
-        self._require_same(self._parse(first).get("identity", {}), identity)
+        self._require_same(self._parse(first, "identity")["identity"], identity)
         while True:
-            place = self._file.tell()
+            offset = self._file.tell()
             line = self._file.readline()
             if not line.endswith(b"\n"):
-                self._file.truncate(place)
+                self._file.truncate(offset)
                 return
-            entry = self._parse(line)
-            if "name" not in entry:
-                self._refuse()
+            entry = self._parse(line, "name")
             self.rewards[entry["name"]] = entry["reward"]
-            self._places[entry["name"]] = place
+            self._offsets[entry["name"]] = offset
 
-    def _parse(self, line: bytes) -> dict:
+    def _parse(self, line: bytes, key: str) -> dict:
         try:
             entry = json.loads(line)
         except ValueError as error:
-            self._refuse(error)
-        return entry if isinstance(entry, dict) else {}
+            raise self._not_a_journal() from error
+        if not isinstance(entry, dict) or key not in entry:
+            raise self._not_a_journal()
+        return entry
 
-    def _refuse(self, cause: Exception | None = None) -> NoReturn:
-        raise ValueError(f"{self.path} is no journal of rewards: choose another output, or --overwrite") from cause
+    def _not_a_journal(self) -> ValueError:
+        return ValueError(f"{self.path} is not a journal of rewards. Choose another output, or --overwrite.")
 
     def _require_same(self, found: Mapping[str, object], identity: Mapping[str, object]) -> None:
         changed = [name for name in {**found, **identity} if found.get(name) != identity.get(name)]
         if changed:
-            differences = ", ".join(
-                f"{name} ({found.get(name)!r} there, {identity.get(name)!r} now)" for name in changed
-            )
+            values = ", ".join(f"{name} ({found.get(name)!r} there, {identity.get(name)!r} now)" for name in changed)
             raise ValueError(
-                f"{self.path} holds the rewards of another run, with another {differences}: choose another output, or "
-                "start clean with --overwrite"
+                f"{self.path} holds the rewards of another run, with another {values}. Choose another output, or "
+                "start clean with --overwrite."
             )
 
     def add(self, outcome: Outcome) -> None:
-        """Note what became of a video."""
+        """Record an outcome."""
         if isinstance(outcome, FailedVideo):
             self.failures[outcome.name] = outcome.error
             return
         assert outcome.name not in self.rewards, f"{outcome.name} was scored twice"
-        self._places[outcome.name] = self._file.seek(0, os.SEEK_END)
-        self._write(
-            {
-                "name": outcome.name,
-                "reward": outcome.reward,
-                "num_tokens": outcome.num_tokens,
-                "is_finished": outcome.is_finished,
-                "cot": outcome.cot,
-            }
-        )
+        self._offsets[outcome.name] = self._file.seek(0, os.SEEK_END)
+        names = ("name", "reward", "num_tokens", "is_finished", "cot")
+        self._write({name: getattr(outcome, name) for name in names})
         self.rewards[outcome.name] = outcome.reward
         if len(self.rewards) % self.save_every == 0:
             os.fsync(self._file.fileno())
 
     def read(self, name: str) -> ScoredVideo:
-        """A scored video, chain of thought included, from disk."""
-        self._file.seek(self._places[name])
+        """A scored video from disk, chain of thought included."""
+        self._file.seek(self._offsets[name])
         return ScoredVideo(**json.loads(self._file.readline()))
 
     def _write(self, entry: Mapping[str, object]) -> None:
@@ -131,7 +114,7 @@ class Journal:
         self._file.flush()
 
     def close(self) -> None:
-        """Force everything to disk and let go of the file."""
+        """Force everything to disk and release the file."""
         os.fsync(self._file.fileno())
         self._file.close()
 
@@ -140,3 +123,15 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _lock(file: BinaryIO) -> None:
+    """Raise ValueError if another process holds the file."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"{file.name} is being written by another run. Wait for it, or choose another output."
+        ) from error
+    except OSError as error:  # some network file systems have no locks
+        logger.warning("%s cannot be locked (%s): do not start a second run with it", file.name, error)

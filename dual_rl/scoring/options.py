@@ -1,13 +1,30 @@
-"""Flags of the command lines that score videos, with the defaults of `ScoringSettings`."""
+"""Which model scores and how: the flags that all scoring command lines share, and what they mean."""
 
 import argparse
+from dataclasses import dataclass
 
-from scoring.fleet import ModelSource
-from scoring.scoring import ScoringSettings
+from scoring.reward_model import RewardModel
+from scoring.types import ScoringSettings
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Arguments of `RewardModel.from_pretrained`."""
+
+    model_ckpt: str
+    rm_ckpt: str | None
+    settings: ScoringSettings
+    fresh_head_seed: int | None = None
+
+    def load(self) -> RewardModel:
+        """The model on this process's device."""
+        return RewardModel.from_pretrained(
+            self.model_ckpt, self.rm_ckpt, settings=self.settings, fresh_head_seed=self.fresh_head_seed
+        )
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Which model, and how it scores."""
+    """Flags with the names and defaults of `ScoringSettings`, and those that name the model."""
     add, default = parser.add_argument, ScoringSettings()
     add("--model_ckpt", required=True, help="stage 1 checkpoint-N, stage 2 global_step_N, or a merged model")
     add("--rm_ckpt", help="rm_head.pth; default: the one beside the model")
@@ -30,10 +47,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def build_source(options: argparse.Namespace) -> ModelSource:
-    """The model that the flags name. Raises ValueError for settings that cannot be."""
-    chosen = vars(options)
-    settings = ScoringSettings(
-        **{name: chosen[name] for name in ScoringSettings.__dataclass_fields__ if name in chosen}
-    )
-    seed = options.seed if options.fresh_head else None
-    return ModelSource(options.model_ckpt, options.rm_ckpt, settings, seed)
+    """The model that the flags name. Raises ValueError for invalid settings."""
+    names = ScoringSettings.__dataclass_fields__.keys() & vars(options)
+    settings = ScoringSettings(**{name: getattr(options, name) for name in names})
+    return ModelSource(options.model_ckpt, options.rm_ckpt, settings, options.seed if options.fresh_head else None)

@@ -1,25 +1,26 @@
-"""What a benchmark run found: a CSV with the rewards in it, a JSON with everything counted, a table to read."""
+"""What a benchmark run found: a CSV with the rewards in it, a JSON with all counts, and tables to read."""
 
 import csv
 import json
 import os
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TextIO
+from typing import Any
 
-from scoring.accuracy import compute_model_table, compute_pair_accuracy
+from scoring.accuracy import Estimate, compute_model_table, compute_pair_accuracy
 from scoring.bench_csv import Bench, iterate_rows, read_columns
 from scoring.journal import Journal
-from scoring.scale import RewardScale
+from scoring.source import RewardScale
+from verl.trainer.checkpoints import write_atomically
 
 PAIR_COLUMNS = ("Reward_A", "Reward_B", "CoT_A", "CoT_B")
 SINGLE_COLUMNS = ("Reward", "CoT")
 MAIN_LABELS = ("Overall", "GSB_overall")
 NOTE_WIDTH = 119
+NUM_FAILURES_SHOWN = 10
 ACCURACY_COLUMNS = (
     "label", "accuracy without ties", "with ties, calibrated", "tie up to", "one at a time", "pairs", "unscored",
 )  # fmt: skip
@@ -35,8 +36,9 @@ def added_columns(bench: Bench) -> tuple[str, ...]:
 
 
 def write_csv(path: Path, bench: Bench, journal: Journal, *, scale: RewardScale | None = None) -> None:
-    """The benchmark's own rows with rewards (on `scale`) and chains of thought; empty cells where there is none."""
-    with _replacing(path) as file:
+    """The benchmark's rows with rewards (on `scale`) and chains of thought, complete or absent; blank without one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*read_columns(bench.path), *added_columns(bench)])
         writer.writeheader()
         for row, source in zip(bench.rows, iterate_rows(bench.path), strict=True):
@@ -44,20 +46,12 @@ def write_csv(path: Path, bench: Bench, journal: Journal, *, scale: RewardScale 
             rewards = ["" if video is None else repr(_on_scale(video.reward, scale)) for video in scored]
             cots = ["" if video is None else video.cot for video in scored]
             writer.writerow(source.cells | dict(zip(added_columns(bench), rewards + cots, strict=True)))
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Written under another name and renamed: complete or absent."""
-    with _replacing(path) as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        yield file
-    os.replace(temporary, path)
+    """Complete or absent."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def _on_scale(reward: float, scale: RewardScale | None) -> float:
@@ -67,16 +61,15 @@ def _on_scale(reward: float, scale: RewardScale | None) -> float:
 def summarise(bench: Bench, journal: Journal, *, seed: int, scale: RewardScale | None = None) -> dict[str, object]:
     """Counts, accuracies by label column and by generator model, failures; JSON values. `seed`: of the bootstrap.
 
-    `scale`: what rewards, and so thresholds, are given on; it is named in the result.
+    `scale`: of the rewards, and so of the thresholds; the result names it.
     """
     rewards = {name: _on_scale(journal.rewards[name], scale) for name in bench.items if name in journal.rewards}
-    cut = sum(not journal.read(name).is_finished for name in bench.items if name in journal.rewards)
     return {
         "num_rows": len(bench.rows),
         "num_duplicate_rows": bench.num_duplicate_rows,
         "num_videos": len(bench.items),
         "num_scored": len(rewards),
-        "num_cut": cut,
+        "num_cut": sum(not journal.read(name).is_finished for name in rewards),
         "scale": None if scale is None else asdict(scale),
         "mean_reward": fmean(rewards.values()) if rewards else None,
         "labels": {
@@ -90,19 +83,14 @@ def summarise(bench: Bench, journal: Journal, *, seed: int, scale: RewardScale |
 def _summarise_label(bench: Bench, rewards: Mapping[str, float], column: int, *, seed: int) -> dict[str, object]:
     labelled = [row for row in bench.rows if row.labels[column] is not None]
     scored = [row for row in labelled if all(item in rewards for item in row.item_ids)]
-    margins = [rewards[row.item_ids[0]] - rewards[row.item_ids[1]] for row in scored]
-    labels = [row.labels[column] for row in scored]
-    named = [place for place, row in enumerate(scored) if row.models is not None]
-    models = compute_model_table(
-        [margins[place] for place in named],
-        [labels[place] for place in named],
-        [scored[place].models for place in named],
-    )
+    judged = [(rewards[row.item_ids[0]] - rewards[row.item_ids[1]], row.labels[column], row.models) for row in scored]
+    margins, labels, _ = zip(*judged, strict=True) if judged else ((), (), ())
+    named = [pair for pair in judged if pair[2] is not None]
     return {
         **asdict(compute_pair_accuracy(margins, labels, seed=seed)),
         "num_unlabelled": len(bench.rows) - len(labelled),
         "num_unscored": len(labelled) - len(scored),
-        "models": [asdict(model) for model in models],
+        "models": [asdict(row) for row in compute_model_table(*(zip(*named, strict=True) if named else ((), (), ())))],
     }
 
 
@@ -119,38 +107,41 @@ class Table:
         """Lines of text, the first column aligned to the left and the others to the right."""
         widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
         lines = [
-            "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
-            for cells in (tuple(zip(line, widths, strict=True)) for line in (self.columns, *self.rows))
+            "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
+            for first, *others in (self.columns, *self.rows)
         ]
         return lines + (["", *textwrap.wrap(self.note, NOTE_WIDTH)] if self.note else [])
 
 
 def choose_main_label(labels: Iterable[str]) -> str | None:
-    """The label by which generator models are shown, where a file has it; else its first."""
+    """The label that generator models are shown for: an overall one if there is one, otherwise the first."""
     labels = tuple(labels)
     return next((name for name in MAIN_LABELS if name in labels), next(iter(labels), None))
 
 
-def format_table(summary: Mapping[str, Any]) -> str:
-    """The summary as text."""
-    lines = [
-        f"{summary['num_rows']} rows, {summary['num_videos']} videos: {summary['num_scored']} scored, "
-        f"{len(summary['failures'])} failed, {summary['num_cut']} thoughts cut at the length limit"
-    ]
-    if summary["mean_reward"] is not None:
-        unit = describe_scale(summary["scale"])
-        lines.append(f"mean reward {summary['mean_reward']:.4f}" + (f", in {unit}" if unit else ""))
-    labels = summary["labels"]
-    if labels:
-        lines += ["", *build_accuracy_table(labels).format()]
+def format_result(result: Mapping[str, Any]) -> str:
+    """The summary for the console, failures first."""
+    failures, labels = result["failures"], result["labels"]
+    lines = [f"failed: {failure['error']}" for failure in failures[:NUM_FAILURES_SHOWN]]
+    if len(failures) > NUM_FAILURES_SHOWN:
+        lines.append(f"... and {len(failures) - NUM_FAILURES_SHOWN} more, see the JSON")
+    lines.append(
+        f"{result['num_rows']} rows, {result['num_videos']} videos: {result['num_scored']} scored, "
+        f"{len(failures)} failed, {result['num_cut']} thoughts cut at the length limit"
+    )
+    if result["mean_reward"] is not None:
+        unit = describe_scale(result["scale"])
+        lines.append(f"mean reward {result['mean_reward']:.4f}" + (f", in {unit}" if unit else ""))
     main = choose_main_label(labels)
-    if main is not None and labels[main]["models"]:
-        lines += ["", *build_model_table(main, labels[main]["models"]).format()]
+    if main is not None:
+        lines += ["", *build_accuracy_table(labels).format()]
+        if labels[main]["models"]:
+            lines += ["", *build_model_table(main, labels[main]["models"]).format()]
     return "\n".join(lines)
 
 
 def describe_scale(scale: Mapping[str, Any] | None) -> str | None:
-    """What rewards are given in; None for the head's own."""
+    """The unit of rewards; None for the head's own."""
     if scale is None:
         return None
     unit = f"{scale['num_videos']} videos of {scale['data']}, {scale['mean']:.4f} +- {scale['std']:.4f}"
@@ -158,12 +149,11 @@ def describe_scale(scale: Mapping[str, Any] | None) -> str | None:
 
 
 def build_accuracy_table(labels: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row for each label column."""
+    """A row per label column."""
     rows = tuple(
         (
             name,
-            _show_interval(values["without_ties"]),
-            _show_interval(values["with_ties"]),
+            *("-" if values[key] is None else str(Estimate(**values[key])) for key in ("without_ties", "with_ties")),
             "none" if values["threshold"] is None else f"{values['threshold']:.4f}",
             _show(values["sweep"]),
             f"{values['num_decided']} + {values['num_ties']}",
@@ -175,14 +165,10 @@ def build_accuracy_table(labels: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def build_model_table(label: str, models: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each generator model, under one label."""
+    """A row per generator model, for one label."""
     shares = ("accuracy", "human_win_rate", "reward_win_rate")
     rows = tuple((row["model"], str(row["num_decided"]), *(_show(row[name]) for name in shares)) for row in models)
     return Table("Generator models", (label, "pairs", "accuracy", "people prefer it", "the reward does"), rows)
-
-
-def _show_interval(estimate: Mapping[str, float] | None) -> str:
-    return "-" if estimate is None else f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
 
 
 def _show(share: float | None) -> str:

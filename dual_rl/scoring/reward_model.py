@@ -5,8 +5,8 @@
     model = RewardModel.from_pretrained("results/mine/global_step_100")
     rewards, cots = model.score(["a.mp4", "b.mp4"], ["a cat runs", "a cat runs"])
 
-Videos are decoded in threads ahead of the engine, which holds `batch_size` of them at a time and takes a new one as
-soon as one is done. A video that cannot be scored is an outcome of its own and stops nothing else.
+Threads decode videos ahead of the engine, which holds `batch_size` of them at a time and takes a new one as soon as
+one is done. A video that cannot be scored is an outcome of its own and does not stop the others.
 """
 
 import dataclasses
@@ -18,13 +18,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import count, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from scoring.scale import RewardScale
-from scoring.scoring import (
+from scoring.source import (
+    NUM_TOKENS_AFTER_COT,
+    RewardScale,
+    choose_budget,
+    choose_prompt_length,
+    find_model,
+    load_model_scale,
+    read_checkpoint,
+)
+from scoring.types import (
     FailedVideo,
     Outcome,
     ScoredVideo,
@@ -33,26 +42,16 @@ from scoring.scoring import (
     ThoughtScore,
     VideoTask,
 )
-from scoring.source import (
-    NUM_TOKENS_AFTER_COT,
-    build_scoring_engine,
-    choose_budget,
-    choose_device,
-    choose_prompt_length,
-    find_model,
-    load_model_scale,
-    read_checkpoint,
-)
 from verl.data.loading import VideoLoader
-from verl.data.scored_sequence import SequenceBuilder, judge_problem
+from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids, judge_problem, reward_token_id
 from verl.data.vision_process import VideoBudget, VideoError, VideoFrames, sample_frames
 from verl.model.precision import resolve_precision
-from verl.model.reward_files import PolicyCheckpoint, stream_weights
+from verl.model.reward_files import PolicyCheckpoint, save_engine_folder, stream_weights
 from verl.temporary import temporary_folder
 from verl.types import VideoKey, VideoPrompt
 
 WINDOW = 2
-"""Videos under way, decoding included, as a multiple of `batch_size`."""
+"""Videos in progress, decoding included, as a multiple of `batch_size`."""
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ class Scores(NamedTuple):
 class RewardModel:
     """A reward model in one engine on one device. Close it, or use it as a context manager.
 
-    `scale`: what `score` gives rewards on; None for the head's own. Outcomes of `score_stream` are never scaled.
+    `scale`: of the rewards that `score` returns; None for the head's own. Outcomes of `score_stream` are never scaled.
     """
 
     def __init__(
@@ -85,13 +84,14 @@ class RewardModel:
         self.engine = engine
         self.settings = settings
         self.scale = scale
-        self.files = ExitStack()  # the engine's, which are read lazily
+        self.files = ExitStack()
+        """The engine's files, which it reads lazily."""
         self.builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
         self.loader = VideoLoader(self.builder, budget, num_threads=settings.num_threads)
         self._decoding: deque[tuple[str, Future[VideoPrompt]]] = deque()
         self._num_submitted = 0
         self._calls = count()
-        self._sources: dict[str, str] = {}  # of what is under way, for messages
+        self._sources: dict[str, str] = {}  # path of each video in progress, for messages
 
     @classmethod
     def from_pretrained(
@@ -107,29 +107,23 @@ class RewardModel:
         """Load stage 1's `checkpoint-N`, a merged model, or stage 2's `global_step_N` (or its `huggingface/`).
 
         `rm_ckpt`: an `rm_head.pth` or its folder, by default the one beside the model. `device`: by default the GPU
-        if there is one. `fresh_head_seed`: see `read_checkpoint`. `normalize`: `score` gives rewards on the scale that
-        `inference.py --calibrate` has left beside the checkpoint. Raises ValueError as `read_checkpoint` and
-        `load_scale` do.
+        if there is one. `fresh_head_seed`: see `read_checkpoint`. `normalize`: `score` returns rewards on the scale
+        that `inference.py --calibrate` kept beside the checkpoint. Raises ValueError like `read_checkpoint` and
+        `load_model_scale`.
         """
-        settings = settings or ScoringSettings()
-        device = choose_device(device)
+        settings, device = settings or ScoringSettings(), choose_device(device)
         checkpoint = read_checkpoint(model_ckpt, rm_ckpt, fresh_head_seed=fresh_head_seed)
         settings = dataclasses.replace(settings, max_prompt_length=choose_prompt_length(checkpoint, settings))
         scale = load_model_scale(model_ckpt, checkpoint, settings) if normalize else None
-        model_len = settings.max_prompt_length + settings.max_new_tokens + NUM_TOKENS_AFTER_COT
-        with ExitStack() as files:
-            folder = files.enter_context(temporary_folder("engine"))
-            engine = build_scoring_engine(folder, checkpoint, settings, max_model_len=model_len, device=device)
-            dtype = resolve_precision(settings.precision, device)
-            engine.load_weights(stream_weights(find_model(model_ckpt), checkpoint, dtype=dtype))
-            files = files.pop_all()
         budget = choose_budget(checkpoint, settings)
         if budget != checkpoint.video_budget:
-            logger.warning(
-                "the model was trained with %s, videos are now read with %s", checkpoint.video_budget, budget
-            )
-        model = cls(checkpoint, engine, settings, budget=budget, scale=scale)
-        model.files = files
+            logger.warning("trained with %s, videos are now read with %s", checkpoint.video_budget, budget)
+        with ExitStack() as files:
+            engine = _start_engine(files.enter_context(temporary_folder("engine")), checkpoint, settings, device)
+            dtype = resolve_precision(settings.precision, device)
+            engine.load_weights(stream_weights(find_model(model_ckpt), checkpoint, dtype=dtype))
+            model = cls(checkpoint, engine, settings, budget=budget, scale=scale)
+            model.files = files.pop_all()
         return model
 
     def score(
@@ -143,13 +137,13 @@ class RewardModel:
         """Rewards and chains of thought, in order.
 
         `videos`: paths, or all frames of a clip as uint8 array [num_frames, height, width, 3] or tensor [num_frames,
-        3, height, width], whose rate `fps` gives, one for all or one each. `prompts`: what each was generated from;
-        `problems`: whole instructions in place of the built-in judge prompt around them. Raises VideoError that lists
-        every video that cannot be scored.
+        3, height, width] with their frames per second in `fps`, one for all or one each. `prompts`: what each was
+        generated from; `problems`: whole instructions that replace the built-in judge prompt around them. Raises
+        VideoError that lists every video that cannot be scored.
         """
         texts = list(problems) if problems is not None else [judge_problem(prompt) for prompt in prompts]
         rates = list(fps) if isinstance(fps, Sequence) else [fps] * len(videos)
-        call = next(self._calls)  # an earlier call that was interrupted may have left videos under way
+        call = next(self._calls)  # an earlier call that was interrupted may have left videos in progress
         tasks = [
             VideoTask(f"call {call}, video {number}", self._prepare(video, rate), text)
             for number, (video, text, rate) in enumerate(zip(videos, texts, rates, strict=True))
@@ -163,7 +157,7 @@ class RewardModel:
         return Scores(rewards, [outcome.cot for outcome in ordered])
 
     def score_stream(self, tasks: Iterable[VideoTask]) -> Iterator[Outcome]:
-        """Outcomes as they become ready; of `tasks` only a window is under way at a time."""
+        """Outcomes as they become ready; only a window of `tasks` is in progress at a time."""
         tasks = iter(tasks)
         while True:
             self.submit(islice(tasks, WINDOW * self.settings.batch_size - self.num_pending))
@@ -172,7 +166,7 @@ class RewardModel:
             yield from self.advance()
 
     def submit(self, tasks: Iterable[VideoTask]) -> None:
-        """Start decoding; `advance` gives the outcomes."""
+        """Start decoding; `advance` returns the outcomes."""
         for task in tasks:
             key = VideoKey(self._num_submitted, "A")
             self._num_submitted += 1
@@ -181,16 +175,16 @@ class RewardModel:
 
     @property
     def num_pending(self) -> int:
-        """Videos submitted that have no outcome yet."""
+        """Videos that were submitted and have no outcome yet."""
         return len(self._decoding) + self.engine.num_unfinished
 
     def advance(self) -> list[Outcome]:
-        """Give the engine what is decoded, let it work for a step, and return what has become ready."""
+        """Hand decoded videos to the engine, let it work for a step, and return what has become ready."""
         outcomes: list[Outcome] = []
         while self._decoding and self.engine.num_unfinished < self.settings.batch_size:
             name, future = self._decoding[0]
             if self.engine.is_continuous and self.engine.num_unfinished and not future.done():
-                break  # the engine has work: decoding goes on meanwhile
+                break  # the engine has work while decoding goes on
             self._decoding.popleft()
             try:
                 prompt = future.result()
@@ -208,7 +202,7 @@ class RewardModel:
         return outcomes
 
     def close(self) -> None:
-        """End engine and threads, and remove the engine's files."""
+        """Stop engine and threads, and remove the engine's files."""
         self.loader.close()
         self.engine.close()
         self.files.close()
@@ -223,7 +217,7 @@ class RewardModel:
         if isinstance(video, str | os.PathLike):
             return os.fspath(video)
         if fps is None:
-            raise ValueError("frames without a rate: say how many there are a second, score(..., fps=24)")
+            raise ValueError("frames have no rate. Give the frames per second: score(..., fps=24).")
         return sample_frames(video, fps=fps, budget=self.loader.budget, size_factor=self.builder.size_factor)
 
     def _check_length(self, prompt: VideoPrompt) -> None:
@@ -233,7 +227,7 @@ class RewardModel:
 
     def _outcome(self, name: str, score: ThoughtScore) -> Outcome:
         if not math.isfinite(score.reward):
-            return FailedVideo(name, f"{self._sources[name]}: the reward is {score.reward}, which is no number")
+            return FailedVideo(name, f"{self._sources[name]}: the reward is {score.reward}, not a number")
         return ScoredVideo(
             name=name,
             reward=score.reward,
@@ -241,3 +235,28 @@ class RewardModel:
             num_tokens=len(score.cot_ids),
             is_finished=score.is_finished,
         )
+
+
+def choose_device(device: torch.device | str | None = None) -> torch.device:
+    """The named device; by default the GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _start_engine(
+    folder: Path, checkpoint: PolicyCheckpoint, settings: ScoringSettings, device: torch.device
+) -> ScoringEngine:
+    """The engine of `settings.backend`, without weights; its files go into `folder`."""
+    if settings.backend == "vllm":
+        from scoring.vllm_scorer import VllmScorer as Engine
+    else:
+        from scoring.hf_scorer import HfScorer as Engine
+    save_engine_folder(folder, checkpoint, dtype=resolve_precision(settings.precision, device))
+    return Engine(
+        folder,
+        checkpoint,
+        settings,
+        forbidden_token_ids=forbidden_token_ids(checkpoint.processor, checkpoint.config.text_config.vocab_size),
+        reward_token_id=reward_token_id(checkpoint.processor.tokenizer),
+        max_model_len=settings.max_prompt_length + settings.max_new_tokens + NUM_TOKENS_AFTER_COT,
+        device=device,
+    )

@@ -1,34 +1,32 @@
-"""From what a user names to what an engine is made of: folder, checkpoint, budget, scale, engine."""
+"""A reward model on disk: where it is, what it was trained with, and the known scale of its rewards.
 
-import dataclasses
+A Bradley-Terry reward has no zero and no unit of its own. `reward_scale.json` beside the checkpoint has the mean and
+standard deviation over a validation set. It names the weights that it was measured with and is refused for others.
+"""
+
+import json
 import logging
 import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 
-import torch
-
-from scoring.scale import RewardScale, load_scale
-from scoring.scoring import MAX_PROMPT_LENGTH, ScoringEngine, ScoringSettings
-from verl.data.scored_sequence import forbidden_token_ids, reward_token_id
+from scoring.types import MAX_PROMPT_LENGTH, ScoringSettings
 from verl.data.vision_process import VideoBudget
 from verl.model.fingerprint import fingerprint
-from verl.model.precision import resolve_precision
-from verl.model.reward_files import (
-    PolicyCheckpoint,
-    find_folder,
-    load_base,
-    load_checkpoint,
-    save_engine_folder,
-)
+from verl.model.reward_files import PolicyCheckpoint, find_folder, load_base, load_checkpoint
+from verl.trainer.checkpoints import write_atomically
 
 NUM_TOKENS_AFTER_COT = 2
 """`<Reward>`, and one that vLLM writes after it."""
+SCALE_FILE = "reward_scale.json"
 
 logger = logging.getLogger(__name__)
 
 
 def find_model(path: str | os.PathLike) -> str:
-    """The model's folder within a stage 2 `global_step_N` or `actor`; any other path as it is."""
+    """The model's folder in a stage 2 `global_step_N` or `actor`; any other path is returned unchanged."""
     for inner in ("actor/huggingface", "huggingface"):
         if (Path(path) / inner).is_dir():
             return str(Path(path) / inner)
@@ -38,9 +36,9 @@ def find_model(path: str | os.PathLike) -> str:
 def read_checkpoint(
     model_ckpt: str | os.PathLike, rm_ckpt: str | os.PathLike | None = None, *, fresh_head_seed: int | None = None
 ) -> PolicyCheckpoint:
-    """Everything of a reward model but its weights; with `fresh_head_seed`, of a base model and an untrained head.
+    """A reward model without its weights; with `fresh_head_seed`, a base model with an untrained head.
 
-    Raises ValueError saying what is missing and how to come by it.
+    Raises ValueError that says what is missing and how to get it.
     """
     if os.path.isabs(model_ckpt) and not os.path.isdir(model_ckpt):
         raise ValueError(f"no model folder at {model_ckpt}")
@@ -52,60 +50,77 @@ def read_checkpoint(
 
 
 def choose_prompt_length(checkpoint: PolicyCheckpoint, settings: ScoringSettings) -> int:
-    """Tokens of the longest prompt. Raises ValueError when they and the thought exceed the model's positions."""
+    """Tokens of the longest prompt. Raises ValueError if prompt and chain of thought exceed the model's positions."""
     positions = checkpoint.config.text_config.max_position_embeddings
     room = positions - settings.max_new_tokens - NUM_TOKENS_AFTER_COT
     length = settings.max_prompt_length or min(MAX_PROMPT_LENGTH, room)
     if not 0 < length <= room:
         raise ValueError(
-            f"max_new_tokens={settings.max_new_tokens} leaves {room} of {positions} positions to the prompt, "
-            f"which asks for {settings.max_prompt_length or 'some'}: lower max_new_tokens or max_prompt_length"
+            f"max_new_tokens={settings.max_new_tokens} leaves {room} of {positions} positions for the prompt, "
+            f"which needs {settings.max_prompt_length or 'some'}: lower max_new_tokens or max_prompt_length"
         )
     return length
 
 
-def choose_device(device: torch.device | str | None = None) -> torch.device:
-    """The device named, by default the GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def choose_budget(checkpoint: PolicyCheckpoint, settings: ScoringSettings) -> VideoBudget:
-    """The model's own video budget with what the settings change."""
+    """The model's own video budget, with what the settings change."""
     return checkpoint.video_budget.replace(fps=settings.video_fps, max_pixels=settings.max_pixels)
+
+
+@dataclass(frozen=True)
+class RewardScale:
+    """(reward - `mean`) / `std`, measured on `num_videos` of `data`. `weights`: fingerprint of the model and its head.
+
+    `video`: the budget that the videos were read with.
+
+    Example: mean 1.5 and std 0.5 turn a reward of 2.0 into 1.0, one standard deviation above the validation's mean.
+    """
+
+    mean: float
+    std: float
+    num_videos: int
+    data: str
+    weights: str
+    video: dict[str, float]
+
+    def apply(self, reward: float) -> float:
+        """The reward on this scale."""
+        return (reward - self.mean) / self.std
+
+
+def compute_scale(rewards: Sequence[float], *, data: str, weights: str, video: dict[str, float]) -> RewardScale:
+    """Mean and unbiased standard deviation. Raises ValueError if there is no spread to divide by."""
+    if len(rewards) < 2 or min(rewards) == max(rewards):
+        raise ValueError(
+            f"{len(set(rewards))} distinct reward(s) on {data} give no scale: calibrate on more, and different, videos"
+        )
+    return RewardScale(fmean(rewards), stdev(rewards), len(rewards), data, weights, dict(video))
+
+
+def save_scale(model_ckpt: str | os.PathLike, scale: RewardScale) -> Path:
+    """Write `reward_scale.json` into the model's folder, complete or not at all; returns its path."""
+    path = find_folder(find_model(model_ckpt)) / SCALE_FILE
+    write_atomically(path, json.dumps(asdict(scale), indent=2) + "\n")
+    return path
 
 
 def load_model_scale(
     model_ckpt: str | os.PathLike, checkpoint: PolicyCheckpoint, settings: ScoringSettings
 ) -> RewardScale:
-    """The scale kept with a model; warns when videos are read in another way than it was measured with."""
-    path = find_model(model_ckpt)
-    scale = load_scale(find_folder(path), weights=fingerprint(path, checkpoint))
-    budget = dataclasses.asdict(choose_budget(checkpoint, settings))
+    """The scale kept with a model; warns if videos are now read with another budget.
+
+    Raises ValueError if there is none, or it was measured with other weights.
+    """
+    model = find_model(model_ckpt)
+    path = find_folder(model) / SCALE_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent} has no {SCALE_FILE}: make it with inference.py --calibrate on a validation CSV"
+        )
+    scale = RewardScale(**json.loads(path.read_text()))
+    if scale.weights != fingerprint(model, checkpoint):
+        raise ValueError(f"{path} was measured with other weights or another head: run --calibrate again")
+    budget = asdict(choose_budget(checkpoint, settings))
     if scale.video != budget:
         logger.warning("the scale was measured with videos read with %s, now it is %s", scale.video, budget)
     return scale
-
-
-def build_scoring_engine(
-    folder: Path,
-    checkpoint: PolicyCheckpoint,
-    settings: ScoringSettings,
-    *,
-    max_model_len: int,
-    device: torch.device,
-) -> ScoringEngine:
-    """The engine that `settings.backend` asks for, without weights; `folder` takes its files."""
-    if settings.backend == "vllm":
-        from scoring.vllm_scorer import VllmScorer as Engine
-    else:
-        from scoring.hf_scorer import HfScorer as Engine
-    save_engine_folder(folder, checkpoint, dtype=resolve_precision(settings.precision, device))
-    return Engine(
-        folder,
-        checkpoint,
-        settings,
-        forbidden_token_ids=forbidden_token_ids(checkpoint.processor, checkpoint.config.text_config.vocab_size),
-        reward_token_id=reward_token_id(checkpoint.processor.tokenizer),
-        max_model_len=max_model_len,
-        device=device,
-    )

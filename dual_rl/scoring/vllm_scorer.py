@@ -1,19 +1,23 @@
-"""Thinking and scoring in one vLLM engine, with continuous batching.
+"""Chain of thought and reward from one vLLM engine, with continuous batching and one copy of the weights.
 
 Each video is two requests: the chain of thought, and then prompt, chain of thought and `<Reward>` by their ids. The
-second finds all but the last few tokens in the prefix cache, its video in the processor's cache, and jumps the queue
-before its cache can be taken for something else. Its reward is `<Reward>`'s raw logit, see vllm_reward.py.
+second finds all but the last few tokens in the prefix cache and its video in the processor's cache, and jumps the
+queue before its cache is evicted.
+
+The reward comes out as the logit of `<Reward>`, whose own value nobody needs because the policy can never draw the
+token: `compute_logits` replaces it by the head's product with the final hidden state, both in fp32. Unlike a head
+stored as a row of the output layer, it stays in fp32 if the model runs in bf16, in every version of vLLM, and tied
+embeddings stay tied.
 """
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from scoring.scoring import ScoringSettings, ThoughtScore
-from scoring.vllm_reward import ARCHITECTURE, register_reward_model, with_head
+from scoring.types import ScoringSettings, ThoughtScore
 from verl.config import RolloutConfig
 from verl.model.reward_files import PolicyCheckpoint
 from verl.rollout.vllm_engine import with_output_layer
@@ -21,6 +25,8 @@ from verl.rollout.vllm_prompts import PromptForm, add_request, require_same_prom
 from verl.rollout.vllm_start import prepare_environment, process_state_kept, start_llm
 from verl.types import VideoPrompt
 
+ARCHITECTURE = "Qwen3VLRewardForConditionalGeneration"
+HEAD_NAME = "rm_head.weight"
 CPU_KV_CACHE_GIB = 2
 PROCESSOR_CACHE_GB = 4
 """For preprocessed videos between their two requests, on the host."""
@@ -29,23 +35,20 @@ SCORING, THINKING = 0, 1
 
 
 @dataclass(frozen=True)
-class _Thinking:
+class _Request:
+    """A request for a chain of thought while `cot_ids` is None, then one for its reward."""
+
     name: str
     prompt: VideoPrompt
     video_id: str
-
-
-@dataclass(frozen=True)
-class _Scoring:
-    thinking: _Thinking
-    cot_ids: tuple[int, ...]
-    is_finished: bool
+    cot_ids: tuple[int, ...] | None = None
+    is_finished: bool = True
 
 
 class VllmScorer:
-    """`ScoringEngine` with vLLM.
+    """`ScoringEngine`, whose methods are described there, with vLLM.
 
-    `cached_tokens`, `prompt_tokens`: over all scoring requests, those found in the prefix cache and all of them.
+    `cached_tokens`, `prompt_tokens`: over all scoring requests, tokens found in the prefix cache and all tokens.
     """
 
     is_continuous = True
@@ -67,7 +70,7 @@ class VllmScorer:
         self.eos_token_id = checkpoint.processor.tokenizer.eos_token_id
         self.cached_tokens = self.prompt_tokens = 0
         self._numbers = itertools.count()
-        self._requests: dict[str, _Thinking | _Scoring] = {}
+        self._requests: dict[str, _Request] = {}
         config = RolloutConfig(
             precision=settings.precision,
             gpu_memory_utilization=settings.gpu_memory_utilization,
@@ -92,68 +95,60 @@ class VllmScorer:
         self.form = PromptForm(folder, self.llm.get_tokenizer(), device)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take the model's weights, pairs of Hugging Face name and whole tensor; the head is the checkpoint's."""
-        weights = with_head(with_output_layer(weights), self.head_weight)
+        weights = itertools.chain(with_output_layer(weights), [(HEAD_NAME, self.head_weight)])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
     def submit(self, name: str, prompt: VideoPrompt) -> None:
-        """See `ScoringEngine`."""
         self.form.learn(prompt, self._read_prompt)
-        thinking = _Thinking(name, prompt, video_id=f"video-{next(self._numbers)}")
-        if self.settings.mask_cot:
-            request = self.form.request(prompt, video_id=thinking.video_id, continuation=(self.reward_token_id,))
-            self._add(_Scoring(thinking, (), True), request, self._scoring_parameters(), priority=SCORING)
-            return
-        request = self.form.request(prompt, video_id=thinking.video_id)
-        self._add(thinking, request, self.thinking_parameters(name), priority=THINKING)
+        request = _Request(name, prompt, video_id=f"video-{next(self._numbers)}")
+        self._add(replace(request, cot_ids=()) if self.settings.mask_cot else request)
 
     def step(self) -> list[tuple[str, ThoughtScore]]:
-        """See `ScoringEngine`. Raises ValueError when vLLM reads other tokens than the trainer's."""
+        """See `ScoringEngine`. Raises ValueError if vLLM reads other tokens than the trainer does."""
         ready = []
         for output in self.llm.llm_engine.step():
             if not output.finished:
                 continue
-            state = self._requests.pop(output.request_id)
-            if isinstance(state, _Thinking):
-                self._score(state, output)
+            request = self._requests.pop(output.request_id)
+            if request.cot_ids is None:
+                require_same_prompt(request.prompt, output.prompt_token_ids)
+                ids = tuple(output.outputs[0].token_ids)
+                is_finished = bool(ids) and ids[-1] == self.eos_token_id
+                self._add(replace(request, cot_ids=ids[:-1] if is_finished else ids, is_finished=is_finished))
             else:
-                ready.append((state.thinking.name, self._read_reward(state, output)))
+                ready.append((request.name, self._read_reward(request, output)))
         return ready
 
     @property
     def num_unfinished(self) -> int:
-        """See `ScoringEngine`."""
         return len(self._requests)
 
     def close(self) -> None:
-        """See `ScoringEngine`."""
         self.llm.llm_engine.engine_core.shutdown()
 
-    def _add(self, state: "_Thinking | _Scoring", request: dict, parameters, *, priority: int) -> None:
+    def _add(self, request: _Request) -> None:
+        """Hand a request to vLLM."""
+        if request.cot_ids is None:
+            content = self.form.request(request.prompt, video_id=request.video_id)
+            parameters, priority = self.thinking_parameters(request.name), THINKING
+        else:
+            continuation = (*request.cot_ids, self.reward_token_id)
+            content = self.form.request(request.prompt, video_id=request.video_id, continuation=continuation)
+            parameters, priority = self._scoring_parameters(), SCORING
         request_id = f"request-{next(self._numbers)}"
-        add_request(self.llm, request_id, request, parameters, priority=priority)
-        self._requests[request_id] = state
+        add_request(self.llm, request_id, content, parameters, priority=priority)
+        self._requests[request_id] = request
 
-    def _score(self, thinking: _Thinking, output) -> None:
-        """Ask for the reward of a finished chain of thought."""
-        require_same_prompt(thinking.prompt, output.prompt_token_ids)
-        ids = tuple(output.outputs[0].token_ids)
-        is_finished = bool(ids) and ids[-1] == self.eos_token_id
-        state = _Scoring(thinking, ids[:-1] if is_finished else ids, is_finished)
-        continuation = (*state.cot_ids, self.reward_token_id)
-        request = self.form.request(thinking.prompt, video_id=thinking.video_id, continuation=continuation)
-        self._add(state, request, self._scoring_parameters(), priority=SCORING)
-
-    def _read_reward(self, state: _Scoring, output) -> ThoughtScore:
-        continuation = (*state.cot_ids, self.reward_token_id)
-        require_same_prompt(state.thinking.prompt, output.prompt_token_ids, continuation)
+    def _read_reward(self, request: _Request, output) -> ThoughtScore:
+        continuation = (*request.cot_ids, self.reward_token_id)
+        require_same_prompt(request.prompt, output.prompt_token_ids, continuation)
         self.cached_tokens += output.num_cached_tokens or 0
         self.prompt_tokens += len(output.prompt_token_ids)
         reward = output.outputs[0].logprobs[0][self.reward_token_id].logprob
-        return ThoughtScore(state.cot_ids, state.is_finished, float(reward))
+        return ThoughtScore(request.cot_ids, request.is_finished, float(reward))
 
     def _read_prompt(self, request: dict) -> Sequence[int]:
-        """The prompt's ids as vLLM makes them of a request; nothing else is under way."""
+        """The prompt's ids as vLLM makes them from a request; nothing else is in progress."""
         add_request(self.llm, "form", request, self._scoring_parameters(), priority=THINKING)
         while True:
             for output in self.llm.llm_engine.step():
@@ -161,7 +156,7 @@ class VllmScorer:
                     return output.prompt_token_ids
 
     def thinking_parameters(self, name: str):
-        """Sampling parameters of the chain of thought of the video `name`: all alike here."""
+        """Sampling parameters of the chain of thought of the video `name`: the same for all."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -170,7 +165,7 @@ class VllmScorer:
             repetition_penalty=self.settings.repetition_penalty,
             max_tokens=self.settings.max_new_tokens,
             ignore_eos=True,
-            stop_token_ids=[self.eos_token_id],  # and none of generation_config.json
+            stop_token_ids=[self.eos_token_id],  # and none from generation_config.json
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -181,3 +176,29 @@ class VllmScorer:
         return SamplingParams(
             temperature=0, max_tokens=1, logprob_token_ids=[self.reward_token_id], ignore_eos=True, detokenize=False
         )
+
+
+def register_reward_model() -> None:
+    """Register Qwen3-VL with its reward head with vLLM in this process, as `ARCHITECTURE`."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
+
+    class Qwen3VLRewardForConditionalGeneration(Qwen3VLForConditionalGeneration):
+        """Its config's `reward_token_id` says which logit is the reward."""
+
+        def __init__(self, *, vllm_config, prefix: str = "model") -> None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            config = vllm_config.model_config.hf_config
+            self.reward_token_id = config.reward_token_id
+            self.rm_head = torch.nn.Linear(config.text_config.hidden_size, 1, bias=False, dtype=torch.float32)
+
+        def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+            """Logits fp32 [num_positions, vocab] of hidden states [num_positions, hidden] after the final norm."""
+            logits = super().compute_logits(hidden_states)
+            if logits is None:  # on a rank that does not sample
+                return None
+            logits = logits.float()  # what vLLM's sampler does next
+            logits[:, self.reward_token_id] = (hidden_states.float() * self.rm_head.weight[0]).sum(dim=1)
+            return logits
+
+    ModelRegistry.register_model(ARCHITECTURE, Qwen3VLRewardForConditionalGeneration)

@@ -25,8 +25,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from scoring.scale import RewardScale
-from scoring.scoring import FailedVideo, Outcome
+from scoring.source import RewardScale
+from scoring.types import FailedVideo, Outcome
 from serving.metrics import ServerMetrics
 from serving.requests import (
     MAX_JSON_MB,

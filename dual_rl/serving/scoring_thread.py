@@ -14,7 +14,7 @@ from itertools import count
 from typing import Literal
 
 from scoring.reward_model import WINDOW, RewardModel
-from scoring.scoring import Outcome, ScoredVideo, VideoTask
+from scoring.types import Outcome, ScoredVideo, VideoTask
 from serving.metrics import ServerMetrics
 from serving.requests import RETRY_LATER, RETRY_SOON, RefusedError
 

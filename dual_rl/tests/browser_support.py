@@ -1,10 +1,8 @@
-"""A headless Chromium for tests of pages, spoken to over a pipe: nothing to install but the browser."""
+"""A headless Chromium for tests of pages, over the pipe of the DevTools protocol."""
 
-import base64
 import json
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import threading
@@ -22,43 +20,15 @@ def find_browser() -> str | None:
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-class Trap:
-    """A proxy that takes connections, remembers what they asked for, and answers nothing."""
-
-    def __init__(self) -> None:
-        self.requests: list[bytes] = []
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.port = self._server.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._server.accept()
-            except OSError:  # closed
-                return
-            with connection:
-                connection.settimeout(5)
-                self.requests.append(connection.recv(4096))
-
-    def close(self) -> None:
-        """End it."""
-        self._server.close()
-
-
 class Browser:
-    """One tab of a headless Chromium, over the pipe of the DevTools protocol. All its traffic goes to `trap`.
+    """One tab. `complaints`: its console's errors, refusals by a policy included. `urls`: what it asked for."""
 
-    `urls`: what the tab asked for so far; `complaints`: its console's errors, refusals by its policy among them.
-    """
-
-    def __init__(self, executable: str, profile: str, trap: Trap) -> None:
+    def __init__(self, executable: str, profile: str) -> None:
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
         flags = [
             "--headless", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run", "--disable-gpu",
             "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
-            f"--proxy-server=127.0.0.1:{trap.port}", "--proxy-bypass-list=<-loopback>",
             *(["--no-sandbox"] if os.geteuid() == 0 else []),
         ]  # fmt: skip
         self.process = subprocess.Popen(
@@ -70,15 +40,15 @@ class Browser:
         os.close(from_browser)
         self._reader = os.fdopen(self._in, "rb")
         self._number, self._session = 0, None
-        self.urls: list[str] = []
         self.complaints: list[str] = []
+        self.urls: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: object) -> dict[str, Any]:
-        """A command and its result. Fails when the browser calls it an error."""
+        """A command and its result. Fails if the browser reports an error."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session is not None:
@@ -89,7 +59,12 @@ class Browser:
             if answer.get("id") == self._number:
                 assert "error" not in answer, answer
                 return answer["result"]
-            self._note(answer)
+            if answer["method"] == "Network.requestWillBeSent":
+                self.urls.append(answer["params"]["request"]["url"])
+            elif answer["method"] == "Runtime.exceptionThrown":
+                self.complaints.append(json.dumps(answer["params"]["exceptionDetails"]))
+            elif answer["method"] == "Log.entryAdded" and answer["params"]["entry"]["level"] == "error":
+                self.complaints.append(answer["params"]["entry"]["text"])
 
     def _read(self) -> dict[str, Any]:
         content = bytearray()
@@ -97,14 +72,6 @@ class Browser:
             assert byte, "the browser ended"
             content += byte
         return json.loads(content)
-
-    def _note(self, event: dict[str, Any]) -> None:
-        if event["method"] == "Network.requestWillBeSent":
-            self.urls.append(event["params"]["request"]["url"])
-        elif event["method"] == "Runtime.exceptionThrown":
-            self.complaints.append(json.dumps(event["params"]["exceptionDetails"]))
-        elif event["method"] == "Log.entryAdded" and event["params"]["entry"]["level"] == "error":
-            self.complaints.append(event["params"]["entry"]["text"])
 
     def open(self, url: str) -> None:
         """Go there and wait until it has loaded."""
@@ -126,30 +93,23 @@ class Browser:
             assert time.monotonic() < end, f"still not: {condition}"
             time.sleep(0.05)
 
-    def screenshot(self) -> bytes:
-        """PNG of what is in sight."""
-        return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
-
-    def press(self, key: str) -> None:
-        """A key on the keyboard."""
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, text=key if kind == "keyDown" else "")
+    def press(self, keys: str) -> None:
+        """Keys on the keyboard, one after the other."""
+        for key in keys:
+            for kind in ("keyDown", "keyUp"):
+                self.call("Input.dispatchKeyEvent", type=kind, key=key, text=key if kind == "keyDown" else "")
 
 
 @contextmanager
-def open_browser() -> Iterator[tuple[Browser, Trap]]:
-    """A browser for a while; it is ended if it hangs."""
-    executable = find_browser()
-    assert executable is not None, "no browser"
-    trap = Trap()
+def open_browser() -> Iterator[Browser]:
+    """A browser for a while; it is killed if it hangs."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        browser = Browser(executable, profile, trap)
+        browser = Browser(find_browser(), profile)
         timer = threading.Timer(BROWSER_TIMEOUT, browser.process.kill)
         timer.start()
         try:
-            yield browser, trap
+            yield browser
         finally:
             timer.cancel()
             browser.process.kill()
             browser.process.wait()
-            trap.close()

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -13,26 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file, save_file
-
 from scoring.bench_csv import BENCH_FORMATS, BenchType
 from scoring.benchmark import JOURNAL_SUFFIX
 from toy_world.tables import write_table
 from training_support import DUAL_RL, RUN_TIMEOUT, forks
-from verl.model.reward_files import save_head
 
 VIDEOS = DUAL_RL / "data" / "videos"
 CLIPS = sorted(path.name for path in VIDEOS.glob("*.mp4"))
 PROMPTS = ("a red circle", "a blue star falls", 'two "cats", and\na dog')
-LABEL_COLUMNS = {
-    "tabench": ("answer",),
-    "videoalign": ("VQ", "Overall"),
-    "genai": ("vote_type",),
-    "react": ("GSB_style", "GSB_overall"),
-    "videofeedback": (),
-}
+LABEL_COLUMNS = {"tabench": ("answer",), "videoalign": ("VQ", "Overall"), "videofeedback": ()}
 LABELS = ("A", "B", "same", "A", "invalid")
 GENERATORS = ("sora", "kling", "wan")
 SMALL = {"backend": "hf", "batch_size": 2, "max_new_tokens": 8, "num_threads": 1}
@@ -43,48 +32,17 @@ Pair = tuple[str, str, str]
 
 
 def make_row(bench_type: BenchType, pair: Pair, number: int) -> Row:
-    """Row `number` of a benchmark, with all that its format can have; of single videos only A is there."""
+    """Row `number` of a benchmark, with all that its format can have; a row of single videos has A only."""
     form = BENCH_FORMATS[bench_type]
     row = {column: f"videos/{clip}" for column, clip in zip(form.video_columns, pair[:2], strict=False)}
     row |= {column: GENERATORS[(number + side) % 3] for side, column in enumerate(form.model_columns)}
-    row |= {column: LABELS[(number + place) % 5] for place, column in enumerate(LABEL_COLUMNS[bench_type])}
+    row |= {column: LABELS[(number + index) % 5] for index, column in enumerate(LABEL_COLUMNS[bench_type])}
     return {"id": f"{number:03}", **row, "prompt": pair[2], "note": f' "{number}",\nnot read '}
 
 
-def all_pairs(prompts: Sequence[str] = PROMPTS, *, clips: Sequence[str] = CLIPS) -> list[Pair]:
-    """Every clip with its neighbour, round the circle, for every prompt: each video stands in two rows."""
-    return [(clip, clips[(place + 1) % len(clips)], prompt) for prompt in prompts for place, clip in enumerate(clips)]
-
-
-def copy_videos(folder: Path, *, broken: Sequence[str] = ()) -> None:
-    """The clips into `folder`/videos, of which those named end half way."""
-    shutil.copytree(VIDEOS, folder / "videos")
-    for name in broken:
-        content = (VIDEOS / name).read_bytes()
-        (folder / "videos" / name).write_bytes(content[: len(content) // 2])
-
-
-def write_head(path: Path, model: Path, *, value: float = 1.0) -> Path:
-    """Another head for the model, the same `value` everywhere."""
-    width = torch.load(model / "rm_head.pth", weights_only=True)["rm_head.weight"].shape[1]
-    save_head(path, torch.full((1, width), value))
-    return path
-
-
-def change_layer(folder: Path, model: Path) -> Path:
-    """The same model with other weights in one layer, neither in its head nor in its embedding."""
-    shutil.copytree(model, folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.language_model.layers.1.mlp.down_proj.weight"] += 1.0
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def share_correct(rows: Sequence[Row], label: str) -> tuple[float, int]:
-    """Of the pairs with a preference: the share that the rewards get right, and how many there are."""
-    decided = [row for row in rows if row[label] in ("A", "B")]
-    right = [(float(row["Reward_A"]) > float(row["Reward_B"])) == (row[label] == "A") for row in decided]
-    return sum(right) / len(decided), len(decided)
+def all_pairs(prompts: Sequence[str] = PROMPTS) -> list[Pair]:
+    """Every clip with its neighbour, in a circle, for every prompt: each video is in two rows."""
+    return [(clip, CLIPS[(index + 1) % len(CLIPS)], prompt) for prompt in prompts for index, clip in enumerate(CLIPS)]
 
 
 @dataclass(frozen=True)
@@ -109,38 +67,34 @@ class Scored:
         return self.csv.with_suffix(JOURNAL_SUFFIX)
 
     @property
-    def journal(self) -> list[dict]:
-        """What was scored, in order, without the line that describes the run."""
-        return [json.loads(line) for line in self.journal_path.read_text().splitlines()[1:]]
+    def journal(self) -> dict[str, dict]:
+        """What was scored, by item, in order."""
+        entries = [json.loads(line) for line in self.journal_path.read_text().splitlines()[1:]]
+        assert len({entry["name"] for entry in entries}) == len(entries), "scored twice"
+        return {entry["name"]: entry for entry in entries}
 
     @property
     def rewards(self) -> dict[str, float]:
         """By item."""
-        return {entry["name"]: entry["reward"] for entry in self.journal}
+        return {name: entry["reward"] for name, entry in self.journal.items()}
 
     @property
     def cots(self) -> dict[str, str]:
         """By item."""
-        return {entry["name"]: entry["cot"] for entry in self.journal}
+        return {name: entry["cot"] for name, entry in self.journal.items()}
 
     @property
-    def files(self) -> tuple[bytes, bytes]:
-        """The very bytes of CSV and JSON."""
-        return self.csv.read_bytes(), self.csv.with_suffix(".json").read_bytes()
+    def files(self) -> tuple[bytes, ...]:
+        """The very bytes of CSV, JSON and journal."""
+        paths = (self.csv, self.csv.with_suffix(".json"), self.journal_path)
+        return tuple(path.read_bytes() for path in paths)
 
-
-def assert_same(scored: Scored, whole: Scored) -> None:
-    """The same thoughts about the same videos, and the same rewards but for rounding."""
-    assert scored.code == 0, scored.output
-    assert scored.cots == whole.cots
-    assert scored.rewards == pytest.approx(whole.rewards, rel=1e-5, abs=1e-5)
-
-
-def assert_tidy(scored: Scored) -> None:
-    """Nothing on the console but the run's own lines: no library has anything to tell its users' users."""
-    own = ("inference: ", "tabench: ", "24 rows, ", "mean reward ", "label ", "answer ", "95% ", "the best ")
-    foreign = [line for line in scored.output.splitlines() if line.strip() and not line.startswith(own)]
-    assert not foreign, scored.output
+    def assert_mistake(self, pattern: str) -> None:
+        """It failed with one message that matches `pattern`, and no traceback."""
+        assert self.code == 1, self.output
+        assert "Traceback" not in self.output, self.output
+        assert len(re.findall(r"^error: ", self.output, re.MULTILINE)) == 1, self.output
+        assert re.search(rf"^error: .*{pattern}", self.output, re.MULTILINE), self.output
 
 
 @dataclass(frozen=True)
@@ -150,29 +104,22 @@ class Desk:
     root: Path
     model: Path
 
-    def write(self, pairs: Sequence[Pair], bench_type: BenchType = "tabench", *, name: str = "bench") -> Path:
-        """A benchmark of these pairs."""
-        return self.write_rows([make_row(bench_type, pair, number) for number, pair in enumerate(pairs)], name=name)
-
-    def write_rows(self, rows: Sequence[Mapping[str, str]], *, name: str = "bench") -> Path:
-        """A benchmark of these very rows."""
+    def write(self, rows: Sequence[Pair | Row], bench_type: BenchType = "tabench", *, name: str = "bench") -> Path:
+        """A benchmark of these pairs, or of these very rows."""
         videos = self.root / "videos"
         if not videos.exists():
             videos.symlink_to(VIDEOS)
         path = self.root / f"{name}.csv"
-        write_table(path, list(rows))
+        made = [make_row(bench_type, row, n) if isinstance(row, tuple) else row for n, row in enumerate(rows)]
+        write_table(path, made)
         return path
-
-    def arguments(self, bench: Path, bench_type: BenchType, output: str, options: Mapping[str, object]) -> list[str]:
-        """The command line."""
-        places = {"data_path": bench, "model_ckpt": self.model, "output": self.root / output}
-        return _flags({**places, "bench_type": bench_type, **SMALL, **options})
 
     def start(
         self, bench: Path, bench_type: BenchType = "tabench", output: str = "out/scores.csv", **options: object
     ) -> "Scoring":
-        """Start a run; it continues what is there."""
-        return Scoring(self.root / output, self.arguments(bench, bench_type, output, options))
+        """Start a run; it resumes what is there."""
+        places = {"data_path": bench, "model_ckpt": self.model, "output": self.root / output}
+        return Scoring(self.root / output, make_flags({**places, "bench_type": bench_type, **SMALL, **options}))
 
     def run(
         self, bench: Path, bench_type: BenchType = "tabench", output: str = "out/scores.csv", **options: object
@@ -181,14 +128,19 @@ class Desk:
         return self.start(bench, bench_type, output, **options).wait()
 
     def run_script(self, bench: Path, bench_type: BenchType = "tabench", *, output: str, **options: object) -> Scored:
-        """A run by inference.sh, called from the folder with paths relative to it; no options of SMALL."""
-        variables = {"MODEL_CKPT": self.model, "DATA_PATH": bench.name, "BENCH_TYPE": bench_type, "OUTPUT": output}
+        """A run by inference.sh, from the folder and with paths relative to it; without SMALL."""
+        variables = {
+            "MODEL_CKPT": str(self.model),
+            "DATA_PATH": bench.name,
+            "BENCH_TYPE": bench_type,
+            "OUTPUT": output,
+        }
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         result = subprocess.run(
-            ["bash", str(DUAL_RL / "inference.sh"), *_flags(options)],
+            ["bash", str(DUAL_RL / "inference.sh"), *make_flags(options)],
             cwd=self.root,
-            env={**environment, **{k: str(v) for k, v in variables.items()}, "PATH": path, "OMP_NUM_THREADS": "1"},
+            env={**environment, **variables, "PATH": path, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -231,8 +183,8 @@ class Scoring:
         return Scored(self.process.exitcode, output, self.output)
 
 
-def _flags(options: Mapping[str, object]) -> list[str]:
-    """True stands for a flag without a value."""
+def make_flags(options: Mapping[str, object]) -> list[str]:
+    """Command line; True is a flag without a value."""
     parts = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in options.items()]
     return [part for of_option in parts for part in of_option]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from scoring.reward_model import RewardModel
-from scoring.scoring import Outcome, ScoringSettings
+from scoring.types import Outcome, ScoringSettings
 from serving_support import CLIPS, PROMPTS, SECONDS, Serving
 
 

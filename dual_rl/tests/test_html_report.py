@@ -1,11 +1,8 @@
-"""The page of a run: it holds what was scored, finds its clips, and nothing in it runs, loads or breaks out."""
+"""The page of a run, and of what training generated: it shows what was scored, finds its clips, and is inert."""
 
-import base64
-import hashlib
+import json
 import os
-import random
 import re
-import time
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,22 +10,24 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 
-from report_support import DATA, fill_journal, make_result, read_data
+from report_support import DATA, read_data, write_example_bench
 from scoring.bench_csv import Bench, read_bench
-from scoring.html_report import write_report
+from scoring.html_report import main, write_generations_report, write_report
 from scoring.journal import Journal
 from scoring.report import summarise
-from scoring.report_charts import sigmoid
-from scoring.scale import RewardScale
-from scoring.scoring import FailedVideo, ScoredVideo
+from scoring.report_charts import build_calibration, build_histogram, build_means, compute_wilson, sigmoid
+from scoring.source import RewardScale
+from scoring.types import FailedVideo, ScoredVideo
 from toy_world.tables import write_table
+from training_support import EXAMPLE_CSV
+from verl.data.pair_csv import CsvError
 
 HOSTILE = [
     "</script><script>alert(1)</script><!-- <script>",
     "<img src=http://127.0.0.1/x onerror=alert(1)> &lt; &amp; \\u003c",
     "line\r\nline\n\ttab\u2028\u2029\0 end",
     "caf\u00e9 \u6f22\u5b57 \U0001f600 half \ud83d",
-    "@DATA@ @SCRIPT@ @POLICY@ {{x}} ${x} `",
+    "{{ data }} {% raw %} ${x} `",
     '<answer>{"dimensional_scores": {"<b>": NaN, "x": [1, "</script>"]}}</answer>',
 ]
 REWARDS = {"a.mp4": 3.0, "b.mp4": 1.0, "c.mp4": 2.0, "d.mp4": 2.0}
@@ -62,11 +61,11 @@ def make_bench(folder: Path, rows: Sequence[Sequence[str]] = ROWS) -> Bench:
 
 def report(folder: Path, bench: Bench, rewards: Mapping[str, float] = REWARDS, thoughts=("",), scale=None) -> str:
     """The page of a run that gave these rewards and, in turn, these thoughts."""
-    with Journal(folder / "out.rewards.jsonl", {}) as journal:
-        for place, item in enumerate(bench.items.values()):
+    with Journal(folder / "out.rewards.jsonl", {}, overwrite=True) as journal:
+        for index, item in enumerate(bench.items.values()):
             name = os.path.basename(item.video)
             if name in rewards:
-                thought = thoughts[place % len(thoughts)]
+                thought = thoughts[index % len(thoughts)]
                 journal.add(ScoredVideo(item.item_id, rewards[name], thought, 9, name != "b.mp4"))
             else:
                 journal.add(FailedVideo(item.item_id, f"video is empty: {name}"))
@@ -74,66 +73,62 @@ def report(folder: Path, bench: Bench, rewards: Mapping[str, float] = REWARDS, t
     return (folder / "out.html").read_text(encoding="utf-8")
 
 
-def test_the_page_says_what_was_scored(tmp_path):
-    data = read_data(report(tmp_path, make_bench(tmp_path)))
+def test_the_page_shows_what_was_scored(tmp_path):
+    page = report(tmp_path, make_bench(tmp_path))
+    data = read_data(page)
     assert data["views"][data["main"]]["name"] == "Overall"
     assert [view["verdicts"] for view in data["views"]] == [
         ["wrong", "unlabelled", "wrong", "unscored"],
         ["right", "wrong", "tie", "unscored"],
     ]
-    assert [row["numbers"] for row in data["rows"]] == [
-        [2.0, 2.0, 3.0, 1.0],
-        [-1.0, 1.0, 1.0, 2.0],
-        [0.0, 0.0, 2.0, 2.0],
-        [None, None, 3.0, None],
-    ]
+    numbers = [[2.0, 2.0, 3.0, 1.0], [-1.0, 1.0, 1.0, 2.0], [0.0, 0.0, 2.0, 2.0], [None, None, 3.0, None]]
+    assert [row["numbers"] for row in data["rows"]] == numbers
     assert data["rows"][0]["summary"] == "margin +2.0000, P(A is better) 0.881"
-    assert data["rows"][0]["facets"] == [["sora", "kling"]]
-    assert [data["prompts"], data["failures"]] == [["a red cat"], ["video is empty: e.mp4"]]
+    assert (data["rows"][0]["facets"], data["prompts"]) == ([["sora", "kling"]], ["a red cat"])
     notes = {item["name"]: item["note"] for item in data["items"]}
-    assert notes["e.mp4"] == "video is empty: e.mp4"
+    assert (notes["e.mp4"], notes["a.mp4"]) == ("video is empty: e.mp4", "")
     assert notes["b.mp4"].startswith("cut at the length limit")
-    assert notes["a.mp4"] == ""
-    table = data["tables"][0]
-    assert [row[0] for row in table["rows"]] == ["TA", "Overall"]
-    assert table["rows"][1][5:] == ["2 + 1", "1"]
+    assert data["tables"][0]["rows"][1][5:] == ["2 + 1", "1"]
     assert data["views"][1]["tables"][0]["rows"][0][:2] == ["kling", "2"]
+    for shown in ("<h1>videoalign: bench.csv</h1>", "<summary>1 failed</summary><pre>video is empty: e.mp4</pre>"):
+        assert shown in page
+    assert re.findall(r'<option value="(\w+)">\1</option>', page) == ["kling", "sora", "wan"]
 
 
 def test_rewards_are_on_the_scale_of_the_run_and_probabilities_are_not(tmp_path):
     scale = RewardScale(1.0, 2.0, 9, "val.csv", "w", {"fps": 2.0})
-    data = read_data(report(tmp_path, make_bench(tmp_path), scale=scale))
+    page = report(tmp_path, make_bench(tmp_path), scale=scale)
+    data = read_data(page)
     assert data["rows"][0]["numbers"] == [1.0, 1.0, 1.0, 0.0]
     assert data["rows"][0]["summary"] == "margin +1.0000, P(A is better) 0.881"
-    assert dict(data["facts"])["rewards are in"].endswith("9 videos of val.csv, 1.0000 +- 2.0000")
-    calibration = data["views"][1]["charts"][1]
-    assert calibration["points"][-1]["x"] == sigmoid(2.0)
+    assert "9 videos of val.csv, 1.0000 +- 2.0000" in page
+    assert data["views"][1]["charts"][1]["points"][-1]["x"] == sigmoid(2.0)
 
 
-def test_hostile_text_comes_back_as_it_was_and_makes_no_element(tmp_path):
-    bench = make_bench(tmp_path, [(f"{n}.mp4", f"{n + 1}.mp4", "<b>x</b>", "'\"", "A", "A") for n in range(6)])
-    page = report(tmp_path, bench, {f"{n}.mp4": float(n) for n in range(7)}, HOSTILE)
-    harmless = report(tmp_path, make_bench(tmp_path))
+def test_hostile_text_comes_back_unchanged_and_makes_no_element(tmp_path):
+    rows = [(f"{n}.mp4", f"{n + 1}.mp4", "<b>x</b>", "'\"", "A", "A") for n in range(6)]
+    page = report(tmp_path, make_bench(tmp_path, rows), {f"{n}.mp4": float(n) for n in range(7)}, HOSTILE)
+    harmless = [(*row[:2], "x", "y", "A", "A") for row in rows]
+    plain = report(tmp_path, make_bench(tmp_path, harmless), {f"{n}.mp4": float(n) for n in range(7)})
     data = read_data(page)
     assert [item["thought"] for item in data["items"][:6]] == HOSTILE
     assert data["rows"][0]["models"] == ["<b>x</b>", "'\""]
-    assert data["rows"][5]["scores"][0][:2] == ["<b>", "nan"]
-    assert Tags(page).found == Tags(harmless).found
+    assert data["items"][5]["scores"] == {"score": {"<b>": "nan", "x": "[1, '</script>']"}}
+    assert Tags(page).found == Tags(plain).found
     assert "<" not in DATA.search(page)[1]
 
 
 def test_the_page_names_nothing_outside_and_its_policy_lets_only_its_own_script_run(tmp_path):
-    page = report(tmp_path, make_bench(tmp_path))
-    frame = DATA.sub("", page)
-    assert re.search(r"https?:|//|@import|url\((?!#)", frame) is None
-    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', frame)[1]
-    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    pages = [DATA.sub("", report(tmp_path, make_bench(tmp_path))) for _ in range(2)]
+    assert re.search(r"https?:|//|@import|url\((?!#)", pages[0]) is None
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", pages[0])
+    policies = [re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1] for page in pages]
+    assert policies[0] != policies[1]  # a nonce that can be guessed protects nothing
+    rules = dict(rule.split(" ", 1) for rule in policies[0].split("; "))
     assert (rules["default-src"], rules["media-src"]) == ("'none'", "'self' file:")
     for tag in ("script", "style"):
-        content = re.search(f"<{tag}>(.*?)</{tag}>", frame, re.DOTALL)[1]
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        assert rules[f"{tag}-src"] == f"'sha256-{digest}'"
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", frame)
+        nonce = re.search(f'<{tag} nonce="([0-9a-f]{{32}})">', pages[0])[1]
+        assert rules[f"{tag}-src"] == f"'nonce-{nonce}'"
 
 
 def test_clips_are_found_from_another_folder_whatever_they_are_called(tmp_path):
@@ -163,41 +158,84 @@ def test_single_videos_have_no_sides_and_no_labels(tmp_path):
     data = read_data(report(tmp_path, read_bench(tmp_path / "bench.csv", "videofeedback")))
     assert [row["numbers"] for row in data["rows"]] == [[3.0], [1.0], [None]]
     assert data["views"][0]["verdicts"] == ["unlabelled", "unlabelled", "unscored"]
-    assert [chart["title"] for chart in data["views"][0]["charts"]] == ["Rewards"]
-    assert data["items"][2]["clip"] is None
-    assert (data["sides"], data["sorts"], data["tables"]) == ([""], ["reward"], [])
+    assert [chart and chart["title"] for chart in data["views"][0]["charts"]] == ["Rewards", None]
+    assert (data["items"][2]["clip"], data["sides"], data["tables"]) == (None, [""], [])
 
 
-@pytest.mark.parametrize(
-    ("thought", "scores"),
-    [
-        ("no JSON at all", []),
-        ('<answer>{"overall_score": 2}</answer>', []),
-        ('<answer>{"dimensional_scores": [1]}</answer>', []),
-        ('<answer>{"dimensional_scores": null, "overall_score": 2}</answer>', [["overall", "2", "2"]]),
-        (
-            '<answer>```json\n{"dimensional_scores": {"a": 2, "b": "N/A"}}\n```</answer>',
-            [["a", "2", "2"], ["b", "N/A", "N/A"]],
-        ),
-        (f'<answer>{{"dimensional_scores": {{"a": "{"x" * 999}"}}}}</answer>', [["a", "x" * 80, "x" * 80]]),
-    ],
-)
-def test_thoughts_need_no_scores(tmp_path, thought, scores):
-    data = read_data(report(tmp_path, make_bench(tmp_path), thoughts=(thought,)))
-    assert data["rows"][0]["scores"] == scores
-    assert data["rows"][0]["score_columns"] == (["A", "B"] if scores else [])
+def test_thoughts_need_no_scores(tmp_path):
+    for thought, scores in [
+        ('<answer>{"dimensional_scores": [1]}</answer>', {}),
+        ('<answer>{"dimensional_scores": null, "overall_score": 2}</answer>', {"overall": "2"}),
+        (f'<answer>{{"dimensional_scores": {{"a": "{"x" * 999}"}}}}</answer>', {"a": "x" * 80}),
+    ]:
+        data = read_data(report(tmp_path, make_bench(tmp_path), thoughts=(thought,)))
+        assert data["items"][0]["scores"] == {"score": scores}
 
 
-def test_a_thousand_pairs_are_light_and_quick(tmp_path):
-    rng = random.Random(0)
-    rows = [(f"{n}.mp4", f"{n + 1000}.mp4", "sora", "kling", "A", rng.choice(("A", "B", "same"))) for n in range(1000)]
-    bench = make_bench(tmp_path, rows)
-    thought = "it thinks " * 120 + '<answer>{"dimensional_scores": {"subject": 2, "style": 1}}</answer>'
-    with Journal(tmp_path / "out.rewards.jsonl", {}) as journal:
-        fill_journal(journal, {name: (rng.gauss(0, 1), thought) for name in bench.items})
-        result = make_result(bench, journal)
-        start = time.perf_counter()
-        write_report(tmp_path / "out.html", bench, journal, result)
-        seconds = time.perf_counter() - start
-    assert (tmp_path / "out.html").stat().st_size < 4e6  # 2.5e6 of it are thoughts
-    assert seconds < 3
+def write_generations(path: Path, *, problem: str = "Judge <video>") -> Path:
+    thought = '<answer>{"dimensional_scores": {"style": 1}}</answer>'
+    answer = '<answer>{"video_1_scores": {"style": 2}, "video_2_scores": {"style": 0}}</answer>'
+    rows = [
+        {"step": step, "pair_id": 0, "side": side, "sample": 0, "reward/overall": reward, "reward/sub": 0.5}
+        | {"prompt": problem, "response": thought if side == "A" else "hm", "head_reward": None, "answer": answer}
+        for step in (0, 20)
+        for side, reward in (("A", 0.5), ("B", None))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 40, "torn', encoding="utf-8")
+    return path
+
+
+def test_generations_of_training_are_shown_by_step_beside_the_annotation(tmp_path):
+    source = write_generations(tmp_path / "generations.jsonl")
+    write_generations_report(tmp_path / "out.html", source)
+    data = read_data((tmp_path / "out.html").read_text())
+    numbers = [[0, 0.5, None], [0, None, None], [20, 0.5, None], [20, None, None]]
+    assert [row["numbers"] for row in data["rows"]] == numbers
+    assert data["views"][0]["verdicts"] == ["well-formed", "malformed"] * 2
+    assert [item["scores"] for item in data["items"][:2]] == [
+        {"model": {"style": "1"}, "annotators": {"style": "2"}},
+        {"model": {}, "annotators": {"style": "0"}},
+    ]
+    assert data["rows"][0]["summary"] == "step 0, sample 0, overall 0.5, sub 0.5"
+    assert [row["facets"] for row in data["rows"][1:3]] == [[["0"], ["B"]], [["20"], ["A"]]]
+    assert [item["clip"] for item in data["items"]] == [None] * 4
+
+
+def test_generations_show_the_clips_of_the_csv_that_they_were_made_from(tmp_path, capsys):
+    bench, _ = write_example_bench(tmp_path / "bench")
+    problem = next(iter(bench.items.values())).problem
+    source, page = write_generations(tmp_path / "generations.jsonl", problem=problem), tmp_path / "out.html"
+    assert main([str(source), "--output", str(page), "--data", str(EXAMPLE_CSV)]) == 0
+    clips = [urljoin(page.as_uri(), item["clip"]) for item in read_data(page.read_text())["items"]]
+    assert clips == [(EXAMPLE_CSV.parent / f"videos/example_0_{side}.mp4").as_uri() for side in "abab"]
+    write_generations(source, problem="another")
+    with pytest.raises(CsvError, match=r"row 1 is not what generations were made for: give the run's data\.val_files"):
+        write_generations_report(page, source, data=EXAMPLE_CSV)
+    source.write_text('{"step": 1}\n')
+    assert main([str(source), "--output", str(page)]) == 1
+    assert "line 1: not a generation of stage 2, which has step, pair_id" in capsys.readouterr().err
+
+
+def test_the_charts_by_hand():
+    bars = build_histogram(
+        "t", "x", [-1.0, 0.0, 0.49, None, 9.0, -0.0001], ["right", "wrong", "tie", "", *["right"] * 2]
+    )
+    assert (bars["edges"][:3], bars["edges"][-1], len(bars["edges"])) == ([-1.0, -0.5, 0.0], 9.0, 21)
+    assert {name: [n for n, count in enumerate(counts) if count] for name, counts in bars["series"].items()} == {
+        "right": [0, 1, 19],
+        "tie": [2],
+        "wrong": [2],
+    }
+    bars = build_histogram("t", "x", [2.5, 2.5], ["a", "a"])
+    assert (bars["edges"], bars["series"]) == ([2.0, 3.0], {"a": [2]})
+    assert build_histogram("t", "x", [None], ["a"]) is None
+    # sigmoid: 0.5, 0.5, 0.5, 0.7311, 0.7685, 0 and 1; bins 5, 7, 0 and 9. The tie and the unscored are left out.
+    curve = build_calibration([0.0, 0.0, 0.0, 1.0, 1.2, -800.0, 800.0, 0.1, None], [1, 1, -1, -1, 1, -1, 1, 0, 1])
+    assert [(point["count"], point["y"]) for point in curve["points"]] == [(1, 0.0), (3, 2 / 3), (2, 0.5), (1, 1.0)]
+    assert [point["x"] for point in curve["points"]] == pytest.approx([0.0, 0.5, (0.7310586 + 0.7685248) / 2, 1.0])
+    # (3 x 0.1667 + 2 x 0.2498) / 7
+    assert curve["note"].startswith("7 pairs with a preference, ties left out; expected calibration error 0.143")
+    assert compute_wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert build_calibration([1.0], [0]) is None
+    means = build_means("t", "y", [0, 20, 0, 20], [1.0, None, 3.0, 5.0])["points"]
+    assert [(point["x"], point["y"], point["count"]) for point in means] == [(0, 2.0, 2), (20, 5.0, 1)]

@@ -8,50 +8,46 @@ from pathlib import Path
 import pytest
 
 from scoring.bench_csv import Bench, BenchType, compute_item_id, read_bench
-from scoring.benchmark import describe_result
 from scoring.journal import Journal
-from scoring.report import added_columns, format_table, summarise, write_csv, write_json
-from scoring.scoring import FailedVideo, ScoredVideo
+from scoring.report import format_result, summarise, write_csv
+from scoring.types import FailedVideo, ScoredVideo
 from toy_world.tables import read_table, write_table
 
 PROBLEM = "Judge <video>"
 REWARDS = {"a.mp4": 3.0, "b.mp4": 1.0, "c.mp4": 2.0, "d.mp4": 2.0}
-CUT = ("b.mp4",)
 ROWS = [  # A, B, their models, TA, Overall
     ("a.mp4", "b.mp4", "sora", "kling", "B", "A"),
     ("b.mp4", "c.mp4", "kling", "sora", "", "A"),
     ("c.mp4", "d.mp4", "sora", "wan", "nan", "same"),
     ("a.mp4", "e.mp4", "sora", "kling", "", "A"),
     ("a.mp4", "b.mp4", "sora", "kling", "B", "A"),
-    ("d.mp4", "a.mp4", "wan", "sora", "same", "invalid"),
+    ("d.mp4", "a.mp4", "", "sora", "same", "invalid"),
 ]
 COLUMNS = ("path_A", "path_B", "A_model", "B_model", "TA", "Overall")
-NASTY = ['a "b", c\nd', " , ", '"', "caf\u00e9\r\nx\ry", ""]
+NASTY = ['a "b", c\nd', " , ", '"', "caf\u00e9\r\nx\ry", "", "x"]
 
 
 def item_id(video: str) -> str:
     return compute_item_id(video, problem=PROBLEM)
 
 
-def write_bench(folder: Path, rows: Sequence[Mapping[str, str]]) -> Path:
-    """The file of a benchmark, beside empty videos."""
+def make_bench(folder: Path, rows: Sequence[Mapping[str, str]], bench_type: BenchType = "videoalign") -> Bench:
+    """A benchmark beside empty videos."""
     for video in {row[name] for row in rows for name in row if name.startswith(("path_", "video_path"))}:
         (folder / video).touch()
     write_table(folder / "bench.csv", [{**row, "problem": PROBLEM} for row in rows])
-    return folder / "bench.csv"
-
-
-def make_bench(folder: Path, rows: Sequence[Mapping[str, str]], bench_type: BenchType = "videoalign") -> Bench:
-    return read_bench(write_bench(folder, rows), bench_type)
+    return read_bench(folder / "bench.csv", bench_type)
 
 
 def cot_of(video: str) -> str:
     return f'it shows "{video}",\nwhich is\r\n, well, good'
 
 
-def score(journal: Journal, rewards: Mapping[str, float] = REWARDS) -> None:
+def score(journal: Journal, rewards: Mapping[str, float] = REWARDS, *, failed: Sequence[str] = ("e.mp4",)) -> None:
     for video, reward in rewards.items():
-        journal.add(ScoredVideo(item_id(video), reward, cot_of(video), 7, video not in CUT))
+        journal.add(ScoredVideo(item_id(video), reward, cot_of(video), 7, video != "b.mp4"))
+    for video in failed:
+        journal.add(FailedVideo(item_id(video), f"video is empty: {video}"))
 
 
 @pytest.fixture
@@ -62,82 +58,54 @@ def journal(tmp_path) -> Iterator[Journal]:
 
 @pytest.fixture
 def bench(tmp_path) -> Bench:
-    """ROWS, between columns that are not read and hold everything that CSV has to quote."""
-    notes = NASTY * 2
-    rows = [{"note": notes[n], **dict(zip(COLUMNS, row, strict=True)), "x": notes[-n]} for n, row in enumerate(ROWS)]
-    return make_bench(tmp_path, rows)
+    """ROWS, beside a column that is not read and holds everything that CSV has to quote."""
+    return make_bench(
+        tmp_path,
+        [{"note": note, **dict(zip(COLUMNS, row, strict=True))} for note, row in zip(NASTY, ROWS, strict=True)],
+    )
 
 
-def test_rewards_and_thoughts_stand_in_their_rows_beside_all_that_was_there(tmp_path, bench, journal):
+def test_rewards_and_thoughts_are_in_their_rows_beside_all_that_was_there(tmp_path, bench, journal):
     score(journal)
     write_csv(tmp_path / "scores.csv", bench, journal)
     before, after = read_table(Path(bench.path)), read_table(tmp_path / "scores.csv")
-    assert list(after[0]) == ["note", *COLUMNS, "x", "problem", "Reward_A", "Reward_B", "CoT_A", "CoT_B"]
+    assert list(after[0]) == ["note", *COLUMNS, "problem", "Reward_A", "Reward_B", "CoT_A", "CoT_B"]
     for old, new, (a, b, *_) in zip(before, after, ROWS, strict=True):
         assert {name: new[name] for name in old} == old
-        scored = {side: video for side, video in (("A", a), ("B", b)) if video != "e.mp4"}
-        for side in "AB":
-            assert new[f"Reward_{side}"] == (str(REWARDS[scored[side]]) if side in scored else "")
-            assert new[f"CoT_{side}"] == (cot_of(scored[side]) if side in scored else "")
+        for side, video in (("A", a), ("B", b)):
+            expected = ("", "") if video == "e.mp4" else (str(REWARDS[video]), cot_of(video))
+            assert (new[f"Reward_{side}"], new[f"CoT_{side}"]) == expected
 
 
 def test_single_videos_have_one_reward_and_every_digit_of_it(tmp_path, journal):
-    rewards = {"a.mp4": 0.1 + 0.2, "b.mp4": -1e-300}
     bench = make_bench(tmp_path, [{"video_path": f"{name}.mp4"} for name in "abca"], "videofeedback")
-    score(journal, rewards)
+    score(journal, {"a.mp4": 0.1 + 0.2, "b.mp4": -1e-300}, failed=())
     write_csv(tmp_path / "scores.csv", bench, journal)
     rows = read_table(tmp_path / "scores.csv")
-    assert added_columns(bench) == ("Reward", "CoT")
     assert [list(row) for row in rows] == [["video_path", "problem", "Reward", "CoT"]] * 4
     assert [row["Reward"] for row in rows] == ["0.30000000000000004", "-1e-300", "", "0.30000000000000004"]
     summary = summarise(bench, journal, seed=0)
     assert (summary["labels"], summary["num_duplicate_rows"], summary["num_scored"]) == ({}, 1, 2)
-    assert format_table(summary) == (
-        "4 rows, 3 videos: 2 scored, 0 failed, 1 thoughts cut at the length limit\nmean reward 0.1500"
-    )
 
 
-def test_a_csv_that_fails_half_way_leaves_the_old_one_or_none(tmp_path, bench, journal, monkeypatch):
-    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
-    write_csv(old, bench, journal)
-    content, read = old.read_bytes(), journal.read
+def test_a_csv_that_fails_half_way_leaves_the_old_one(tmp_path, bench, journal):
+    path = tmp_path / "scores.csv"
+    write_csv(path, bench, journal)
+    content = path.read_bytes()
     score(journal)
-
-    def fail_in_the_last_row(name: str) -> ScoredVideo:
-        if name == item_id("d.mp4") and next(countdown) == 0:
-            assert old.read_bytes() == content
-            raise OSError("disk full")
-        return read(name)
-
-    monkeypatch.setattr(journal, "read", fail_in_the_last_row)
-    for path in (old, new):
-        countdown = iter((1, 0))
-        with pytest.raises(OSError, match="disk full"):
-            write_csv(path, bench, journal)
-    assert old.read_bytes() == content
-    assert not new.exists()
-    monkeypatch.undo()
-    for path in (old, new):  # what is left of the failure is in nobody's way
+    table = Path(bench.path)
+    whole = table.read_bytes()
+    table.write_bytes(whole + b"torn\n")
+    with pytest.raises(ValueError, match="it has 1 cells"):
         write_csv(path, bench, journal)
-    assert old.read_bytes() == new.read_bytes() != content
-
-
-def test_a_json_is_complete_or_absent(tmp_path):
-    path = tmp_path / "scores.json"
-    with pytest.raises(TypeError):
-        write_json(path, {"num_rows": 1, "failures": object()})
-    assert not path.exists()
-    write_json(path, {"num_rows": 1, "mean_reward": None})
-    content = path.read_text()
-    assert json.loads(content) == {"num_rows": 1, "mean_reward": None}
-    with pytest.raises(TypeError):
-        write_json(path, {"num_rows": 2, "failures": object()})
-    assert path.read_text() == content
+    assert path.read_bytes() == content
+    table.write_bytes(whole)
+    write_csv(path, bench, journal)  # what is left of the failure is in nobody's way
+    assert path.read_bytes() != content
 
 
 def test_the_summary_counts_as_by_hand(bench, journal):
     score(journal)
-    journal.add(FailedVideo(item_id("e.mp4"), "video is empty: e.mp4"))
     summary = summarise(bench, journal, seed=0)
     assert summary == json.loads(json.dumps(summary))
     labels = summary.pop("labels")
@@ -150,59 +118,44 @@ def test_the_summary_counts_as_by_hand(bench, journal):
     numbers = ("num_pairs", "num_decided", "num_ties", "num_unlabelled", "num_unscored", "threshold", "sweep")
     assert [overall[name] for name in numbers] == [4, 3, 1, 1, 1, 0.0, 0.75]
     assert (overall["without_ties"]["value"], overall["with_ties"]["value"]) == (2 / 3, 0.75)
-    # Margins (2, 2, -1) of rows 1, 5, 6 with labels (-1, -1, 0).
+    # Margins (2, 2, -1) of rows 1, 5, 6 with labels (-1, -1, 0); row 6 does not name both models.
     assert [ta[name] for name in numbers] == [3, 2, 1, 3, 0, 1.0, 1 / 3]
     assert ta["without_ties"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert [row["model"] for row in ta["models"]] == ["kling", "sora"]
     names = ("model", "num_decided", "accuracy", "human_win_rate", "reward_win_rate")
     rows = [("sora", 3, 2 / 3, 2 / 3, 1.0), ("kling", 3, 2 / 3, 1 / 3, 0.0), ("wan", 0, None, None, None)]
     assert overall["models"] == [dict(zip(names, row, strict=True)) for row in rows]
-
-
-def test_rows_without_both_models_are_in_the_accuracy_and_not_in_the_table_of_models(tmp_path, journal):
-    models = (("sora", "kling"), ("", "sora"), ("nan", "wan"))
-    rows = [dict(zip(COLUMNS, ("a.mp4", "b.mp4", *pair, "A", "A"), strict=True)) for pair in models]
-    score(journal)
-    values = summarise(make_bench(tmp_path, rows), journal, seed=0)["labels"]["Overall"]
-    assert values["num_pairs"] == 3
-    assert [(row["model"], row["num_decided"]) for row in values["models"]] == [("sora", 1), ("kling", 1)]
 
 
 def cells_of(line: str) -> list[str]:
     return re.split(r"  +", line.strip())
 
 
-def test_the_table_shows_these_numbers(bench, journal):
+def test_the_console_shows_these_numbers(bench, journal):
     score(journal)
-    journal.add(FailedVideo(item_id("e.mp4"), "video is empty: e.mp4"))
-    lines = describe_result(summarise(bench, journal, seed=0)).splitlines()
+    lines = format_result(summarise(bench, journal, seed=0)).splitlines()
     assert lines[:3] == [
         "failed: video is empty: e.mp4",
         "6 rows, 5 videos: 4 scored, 1 failed, 1 thoughts cut at the length limit",
         "mean reward 2.0000",
     ]
     ta, overall = (cells_of(line) for line in lines[5:7])
-    assert cells_of(lines[4])[3:] == ["tie up to", "one at a time", "pairs", "unscored"]
     assert ta[:2] + ta[3:] == ["TA", "0.000 [0.000, 0.000]", "1.0000", "0.333", "2 + 1", "0"]
     assert overall[0] + overall[1][:6] + overall[2][:6] == "Overall0.667 0.750 "
     assert overall[3:] == ["0.0000", "0.750", "3 + 1", "1"]
     assert len({len(line) for line in lines[4:7]}) == 1
-    table = [cells_of(line) for line in lines[-4:]]
-    assert table[0] == ["Overall", "pairs", "accuracy", "people prefer it", "the reward does"]
-    assert table[1:] == [
+    assert [cells_of(line) for line in lines[-4:]] == [
+        ["Overall", "pairs", "accuracy", "people prefer it", "the reward does"],
         ["sora", "3", "0.667", "0.667", "1.000"],
         ["kling", "3", "0.667", "0.333", "0.000"],
         ["wan", "0", "-", "-", "-"],
     ]
 
 
-def test_without_rewards_there_is_a_table_all_the_same(bench, journal):
+def test_without_rewards_there_is_a_table_nevertheless(bench, journal):
     for video in "abcdefghijkl":
         bench.items.setdefault(video, bench.items[item_id("a.mp4")])
         journal.add(FailedVideo(video, f"{video} is broken"))
-    result = summarise(bench, journal, seed=0)
-    assert (result["num_scored"], result["mean_reward"], result["labels"]["TA"]["num_unscored"]) == (0, None, 3)
-    lines = describe_result(result).splitlines()
-    assert lines[:2] == ["failed: a is broken", "failed: b is broken"]
-    assert lines[10] == "... and 2 more, see the JSON"
-    assert cells_of(lines[-4])[0] == "Overall"
-    assert cells_of(lines[-4])[1:] == ["-", "-", "none", "-", "0 + 0", "5"]
+    lines = format_result(summarise(bench, journal, seed=0)).splitlines()
+    assert (lines[0], lines[10]) == ("failed: a is broken", "... and 2 more, see the JSON")
+    assert cells_of(lines[-4]) == ["Overall", "-", "-", "none", "-", "0 + 0", "5"]

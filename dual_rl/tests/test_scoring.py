@@ -1,4 +1,4 @@
-"""The reward model for use: one engine's thoughts and rewards against plain forwards, in any company."""
+"""The reward model for use: one engine's thoughts and rewards against plain forwards, in any batch."""
 
 import dataclasses
 import importlib.util
@@ -14,10 +14,10 @@ import torch
 from transformers import Qwen3VLVideoProcessor
 
 from infer_utils.scorer import Cot, RewardScorer
-from scoring.hf_scorer import HfScorer
+from model_support import write_small_model
 from scoring.reward_model import RewardModel
-from scoring.scoring import FailedVideo, ScoredVideo, ScoringSettings, ThoughtScore, VideoTask
 from scoring.source import find_model
+from scoring.types import FailedVideo, ScoredVideo, ScoringSettings, ThoughtScore, VideoTask
 from slow_path import compute_reward, load_policy
 from test_reward_files import stage1_checkpoint
 from verl.config import ModelConfig
@@ -29,13 +29,14 @@ from verl.types import Response, ResponseKey, VideoKey, VideoPrompt
 
 DUAL_RL = Path(__file__).resolve().parents[1]
 TINY_BASE = DUAL_RL.parent / "cold_start" / "model" / "tiny_base"
-TOY_CLIPS = sorted((DUAL_RL / "data" / "videos").glob("*.mp4"))[:4]
-REAL_CLIPS = sorted((DUAL_RL.parents[1] / "shared" / "videos").glob("*.mp4"))
+CLIPS = sorted((DUAL_RL / "data" / "videos").glob("*.mp4"))[:4]
 PROMPTS = ["a red circle moves left over a plain gray background", "a blue star", "a green square grows", "a cat"]
 TOLERANCE = 1e-4  # of rewards, fp32
 SETTINGS = ScoringSettings(batch_size=4, max_prompt_length=1024, max_new_tokens=220, kv_cache_gib=1)
 HEAD_SEED = 3
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")
+BACKENDS = ["hf", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])]
 torch.set_num_threads(1)
 
 
@@ -48,17 +49,16 @@ def load_tiny(backend: str, **changes: object) -> RewardModel:
 @pytest.fixture(scope="module")
 def models() -> Iterator[dict[str, RewardModel]]:
     """Each backend once: starting vLLM takes most of the time."""
-    made = {"hf": load_tiny("hf")}
-    if importlib.util.find_spec("vllm") is not None:
-        made["vllm"] = load_tiny("vllm")
+    made = {backend: load_tiny(backend) for backend in (["hf", "vllm"] if HAS_VLLM else ["hf"])}
     yield made
     for model in made.values():
         model.close()
 
 
-@pytest.fixture(params=["hf", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])])
-def model(request, models) -> RewardModel:
-    return models[request.param]
+@pytest.fixture(scope="module")
+def thoughts(models) -> dict[str, list[ThoughtScore]]:
+    """What each backend makes of CLIPS."""
+    return {backend: think_and_score(model, encode(model)) for backend, model in models.items()}
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +69,8 @@ def policy() -> PolicyModel:
     return load_policy(dataclasses.replace(checkpoint, weights=weights), ModelConfig(model_path="")).eval()
 
 
-@pytest.fixture(params=["toy", pytest.param("real", marks=pytest.mark.slow)])
-def clips(request) -> list[Path]:
-    if request.param == "toy":
-        return TOY_CLIPS
-    if len(REAL_CLIPS) < len(PROMPTS):
-        pytest.skip("the real clips of ../shared/videos are not beside this checkout")
-    return REAL_CLIPS
-
-
-def encode(model: RewardModel, clips: Sequence[Path]) -> list[VideoPrompt]:
-    tasks = zip(clips, PROMPTS, strict=True)
+def encode(model: RewardModel) -> list[VideoPrompt]:
+    tasks = zip(CLIPS, PROMPTS, strict=True)
     futures = [
         model.loader.submit(VideoKey(number, "A"), f"<video>{prompt}", str(clip))
         for number, (clip, prompt) in enumerate(tasks)
@@ -88,7 +79,7 @@ def encode(model: RewardModel, clips: Sequence[Path]) -> list[VideoPrompt]:
 
 
 def think_and_score(model: RewardModel, prompts: Sequence[VideoPrompt]) -> list[ThoughtScore]:
-    """What the engine alone gives, in order of the prompts."""
+    """What the engine alone returns, in order of the prompts."""
     for number, prompt in enumerate(prompts):
         model.engine.submit(str(number), prompt)
     ready = {}
@@ -98,75 +89,39 @@ def think_and_score(model: RewardModel, prompts: Sequence[VideoPrompt]) -> list[
 
 
 @torch.no_grad()
-def plain_rewards(
-    policy: PolicyModel, model: RewardModel, prompts: Sequence[VideoPrompt], scores: Sequence[ThoughtScore]
-) -> list[float]:
-    """Stock transformers on each whole sequence by itself."""
+def assert_plain_forward(policy: PolicyModel, model: RewardModel, scores: Sequence[ThoughtScore]) -> None:
+    """Rewards are those of stock transformers on each whole sequence by itself."""
     rewards = []
-    for prompt, score in zip(prompts, scores, strict=True):
+    for prompt, score in zip(encode(model), scores, strict=True):
         response = Response(ResponseKey(*prompt.key, 0), score.cot_ids, score.is_finished, torch.zeros(0))
         rewards.append(compute_reward(policy, prompt, response, model.builder).item())
-    return rewards
+    assert [score.reward for score in scores] == pytest.approx(rewards, abs=TOLERANCE)
+    assert np.std(rewards) > 100 * TOLERANCE
 
 
-def test_rewards_are_those_of_the_plain_forward(model, policy):
-    prompts = encode(model, TOY_CLIPS)
-    scores = think_and_score(model, prompts)
-    assert [score.reward for score in scores] == pytest.approx(
-        plain_rewards(policy, model, prompts, scores), abs=TOLERANCE
-    )
+def read_frames(path: Path) -> tuple[np.ndarray, float]:
+    reader = decord.VideoReader(str(path))
+    return reader.get_batch(range(len(reader))).asnumpy(), float(reader.get_avg_fps())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rewards_are_those_of_the_plain_forward(models, thoughts, policy, backend):
+    scores = thoughts[backend]
     assert all(score.is_finished for score in scores)
     assert len({score.cot_ids for score in scores}) == len(scores)
-    assert np.std([score.reward for score in scores]) > 100 * TOLERANCE
-
-
-def test_a_thought_cut_at_the_limit_is_scored_as_it_stands(model, policy, monkeypatch):
-    prompts = encode(model, TOY_CLIPS)
-    if isinstance(model.engine, HfScorer):
-        monkeypatch.setattr(model.engine, "sampling", dataclasses.replace(model.engine.sampling, max_tokens=7))
-    else:
-        settings = dataclasses.replace(model.engine.settings, max_new_tokens=7)
-        monkeypatch.setattr(model.engine, "settings", settings)
-    scores = think_and_score(model, prompts)
-    assert [len(score.cot_ids) for score in scores] == [7] * 4
-    assert not any(score.is_finished for score in scores)
-    assert [score.reward for score in scores] == pytest.approx(
-        plain_rewards(policy, model, prompts, scores), abs=TOLERANCE
-    )
-
-
-def test_with_the_cot_masked_the_reward_stands_behind_the_prompt(model, policy, monkeypatch):
-    prompts = encode(model, TOY_CLIPS)
-    if isinstance(model.engine, HfScorer):
-        monkeypatch.setattr(model.engine, "mask_cot", True)
-    else:
-        monkeypatch.setattr(model.engine, "settings", dataclasses.replace(model.engine.settings, mask_cot=True))
-    scores = think_and_score(model, prompts)
-    assert [(score.cot_ids, score.is_finished) for score in scores] == [((), True)] * 4
-    assert [score.reward for score in scores] == pytest.approx(
-        plain_rewards(policy, model, prompts, scores), abs=TOLERANCE
-    )
-    assert model.score(TOY_CLIPS, PROMPTS).cots == [""] * 4
+    assert_plain_forward(policy, models[backend], scores)
 
 
 @needs_vllm
-def test_backends_write_and_score_alike(models, clips):
-    ours, theirs = (models[name].score(clips, PROMPTS) for name in ("vllm", "hf"))
-    assert ours.cots == theirs.cots
-    assert ours.rewards == pytest.approx(theirs.rewards, abs=TOLERANCE)
+def test_backends_write_and_score_alike(thoughts):
+    ours, theirs = thoughts["vllm"], thoughts["hf"]
+    assert [score.cot_ids for score in ours] == [score.cot_ids for score in theirs]
+    assert [score.reward for score in ours] == pytest.approx([score.reward for score in theirs], abs=TOLERANCE)
 
 
-def test_company_does_not_change_a_score(model, clips):
-    together = model.score(clips, PROMPTS)
-    assert all(math.isfinite(reward) for reward in together.rewards)
-    for order in ([3, 1, 0, 2], [2], [0, 1, 2, 3, 3, 2, 1, 0]):  # the last are more than fit
-        scores = model.score([clips[n] for n in order], [PROMPTS[n] for n in order])
-        assert scores.cots == [together.cots[n] for n in order]
-        assert scores.rewards == pytest.approx([together.rewards[n] for n in order], abs=TOLERANCE)
-
-
-def test_an_interrupted_call_leaves_nothing_in_the_next_one(model, monkeypatch):
-    expected = model.score(TOY_CLIPS[:2], PROMPTS[:2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_neither_its_batch_nor_an_interrupted_call_changes_a_score(models, monkeypatch, backend):
+    model = models[backend]
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -174,18 +129,22 @@ def test_an_interrupted_call_leaves_nothing_in_the_next_one(model, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(model.engine, "step", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            model.score(TOY_CLIPS[2:], PROMPTS[2:])
+            model.score(CLIPS[2:], PROMPTS[2:])
     assert model.num_pending == 2
-    scores = model.score(TOY_CLIPS[:2], PROMPTS[:2])
-    assert scores.cots == expected.cots
-    assert scores.rewards == pytest.approx(expected.rewards, abs=TOLERANCE)
+    order = [0, 1, 2, 3, 1]  # more than fit
+    together = model.score([CLIPS[n] for n in order], [PROMPTS[n] for n in order])
     assert model.num_pending == 0
+    frames, fps = read_frames(CLIPS[1])
+    for alone in (model.score(CLIPS[1:2], PROMPTS[1:2]), model.score([frames], PROMPTS[1:2], fps=fps)):
+        for n in (1, 4):
+            assert alone.cots == [together.cots[n]]
+            assert alone.rewards == pytest.approx([together.rewards[n]], abs=TOLERANCE)
 
 
 @needs_vllm
 def test_vllm_encodes_a_video_once_and_scores_on_the_cached_prefix(models, monkeypatch):
     engine = models["vllm"].engine
-    prompts = encode(models["vllm"], TOY_CLIPS)
+    prompts = encode(models["vllm"])
     (inner,) = engine.llm.collective_rpc(lambda worker: worker.model_runner.model)
     encoded, processed = [], []
     hook = inner.visual.register_forward_hook(lambda module, inputs, output: encoded.append(len(output)))
@@ -196,8 +155,7 @@ def test_vllm_encodes_a_video_once_and_scores_on_the_cached_prefix(models, monke
     engine.cached_tokens = engine.prompt_tokens = 0
     scores = think_and_score(models["vllm"], prompts)
     hook.remove()
-    merged = sum(math.prod(prompt.grid_thw) // 4 for prompt in prompts)
-    assert sum(encoded) == merged
+    assert sum(encoded) == sum(math.prod(prompt.grid_thw) // 4 for prompt in prompts)
     assert len(processed) == len(prompts)
     lengths = [
         prompt.input_ids.numel() + len(score.cot_ids) + 1 for prompt, score in zip(prompts, scores, strict=True)
@@ -206,50 +164,29 @@ def test_vllm_encodes_a_video_once_and_scores_on_the_cached_prefix(models, monke
     assert engine.prompt_tokens - engine.cached_tokens <= len(prompts) * CPU_BLOCK_SIZE
 
 
-def read_frames(path: Path) -> tuple[np.ndarray, float]:
-    reader = decord.VideoReader(str(path))
-    return reader.get_batch(range(len(reader))).asnumpy(), float(reader.get_avg_fps())
-
-
 @pytest.mark.parametrize("budget", [VideoBudget(), VideoBudget(fps=3.7, max_pixels=64 * 64)])
-def test_frames_in_memory_are_sampled_as_those_of_a_file(budget):
-    for clip in [*TOY_CLIPS, *REAL_CLIPS[:1]]:
-        frames, fps = read_frames(clip)
-        of_file = load_video(clip, budget)
-        for form in (frames, torch.from_numpy(frames).permute(0, 3, 1, 2)):
-            in_memory = sample_frames(form, fps=fps, budget=budget)
-            assert torch.equal(in_memory.frames, of_file.frames)
-            assert in_memory.metadata == of_file.metadata
+def test_frames_in_memory_are_sampled_like_those_of_a_file(budget):
+    frames, fps = read_frames(CLIPS[0])
+    of_file = load_video(CLIPS[0], budget)
+    for form in (frames, torch.from_numpy(frames).permute(0, 3, 1, 2)):
+        in_memory = sample_frames(form, fps=fps, budget=budget)
+        assert torch.equal(in_memory.frames, of_file.frames)
+        assert in_memory.metadata == of_file.metadata
 
 
-def test_frames_in_memory_score_as_their_file(model):
-    clips = [read_frames(clip) for clip in TOY_CLIPS]
-    as_arrays = model.score([frames for frames, _ in clips], PROMPTS, fps=[fps for _, fps in clips])
-    of_files = model.score(TOY_CLIPS, PROMPTS)
-    assert as_arrays.cots == of_files.cots
-    assert as_arrays.rewards == pytest.approx(of_files.rewards, abs=TOLERANCE)
+def test_frames_that_are_not_a_clip_are_refused(models):
+    for shape, dtype in (((8, 64, 64, 3), float), ((8, 3, 64, 64), np.uint8), ((2, 64, 64, 3), np.uint8)):
+        with pytest.raises(VideoError, match=r"give a uint8 array|at least 4"):
+            sample_frames(np.zeros(shape, dtype), fps=8.0, budget=VideoBudget())
+    with pytest.raises(ValueError, match=r"frames have no rate\. Give the frames per second"):
+        models["hf"].score([np.zeros((8, 64, 64, 3), np.uint8)], PROMPTS[:1])
 
 
-@pytest.mark.parametrize(
-    "frames",
-    [np.zeros((8, 64, 64, 3)), np.zeros((8, 3, 64, 64), np.uint8), np.zeros((2, 64, 64, 3), np.uint8)],
-    ids=["floats", "channels first", "too few"],
-)
-def test_frames_that_are_no_clip_are_refused(frames):
-    with pytest.raises(VideoError, match=r"give a uint8 array|at least 4"):
-        sample_frames(frames, fps=8.0, budget=VideoBudget())
-
-
-def test_frames_without_a_rate_are_refused(models):
-    with pytest.raises(ValueError, match="how many there are a second"):
-        models["hf"].score([read_frames(TOY_CLIPS[0])[0]], PROMPTS[:1])
-
-
-def test_a_video_that_cannot_be_scored_stops_no_other(model, tmp_path):
-    broken = tmp_path / "broken.mp4"
-    broken.write_bytes(TOY_CLIPS[0].read_bytes()[:400])
+def test_a_video_that_cannot_be_scored_does_not_stop_the_others(models, tmp_path):
+    model, broken = models["hf"], tmp_path / "broken.mp4"
+    broken.write_bytes(CLIPS[0].read_bytes()[:400])
     texts = ["<video>fine", "<video>fine", "<video>says <Reward>", "<video>" + "long " * 2000, "<video>fine"]
-    videos = [TOY_CLIPS[0], broken, TOY_CLIPS[1], TOY_CLIPS[1], tmp_path / "none.mp4"]
+    videos = [CLIPS[0], broken, CLIPS[1], CLIPS[1], tmp_path / "none.mp4"]
     tasks = [VideoTask(str(n), str(video), text) for n, (video, text) in enumerate(zip(videos, texts, strict=True))]
     outcomes = {outcome.name: outcome for outcome in model.score_stream(tasks)}
     assert isinstance(outcomes.pop("0"), ScoredVideo)
@@ -259,71 +196,84 @@ def test_a_video_that_cannot_be_scored_stops_no_other(model, tmp_path):
     assert "over max_prompt_length 1024" in outcomes["3"].error
     assert f"video not found: {tmp_path / 'none.mp4'}" in outcomes["4"].error
     with pytest.raises(VideoError, match=r"(?s)does not decode.*not found"):
-        model.score([broken, TOY_CLIPS[0], tmp_path / "none.mp4"], PROMPTS[:3])
+        model.score([broken, tmp_path / "none.mp4"], PROMPTS[:2])
 
 
 def test_checkpoints_of_both_stages_score_as_stage_1_does(small_model, tmp_path):
     """Adapter and tuned weights merged; stage 2's layout found from its outer folders."""
     checkpoint = stage1_checkpoint(tmp_path / "checkpoint-5", small_model)
     settings = dataclasses.replace(SETTINGS, backend="hf", max_new_tokens=12)
-    shutil.copytree(small_model, tmp_path / "global_step_7" / "actor" / "huggingface")
     inner = tmp_path / "global_step_7" / "actor" / "huggingface"
+    shutil.copytree(small_model, inner)
     assert find_model(tmp_path / "global_step_7") == find_model(inner.parent) == find_model(inner) == str(inner)
     for path in (checkpoint, tmp_path / "global_step_7"):
         with RewardModel.from_pretrained(path, settings=settings) as model:
-            prompts = encode(model, TOY_CLIPS)
-            scores = think_and_score(model, prompts)
+            scores = think_and_score(model, encode(model))
         scorer = RewardScorer.from_pretrained(find_model(path), dtype=torch.float32, device="cpu")
-        encoded = scorer.encode(TOY_CLIPS, problems=[f"<video>{prompt}" for prompt in PROMPTS])
+        encoded = scorer.encode(CLIPS, problems=[f"<video>{prompt}" for prompt in PROMPTS])
         cots = [Cot(score.cot_ids, "") for score in scores]
         assert [score.reward for score in scores] == pytest.approx(scorer.score_encoded(encoded, cots), abs=TOLERANCE)
 
 
 @torch.no_grad()
-def test_a_head_in_fp32_reads_bf16_states_without_the_error_of_one_in_bf16(models):
+def test_a_head_in_fp32_reads_bf16_states_without_the_error_of_one_in_bf16(thoughts):
     """Against the same states and many heads in float64."""
-    in_bf16 = load_tiny("hf", precision="bf16")
-    prompts = encode(in_bf16, TOY_CLIPS)
-    reward_id = in_bf16.builder.reward_token_id
-    continuations = [(*score.cot_ids, reward_id) for score in think_and_score(models["hf"], prompts)]
-    engine = in_bf16.engine.engine
-    states = engine.model.model(**engine.left_padded(prompts, continuations)).last_hidden_state[:, -1]
+    with load_tiny("hf", precision="bf16") as in_bf16:
+        prompts, engine = encode(in_bf16), in_bf16.engine.engine
+        cot_ids = [score.cot_ids for score in thoughts["hf"]]
+        continuations = [(*ids, in_bf16.builder.reward_token_id) for ids in cot_ids]
+        states = engine.model.model(**engine.left_padded(prompts, continuations)).last_hidden_state[:, -1]
+        rewards = in_bf16.engine.compute_rewards(prompts, cot_ids)
+        head_weight = in_bf16.engine.head_weight[0]
     assert states.dtype == torch.bfloat16
     hidden_size = states.shape[1]
     heads = torch.randn(1000, hidden_size, generator=torch.Generator().manual_seed(0)) / hidden_size**0.5
     truth = states.double() @ heads.double().T
-    errors = {
-        "fp32": (states.float() @ heads.T).double() - truth,
-        "bf16": (states @ heads.bfloat16().T).double() - truth,
-    }
-    assert 1000 * errors["fp32"].abs().mean() < errors["bf16"].abs().mean()
-    rewards = in_bf16.engine.compute_rewards(prompts, [ids[:-1] for ids in continuations])
-    expected = states.float() @ in_bf16.engine.head_weight[0]
-    assert rewards == pytest.approx(expected.tolist(), abs=1e-6)
+    error_in_fp32 = ((states.float() @ heads.T).double() - truth).abs().mean()
+    error_in_bf16 = ((states @ heads.bfloat16().T).double() - truth).abs().mean()
+    assert 1000 * error_in_fp32 < error_in_bf16
+    assert rewards == pytest.approx((states.float() @ head_weight).tolist(), abs=1e-6)
+
+
+# From here on engines of vLLM are closed, which ends the process groups of the shared one: it is not used again.
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_thought_cut_at_the_limit_is_scored_as_it_is(thoughts, policy, backend):
+    with load_tiny(backend, max_new_tokens=7) as model:
+        scores = think_and_score(model, encode(model))
+        assert [(score.cot_ids, score.is_finished) for score in scores] == [
+            (whole.cot_ids[:7], False) for whole in thoughts[backend]
+        ]
+        assert_plain_forward(policy, model, scores)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_the_cot_masked_the_reward_follows_the_prompt(policy, backend):
+    with load_tiny(backend, mask_cot=True) as model:
+        scores = think_and_score(model, encode(model))
+        assert [(score.cot_ids, score.is_finished) for score in scores] == [((), True)] * 4
+        assert_plain_forward(policy, model, scores)
 
 
 @needs_vllm
 @pytest.mark.slow
-def test_vllm_in_bf16_keeps_the_head_in_fp32(models):
-    """Its rewards have the states' error only: they are no multiples of bf16's steps."""
-    in_bf16 = load_tiny("vllm", precision="bf16")
-    prompts = encode(in_bf16, TOY_CLIPS)
-    rewards = [score.reward for score in think_and_score(in_bf16, prompts)]
-    in_bf16.close()
+def test_vllm_in_bf16_keeps_the_head_in_fp32(thoughts):
+    """Its rewards have the states' error only: they are not multiples of bf16's steps."""
+    with load_tiny("vllm", precision="bf16") as in_bf16:
+        rewards = [score.reward for score in think_and_score(in_bf16, encode(in_bf16))]
     assert any(float(torch.tensor(reward).bfloat16()) != reward for reward in rewards)
-    assert rewards == pytest.approx([score.reward for score in think_and_score(models["hf"], prompts)], abs=0.3)
+    assert rewards == pytest.approx([score.reward for score in thoughts["hf"]], abs=0.3)
 
 
 @needs_vllm
 @pytest.mark.slow
-def test_tied_embeddings_are_scored_alike(tmp_path):
-    from model_support import write_small_model
-
+def test_tied_embeddings_score_alike_in_both_backends(tmp_path):
     folder = write_small_model(tmp_path / "tied", tied=True)
     scores = {}
     for backend in ("hf", "vllm"):
         settings = dataclasses.replace(SETTINGS, backend=backend, max_new_tokens=8)
         with RewardModel.from_pretrained(folder, settings=settings) as model:
-            scores[backend] = think_and_score(model, encode(model, TOY_CLIPS))
+            scores[backend] = think_and_score(model, encode(model))
     assert [s.cot_ids for s in scores["vllm"]] == [s.cot_ids for s in scores["hf"]]
     assert [s.reward for s in scores["vllm"]] == pytest.approx([s.reward for s in scores["hf"]], abs=TOLERANCE)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from reward_client import RewardClient, RewardServerError
-from scoring.scale import RewardScale
+from scoring.source import RewardScale
 from serving.requests import ServerLimits
 from serving_support import (
     CLIPS,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from scoring.scoring import ScoringSettings
+from scoring.types import ScoringSettings
 
 DUAL_RL = Path(__file__).resolve().parents[1]
 CLIPS = [DUAL_RL / "data" / "videos" / f"example_0_{side}.mp4" for side in "ab"]
@@ -41,21 +41,16 @@ def test_clips_in_memory_score_alike_in_every_form(reward):
     clips = read_clips()
     tensor = torch.from_numpy(clips).permute(0, 1, 4, 2, 3)
     scores, info = reward(clips, PROMPTS, None)
-    assert scores.dtype == np.float32
-    assert scores.shape == (2,)
-    assert len(info["cots"]) == 2
-    for form in (tensor, tensor.float() / 255, clips.astype(np.float32) / 255):
+    assert (scores.dtype, scores.shape, len(info["cots"])) == (np.float32, (2,), 2)
+    for form in (tensor.float() / 255, clips.astype(np.float32) / 255):
         again, _ = reward(form, PROMPTS, [{}, {}])
         assert again == pytest.approx(scores, abs=1e-5)
 
 
-def test_saved_clips_score_as_the_model_says(reward):
+def test_saved_clips_score_as_the_model_says_on_its_own_scale_only(reward, example, small_model):
     expected = reward.model.score(CLIPS, PROMPTS).rewards
     results = reward.reward([str(clip) for clip in CLIPS], PROMPTS)
     assert [result["Overall"] for result in results] == pytest.approx(expected, abs=1e-5)
-
-
-def test_another_scale_than_the_reward_has_is_refused(reward, example, small_model):
     with pytest.raises(ValueError, match="made with normalize=False"):
         reward.reward([str(CLIPS[0])], PROMPTS[:1], use_norm=True)
     with pytest.raises(ValueError, match=r"make it with inference\.py --calibrate"):

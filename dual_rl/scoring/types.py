@@ -1,8 +1,10 @@
-"""What crosses module boundaries while videos are scored: tasks, outcomes, settings, and the engine's interface."""
+"""What crosses module boundaries in scoring: tasks, outcomes, settings, and the interface of an engine."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+import torch
 
 from verl.config import Precision
 from verl.data.vision_process import VideoFrames
@@ -13,7 +15,7 @@ MAX_PROMPT_LENGTH = 8192
 
 @dataclass(frozen=True)
 class VideoTask:
-    """A video to be scored. `name`: tells tasks apart. `video`: a path, or frames already sampled and resized.
+    """A video to score. `name` identifies the task. `video`: a path, or frames that are already sampled and resized.
 
     `problem`: the user turn with at most one `<video>`.
     """
@@ -25,9 +27,9 @@ class VideoTask:
 
 @dataclass(frozen=True)
 class ScoredVideo:
-    """`reward` after the chain of thought `cot`, which has `num_tokens` tokens; `is_finished`: it ended by itself.
+    """`reward` after the chain of thought `cot` of `num_tokens` tokens. `is_finished`: it ended by itself.
 
-    When it was cut at the length limit, the reward is read after what there is.
+    If it was cut at the length limit, the reward is read after what there is.
     """
 
     name: str
@@ -50,7 +52,7 @@ Outcome = ScoredVideo | FailedVideo
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How videos are scored. What changes rewards is recorded with them, see `affecting_rewards`.
+    """How videos are scored. What changes rewards is recorded with them: `affecting_rewards`.
 
     `batch_size`: videos in an engine at a time. `max_prompt_length`, `max_new_tokens`: tokens of the user turn, video
     included, and of the chain of thought; None for what the model's positions leave, at most MAX_PROMPT_LENGTH.
@@ -75,21 +77,25 @@ class ScoringSettings:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_prompt_length", "max_new_tokens", "kv_cache_gib", "num_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+            require_positive(name, getattr(self, name))
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be positive, 1 for none")
 
     def affecting_rewards(self) -> dict[str, object]:
-        """The settings that another value of would give other rewards with, beside video budget and precision."""
+        """The settings that rewards depend on, besides video budget and precision."""
         names = ("max_prompt_length", "max_new_tokens", "repetition_penalty", "mask_cot")
         return {name: getattr(self, name) for name in names}
 
 
+def require_positive(name: str, value: int | None) -> None:
+    """Raise ValueError for a count below 1; None is a default."""
+    if value is not None and value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
 @dataclass(frozen=True)
 class ThoughtScore:
-    """What an engine gives: ids of the chain of thought without EOS, whether it ended by itself, and the reward."""
+    """What an engine returns: ids of the chain of thought without EOS, whether it ended by itself, and the reward."""
 
     cot_ids: tuple[int, ...]
     is_finished: bool
@@ -97,23 +103,26 @@ class ThoughtScore:
 
 
 class ScoringEngine(Protocol):
-    """Writes a greedy chain of thought for each prompt and reads the reward at `<Reward>` behind it.
+    """Writes a greedy chain of thought for each prompt and reads the reward at `<Reward>` after it.
 
     With `mask_cot` there is no chain of thought: `cot_ids` is empty and `is_finished` true, as nothing was cut.
-    `is_continuous`: takes new prompts while others are under way; else a step is a batch, the fuller the better.
+    `is_continuous`: takes new prompts while it works on others; otherwise a step is a batch, the fuller the better.
     """
 
     is_continuous: bool
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take the model's weights, pairs of Hugging Face name and whole tensor; the head is the checkpoint's."""
 
     def submit(self, name: str, prompt: VideoPrompt) -> None:
         """Take a prompt that fits; the caller has checked its length."""
 
     def step(self) -> Sequence[tuple[str, ThoughtScore]]:
-        """Work on for a while; what has become ready, by name."""
+        """Work for a while; returns what has become ready, by name."""
 
     @property
     def num_unfinished(self) -> int:
-        """Prompts submitted and not ready yet."""
+        """Prompts that were submitted and are not ready yet."""
 
     def close(self) -> None:
-        """End the engine."""
+        """Stop the engine."""
