@@ -57,7 +57,8 @@ def build_run(options: argparse.Namespace) -> BenchmarkRun:
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 1 for a mistake or if nothing could be scored."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("verl").setLevel(logging.INFO)
+    for name in ("verl", "scoring"):
+        logging.getLogger(name).setLevel(logging.INFO)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

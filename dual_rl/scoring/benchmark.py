@@ -42,7 +42,7 @@ from verl.model.reward_files import PolicyCheckpoint, find_folder
 
 JOURNAL_SUFFIX = ".rewards.jsonl"
 
-logger = logging.getLogger("verl")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
