@@ -153,20 +153,6 @@ def test_a_run_continues_on_another_number_of_ranks(uninterrupted, workplace):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"worker.actor.fsdp.fsdp_size": 1, "worker.ref.fsdp.fsdp_size": 1},
-        {"worker.actor.fsdp.enable_cpu_offload": True, "worker.ref.fsdp.enable_cpu_offload": True},
-        {"worker.actor.offload.offload_params": True, "worker.ref.offload.offload_params": True},
-    ],
-    ids=["hybrid sharding", "CPU offload", "weights given up"],
-)
-def test_other_ways_of_sharding_train_the_same(uninterrupted, workplace, settings):
-    assert_same_training(workplace.run(settings={**TWO_RANKS, **settings}), workplace, uninterrupted)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["worker.actor.model.lora.rank=4", "worker.actor.model.freeze_vision_tower=false"])
 def test_lora_and_a_tuned_tower_continue_bit_equal(workplace, setting):
     key, _, value = setting.partition("=")
