@@ -234,20 +234,14 @@ def test_a_head_in_fp32_reads_bf16_states_without_the_error_of_one_in_bf16(thoug
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_thought_cut_at_the_limit_is_scored_as_it_is(thoughts, policy, backend):
-    with load_tiny(backend, max_new_tokens=7) as model:
+@pytest.mark.parametrize("changes", [{"max_new_tokens": 7}, {"mask_cot": True}], ids=["cut", "masked"])
+def test_a_thought_that_is_cut_or_masked_is_scored_as_it_is(thoughts, policy, backend, changes):
+    with load_tiny(backend, **changes) as model:
         scores = think_and_score(model, encode(model))
-        assert [(score.cot_ids, score.is_finished) for score in scores] == [
-            (whole.cot_ids[:7], False) for whole in thoughts[backend]
-        ]
-        assert_plain_forward(policy, model, scores)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_with_the_cot_masked_the_reward_follows_the_prompt(policy, backend):
-    with load_tiny(backend, mask_cot=True) as model:
-        scores = think_and_score(model, encode(model))
-        assert [(score.cot_ids, score.is_finished) for score in scores] == [((), True)] * 4
+        cut = [(whole.cot_ids[:7], False) for whole in thoughts[backend]]
+        assert [(score.cot_ids, score.is_finished) for score in scores] == (
+            [((), True)] * 4 if model.settings.mask_cot else cut
+        )
         assert_plain_forward(policy, model, scores)
 
 
