@@ -1,6 +1,5 @@
 """What the tests of inference share: benchmarks over the example's clips, and runs of it in processes of their own."""
 
-import csv
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from scoring.bench_csv import BENCH_FORMATS, BenchType
 from scoring.benchmark import JOURNAL_SUFFIX
-from toy_world.tables import write_table
+from toy_world.tables import read_table, write_table
 from training_support import DUAL_RL, RUN_TIMEOUT, Process
 
 VIDEOS = DUAL_RL / "data" / "videos"
@@ -55,8 +54,7 @@ class Scored:
 
     @property
     def rows(self) -> list[Row]:
-        with self.csv.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        return read_table(self.csv)
 
     @property
     def json(self) -> dict:

@@ -1,6 +1,5 @@
 """Benchmarks with made-up rewards and thoughts, and what a report's page embeds."""
 
-import csv
 import json
 import random
 import re
@@ -13,7 +12,7 @@ from scoring.bench_csv import Bench, BenchType, read_bench
 from scoring.journal import Journal
 from scoring.report import summarise
 from scoring.types import ScoredVideo
-from toy_world.tables import write_table
+from toy_world.tables import read_table, write_table
 from training_support import EXAMPLE_CSV
 
 REWARDS = {"a.mp4": 3.0, "b.mp4": 1.0, "c.mp4": 2.0, "d.mp4": 2.0}
@@ -47,8 +46,7 @@ def make_bench(folder: Path, rows: Sequence[Mapping[str, str]], bench_type: Benc
 def write_example_bench(folder: Path) -> tuple[Bench, dict[str, tuple[float, str]]]:
     """112 pairs: for each prompt of the example all pairs of its eight clips; per item a reward and a thought."""
     rng, rows = random.Random(0), []
-    with open(EXAMPLE_CSV, newline="", encoding="utf-8") as file:
-        problems = [row["problem"] for row in csv.DictReader(file)]
+    problems = [row["problem"] for row in read_table(EXAMPLE_CSV)]
     shutil.copytree(EXAMPLE_CSV.parent / "videos", folder / "videos")
     clips = [f"videos/example_{number}_{side}.mp4" for number in range(4) for side in "ab"]
     for problem in problems:

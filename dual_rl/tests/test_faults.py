@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model_support import write_small_model
+from toy_world.tables import read_table, write_table
 from training_support import Run, free_port, largest_difference
 from verl.trainer.checkpoints import CheckpointFolder, load_state, step_of
 from verl.trainer.main import main
@@ -48,12 +49,13 @@ def test_a_fault_in_a_step_leaves_the_last_checkpoint_whole(fault, workplace):
 @pytest.mark.slow
 def test_a_video_that_breaks_after_the_check_costs_its_pair_only(workplace):
     """Validation before training is the moment at which it breaks; two ranks then share three pairs."""
-    rows = workplace.read_pairs()
+    rows = read_table(workplace.root / "pairs.csv")
     shutil.copy(workplace.root / "videos" / "example_3_a.mp4", workplace.root / "videos" / "own.mp4")
     rows[3]["videos"] = str(["videos/own.mp4", "videos/example_3_b.mp4"])
     workplace.fault.write_text("remove:own.mp4 1")
+    write_table(workplace.root / "val.csv", rows[:1])
     settings = {
-        "data.val_files": workplace.write_pairs("val.csv", rows[:1]),
+        "data.val_files": workplace.root / "val.csv",
         "data.shuffle": False,
         "data.max_dropped_share": 0.25,
         "trainer.max_steps": 1,
@@ -62,7 +64,8 @@ def test_a_video_that_breaks_after_the_check_costs_its_pair_only(workplace):
     runs = {}
     for name, size in (("four", 4), ("three", 3)):
         sizes = {"data.rollout_batch_size": size, "worker.actor.global_batch_size": size}
-        files = {"data.train_files": workplace.write_pairs(f"{name}.csv", rows[:size])}
+        write_table(workplace.root / f"{name}.csv", rows[:size])
+        files = {"data.train_files": workplace.root / f"{name}.csv"}
         runs[name] = workplace.run(name, {**settings, **sizes, **files})
         assert runs[name].code == 0, runs[name].output
     assert runs["four"].output.count("four.csv: pair dropped: row 4, video A: video not found") == 1

@@ -1,6 +1,5 @@
 """What the tests of whole runs share: a folder of toy pairs and a small model, and stage 2 as users start it."""
 
-import csv
 import json
 import multiprocessing
 import os
@@ -9,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -20,6 +19,8 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors.torch import load_file
+
+from toy_world.tables import read_table, write_table
 
 DUAL_RL = Path(__file__).resolve().parents[1]
 EXAMPLE_CSV = DUAL_RL / "data" / "example.csv"
@@ -91,24 +92,11 @@ class Workplace:
     def make(cls, root: Path, **settings: object) -> "Workplace":
         """Pairs are other combinations of the example's clips, so that each epoch has a different order."""
         shutil.copytree(EXAMPLE_CSV.parent / "videos", root / "videos")
-        with EXAMPLE_CSV.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_table(EXAMPLE_CSV)
         for number in range(2):
             rows.append({**rows[number], "videos": str([f"videos/example_{number}_a.mp4", "videos/example_3_b.mp4"])})
-        workplace = cls(root, settings)
-        workplace.write_pairs("pairs.csv", rows)
-        return workplace
-
-    def write_pairs(self, name: str, rows: Sequence[Mapping[str, str]]) -> Path:
-        with (self.root / name).open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        return self.root / name
-
-    def read_pairs(self) -> list[dict[str, str]]:
-        with (self.root / "pairs.csv").open(newline="") as file:
-            return list(csv.DictReader(file))
+        write_table(root / "pairs.csv", rows)
+        return cls(root, settings)
 
     @property
     def fault(self) -> Path:
