@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from model_support import make_builder, small_checkpoint, write_small_model
 from slow_path import compute_separately, load_policy
-from training_support import free_port
+from training_support import forks, free_port
 from update_support import (
     STEP,
     TEMPERATURE,
@@ -88,6 +88,7 @@ def model(folder) -> Path:
 @pytest.fixture(scope="module")
 def bench(model) -> Iterator[Bench]:
     """This process as the only rank."""
+    forks()  # its server must not see the variables of this rank
     before = dict(os.environ)
     rank = join_process_group(index=0, world_size=1, address="127.0.0.1", port=free_port())
     yield Bench(model, rank)
