@@ -6,7 +6,7 @@ import pytest
 
 from compiling import compiling  # noqa: F401
 from model_support import write_small_model
-from training_support import Run, Running, Workplace
+from training_support import Workplace
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,18 +27,3 @@ def small_model(tmp_path_factory) -> Path:
 def workplace(tmp_path, small_model) -> Workplace:
     """A workplace of the test's own."""
     return Workplace.make(tmp_path / "work", **{"worker.actor.model.model_path": small_model})
-
-
-@pytest.fixture(scope="session")
-def background_run(tmp_path_factory, small_model) -> tuple[Workplace, Running]:
-    """`uninterrupted`, perhaps still going on."""
-    workplace = Workplace.make(tmp_path_factory.mktemp("work") / "w", **{"worker.actor.model.model_path": small_model})
-    return workplace, workplace.start()
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(background_run) -> tuple[Workplace, Run]:
-    """Three steps on one rank, without trouble: what interrupted, spread and continued runs must equal."""
-    run = background_run[1].wait()
-    assert run.code == 0, run.output
-    return background_run[0], run

@@ -1,6 +1,5 @@
 """What the tests of inference share: benchmarks over the example's clips, and runs of it in processes of their own."""
 
-import csv
 import json
 import os
 import re
@@ -15,8 +14,8 @@ from pathlib import Path
 
 from scoring.bench_csv import BENCH_FORMATS, BenchType
 from scoring.benchmark import JOURNAL_SUFFIX
-from toy_world.tables import write_table
-from training_support import DUAL_RL, RUN_TIMEOUT, forks
+from toy_world.tables import read_table, write_table
+from training_support import DUAL_RL, RUN_TIMEOUT, Process
 
 VIDEOS = DUAL_RL / "data" / "videos"
 CLIPS = sorted(path.name for path in VIDEOS.glob("*.mp4"))
@@ -55,8 +54,7 @@ class Scored:
 
     @property
     def rows(self) -> list[Row]:
-        with self.csv.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        return read_table(self.csv)
 
     @property
     def json(self) -> dict:
@@ -114,12 +112,16 @@ class Desk:
         write_table(path, made)
         return path
 
+    def flags(self, bench: Path, output: str, **options: object) -> list[str]:
+        """The command line of a small run; `options` win."""
+        paths = {"data_path": bench, "model_ckpt": self.model, "output": self.root / output}
+        return make_flags({**paths, "bench_type": "tabench", **SMALL, **options})
+
     def start(
         self, bench: Path, bench_type: BenchType = "tabench", output: str = "out/scores.csv", **options: object
     ) -> "Scoring":
         """Start a run; it resumes what is there."""
-        places = {"data_path": bench, "model_ckpt": self.model, "output": self.root / output}
-        return Scoring(self.root / output, make_flags({**places, "bench_type": bench_type, **SMALL, **options}))
+        return Scoring(self.root / output, self.flags(bench, output, bench_type=bench_type, **options))
 
     def run(
         self, bench: Path, bench_type: BenchType = "tabench", output: str = "out/scores.csv", **options: object
@@ -150,17 +152,15 @@ class Desk:
         return Scored(result.returncode, result.stdout, self.root / output)
 
 
-class Scoring:
-    """A run in progress: a process of its own."""
+class Scoring(Process):
+    """A run of inference.py in progress."""
 
     def __init__(self, output: Path, arguments: list[str]) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         self.output = output
         descriptor, console = tempfile.mkstemp(suffix=".console", dir=output.parent)
         os.close(descriptor)
-        self.console = Path(console)
-        self.process = forks().Process(target=_main, args=(arguments, str(self.console)))
-        self.process.start()
+        super().__init__("inference", arguments, Path(console), {})
 
     def stop_at(self, num_lines: int, *, seconds: float = 0.0, number: int = signal.SIGKILL) -> None:
         """Send a signal `seconds` after the journal has `num_lines` whole lines, unless the run ends before."""
@@ -174,29 +174,10 @@ class Scoring:
             os.kill(self.process.pid, number)
 
     def wait(self) -> Scored:
-        """Its end; one that hangs is killed and fails the test."""
-        self.process.join(RUN_TIMEOUT)
-        output = self.console.read_text()
-        if self.process.is_alive():
-            self.process.kill()
-            raise AssertionError(f"the run hangs:\n{output}")
-        return Scored(self.process.exitcode, output, self.output)
+        return Scored(*self.wait_for_end(), self.output)
 
 
 def make_flags(options: Mapping[str, object]) -> list[str]:
     """Command line; True is a flag without a value."""
     parts = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in options.items()]
     return [part for of_option in parts for part in of_option]
-
-
-def _main(arguments: list[str], console: str) -> None:
-    """What `python inference.py` does, with the console in a file."""
-    from inference import main
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
-    descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    os.environ.pop("RAY_ADDRESS", None)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    sys.exit(main(arguments))

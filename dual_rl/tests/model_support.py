@@ -16,7 +16,7 @@ from verl.data.scored_sequence import REWARD_TOKEN, SequenceBuilder, judge_probl
 from verl.data.vision_process import VideoBudget, VideoFrames
 from verl.model.policy import PolicyModel
 from verl.model.reward_files import PolicyCheckpoint, load_checkpoint, save_head
-from verl.types import Response, ResponseKey, VideoKey, VideoPrompt
+from verl.types import PairRollout, PreferencePair, Response, ResponseKey, VideoKey, VideoPrompt
 
 TINY_BASE = Path(__file__).resolve().parents[2] / "cold_start" / "model" / "tiny_base"
 SMALL_BUDGET = VideoBudget(max_frames=8, min_pixels=64 * 64, max_pixels=64 * 96)
@@ -115,6 +115,26 @@ def make_group(builder: SequenceBuilder, number: int, lengths: Sequence[int]) ->
         log_probs = torch.zeros(count + is_finished)
         responses.append(Response(response_key, ids, is_finished, log_probs))
     return prompt, tuple(responses)
+
+
+def make_pair(pair_id: int = 0, preference: int | None = 1) -> PreferencePair:
+    return PreferencePair(pair_id, ("a.mp4", "b.mp4"), "problem", f"answer {pair_id}", preference)
+
+
+def make_response(key: ResponseKey, length: int, *, is_finished: bool = True) -> Response:
+    """Of made-up tokens."""
+    return Response(key, tuple(range(length)), is_finished, torch.zeros(length + is_finished))
+
+
+def make_rollout(
+    pair_id: int, lengths_a: Sequence[int], lengths_b: Sequence[int], *, prompt_tokens: tuple[int, int] = (3, 3)
+) -> PairRollout:
+    """A pair with one response of each length."""
+    sides = [
+        tuple(make_response(ResponseKey(pair_id, side, sample), length) for sample, length in enumerate(lengths))
+        for side, lengths in (("A", lengths_a), ("B", lengths_b))
+    ]
+    return PairRollout(make_pair(pair_id), *sides, prompt_tokens=prompt_tokens)
 
 
 def pixels_of(groups: Sequence[Group], builder: SequenceBuilder) -> torch.Tensor:

@@ -1,30 +1,52 @@
-"""A benchmark of the example's clips with made-up rewards and thoughts, and what a report's page embeds."""
+"""Benchmarks with made-up rewards and thoughts, and what a report's page embeds."""
 
-import csv
 import json
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from scoring.bench_csv import Bench, read_bench
+from scoring.bench_csv import Bench, BenchType, read_bench
 from scoring.journal import Journal
 from scoring.report import summarise
 from scoring.types import ScoredVideo
-from toy_world.tables import write_table
+from toy_world.tables import read_table, write_table
 from training_support import EXAMPLE_CSV
 
+REWARDS = {"a.mp4": 3.0, "b.mp4": 1.0, "c.mp4": 2.0, "d.mp4": 2.0}
+COLUMNS = ("path_A", "path_B", "A_model", "B_model", "TA", "Overall")
+ROWS = [
+    ("a.mp4", "b.mp4", "sora", "kling", "B", "A"),
+    ("b.mp4", "c.mp4", "kling", "sora", "", "A"),
+    ("c.mp4", "d.mp4", "sora", "wan", "nan", "same"),
+    ("a.mp4", "e.mp4", "sora", "kling", "", "A"),
+    ("a.mp4", "b.mp4", "sora", "kling", "B", "A"),
+    ("d.mp4", "a.mp4", "", "sora", "same", "invalid"),
+]
+"""Of COLUMNS; e.mp4 has no reward."""
 DIMENSIONS = ("subject", "dynamics", "camera", "environment", "style")
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
+
+
+def make_rows(rows: Sequence[Sequence[str]] = ROWS, **cells: str) -> list[dict[str, str]]:
+    """With more `cells`, the same in each row."""
+    return [dict(zip(COLUMNS, row, strict=True)) | cells for row in rows]
+
+
+def make_bench(folder: Path, rows: Sequence[Mapping[str, str]], bench_type: BenchType = "videoalign") -> Bench:
+    """A benchmark beside empty videos."""
+    for video in {row[name] for row in rows for name in row if name.startswith(("path_", "video_path"))}:
+        (folder / video).touch()
+    write_table(folder / "bench.csv", rows)
+    return read_bench(folder / "bench.csv", bench_type)
 
 
 def write_example_bench(folder: Path) -> tuple[Bench, dict[str, tuple[float, str]]]:
     """112 pairs: for each prompt of the example all pairs of its eight clips; per item a reward and a thought."""
     rng, rows = random.Random(0), []
-    with open(EXAMPLE_CSV, newline="", encoding="utf-8") as file:
-        problems = [row["problem"] for row in csv.DictReader(file)]
+    problems = [row["problem"] for row in read_table(EXAMPLE_CSV)]
     shutil.copytree(EXAMPLE_CSV.parent / "videos", folder / "videos")
     clips = [f"videos/example_{number}_{side}.mp4" for number in range(4) for side in "ab"]
     for problem in problems:

@@ -118,14 +118,3 @@ class Rescorer:
 def ids_of(responses: Sequence[Sequence[Response]]) -> list[list[tuple[int, ...]]]:
     """Token ids of every response of every prompt."""
     return [[response.cot_ids for response in group] for group in responses]
-
-
-def chi_square_of(counts: torch.Tensor, logits: torch.Tensor) -> tuple[float, int]:
-    """Of draws counted by token against softmax(logits), and its degrees of freedom; rare tokens count as one."""
-    counts = counts.double()
-    expected = counts.sum() * logits.double().softmax(dim=0)
-    assert counts[expected == 0].sum() == 0, "tokens without probability were drawn"
-    rare = expected < 5
-    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
-    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    return float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1

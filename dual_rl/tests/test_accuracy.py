@@ -88,14 +88,6 @@ def test_accuracies_match_a_count_and_a_search_over_every_threshold():
             assert accuracy.without_ties.value == num_correct / num_decided
 
 
-def test_interval_without_ties_matches_explicit_resampling():
-    margins, labels = make_benchmark(300)
-    outcomes = np.sign(margins[labels != 0]) == labels[labels != 0]
-    drawn = np.random.default_rng(1).choice(outcomes, size=(4000, len(outcomes))).mean(axis=1)
-    estimate = compute_pair_accuracy(margins, labels, num_resamples=4000).without_ties
-    assert (estimate.low, estimate.high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.01)
-
-
 def test_intervals_are_as_wide_as_theory_says_and_repeat_by_seed():
     margins, labels = make_benchmark(6000)
     accuracy = compute_pair_accuracy(margins, labels)

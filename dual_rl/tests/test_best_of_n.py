@@ -1,12 +1,13 @@
 """The best-of-N example as users run it."""
 
-import csv
 import importlib.util
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+
+from toy_world.tables import read_table
 
 DUAL_RL = Path(__file__).resolve().parents[1]
 CLIPS = sorted((DUAL_RL / "data" / "videos").glob("*.mp4"))
@@ -51,8 +52,7 @@ def test_clips_are_ranked_and_failures_listed(example, folder, small_model, tmp_
     assert example.main([*places, "--backend", "hf", "--max_new_tokens", "6"]) == 0
     console = capsys.readouterr()
     assert "failed: prompt_1/2.mp4: video does not decode" in console.err
-    with output.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(output)
     assert [row["rank"] for row in rows] == ["1", "2", "3", "1", "2", ""]
     assert {row["video"] for row in rows} == {str(path) for path in folder.glob("*/*.mp4")}
     for name in ("prompt_0", "prompt_1"):

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 
-from report_support import DATA, read_data, write_example_bench
+from report_support import DATA, REWARDS, ROWS, make_bench, make_rows, read_data, write_example_bench
 from scoring.bench_csv import Bench, read_bench
 from scoring.html_report import main, write_generations_report, write_report
 from scoring.journal import Journal
@@ -18,7 +18,6 @@ from scoring.report import summarise
 from scoring.report_charts import build_calibration, build_histogram, build_means, compute_wilson, sigmoid
 from scoring.source import RewardScale
 from scoring.types import FailedVideo, ScoredVideo
-from toy_world.tables import write_table
 from training_support import EXAMPLE_CSV
 from verl.data.pair_csv import CsvError
 
@@ -30,13 +29,7 @@ HOSTILE = [
     "{{ data }} {% raw %} ${x} `",
     '<answer>{"dimensional_scores": {"<b>": NaN, "x": [1, "</script>"]}}</answer>',
 ]
-REWARDS = {"a.mp4": 3.0, "b.mp4": 1.0, "c.mp4": 2.0, "d.mp4": 2.0}
-ROWS = [  # A, B, their models, TA, Overall
-    ("a.mp4", "b.mp4", "sora", "kling", "B", "A"),
-    ("b.mp4", "c.mp4", "kling", "sora", "", "A"),
-    ("c.mp4", "d.mp4", "sora", "wan", "A", "same"),
-    ("a.mp4", "e.mp4", "sora", "kling", "", "A"),
-]
+PAIRS = [*ROWS[:2], ("c.mp4", "d.mp4", "sora", "wan", "A", "same"), ROWS[3]]
 
 
 class Tags(HTMLParser):
@@ -51,12 +44,8 @@ class Tags(HTMLParser):
         self.found.append(tag)
 
 
-def make_bench(folder: Path, rows: Sequence[Sequence[str]] = ROWS) -> Bench:
-    for video in {video for row in rows for video in row[:2]}:
-        (folder / video).touch()
-    names = ("path_A", "path_B", "A_model", "B_model", "TA", "Overall")
-    write_table(folder / "bench.csv", [dict(zip(names, row, strict=True)) | {"prompt": "a red cat"} for row in rows])
-    return read_bench(folder / "bench.csv", "videoalign")
+def bench_of(folder: Path, rows: Sequence[Sequence[str]] = PAIRS) -> Bench:
+    return make_bench(folder, make_rows(rows, prompt="a red cat"))
 
 
 def report(folder: Path, bench: Bench, rewards: Mapping[str, float] = REWARDS, thoughts=("",), scale=None) -> str:
@@ -74,7 +63,7 @@ def report(folder: Path, bench: Bench, rewards: Mapping[str, float] = REWARDS, t
 
 
 def test_the_page_shows_what_was_scored(tmp_path):
-    page = report(tmp_path, make_bench(tmp_path))
+    page = report(tmp_path, bench_of(tmp_path))
     data = read_data(page)
     assert data["views"][data["main"]]["name"] == "Overall"
     assert [view["verdicts"] for view in data["views"]] == [
@@ -97,7 +86,7 @@ def test_the_page_shows_what_was_scored(tmp_path):
 
 def test_rewards_are_on_the_scale_of_the_run_and_probabilities_are_not(tmp_path):
     scale = RewardScale(1.0, 2.0, 9, "val.csv", "w", {"fps": 2.0})
-    page = report(tmp_path, make_bench(tmp_path), scale=scale)
+    page = report(tmp_path, bench_of(tmp_path), scale=scale)
     data = read_data(page)
     assert data["rows"][0]["numbers"] == [1.0, 1.0, 1.0, 0.0]
     assert data["rows"][0]["summary"] == "margin +1.0000, P(A is better) 0.881"
@@ -107,9 +96,9 @@ def test_rewards_are_on_the_scale_of_the_run_and_probabilities_are_not(tmp_path)
 
 def test_hostile_text_comes_back_unchanged_and_makes_no_element(tmp_path):
     rows = [(f"{n}.mp4", f"{n + 1}.mp4", "<b>x</b>", "'\"", "A", "A") for n in range(6)]
-    page = report(tmp_path, make_bench(tmp_path, rows), {f"{n}.mp4": float(n) for n in range(7)}, HOSTILE)
+    page = report(tmp_path, bench_of(tmp_path, rows), {f"{n}.mp4": float(n) for n in range(7)}, HOSTILE)
     harmless = [(*row[:2], "x", "y", "A", "A") for row in rows]
-    plain = report(tmp_path, make_bench(tmp_path, harmless), {f"{n}.mp4": float(n) for n in range(7)})
+    plain = report(tmp_path, bench_of(tmp_path, harmless), {f"{n}.mp4": float(n) for n in range(7)})
     data = read_data(page)
     assert [item["thought"] for item in data["items"][:6]] == HOSTILE
     assert data["rows"][0]["models"] == ["<b>x</b>", "'\""]
@@ -119,7 +108,7 @@ def test_hostile_text_comes_back_unchanged_and_makes_no_element(tmp_path):
 
 
 def test_the_page_names_nothing_outside_and_its_policy_lets_only_its_own_script_run(tmp_path):
-    pages = [DATA.sub("", report(tmp_path, make_bench(tmp_path))) for _ in range(2)]
+    pages = [DATA.sub("", report(tmp_path, bench_of(tmp_path))) for _ in range(2)]
     assert re.search(r"https?:|//|@import|url\((?!#)", pages[0]) is None
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", pages[0])
     policies = [re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1] for page in pages]
@@ -134,7 +123,7 @@ def test_the_page_names_nothing_outside_and_its_policy_lets_only_its_own_script_
 def test_clips_are_found_from_another_folder_whatever_they_are_called(tmp_path):
     names = ["a b.mp4", "50%#1?.mp4", "c:d.mp4", "caf\u00e9.mp4"]
     (tmp_path / "data").mkdir()
-    bench = make_bench(tmp_path / "data", [(names[0], names[1], "", "", "A", "A"), (*names[2:], "", "", "A", "A")])
+    bench = bench_of(tmp_path / "data", [(names[0], names[1], "", "", "A", "A"), (*names[2:], "", "", "A", "A")])
     (tmp_path / "real" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
     with Journal(tmp_path / "out.rewards.jsonl", {}) as journal:
@@ -152,10 +141,10 @@ def test_clips_are_found_from_another_folder_whatever_they_are_called(tmp_path):
 
 
 def test_single_videos_have_no_sides_and_no_labels(tmp_path):
-    write_table(tmp_path / "bench.csv", [{"video_path": f"{name}.mp4", "prompt": "x"} for name in "abe"])
-    for name in "ab":
-        (tmp_path / f"{name}.mp4").touch()
-    data = read_data(report(tmp_path, read_bench(tmp_path / "bench.csv", "videofeedback")))
+    rows = [{"video_path": f"{name}.mp4", "prompt": "x"} for name in "abe"]
+    path = make_bench(tmp_path, rows, "videofeedback").path
+    (tmp_path / "e.mp4").unlink()
+    data = read_data(report(tmp_path, read_bench(path, "videofeedback")))
     assert [row["numbers"] for row in data["rows"]] == [[3.0], [1.0], [None]]
     assert data["views"][0]["verdicts"] == ["unlabelled", "unlabelled", "unscored"]
     assert [chart and chart["title"] for chart in data["views"][0]["charts"]] == ["Rewards", None]
@@ -168,7 +157,7 @@ def test_thoughts_need_no_scores(tmp_path):
         ('<answer>{"dimensional_scores": null, "overall_score": 2}</answer>', {"overall": "2"}),
         (f'<answer>{{"dimensional_scores": {{"a": "{"x" * 999}"}}}}</answer>', {"a": "x" * 80}),
     ]:
-        data = read_data(report(tmp_path, make_bench(tmp_path), thoughts=(thought,)))
+        data = read_data(report(tmp_path, bench_of(tmp_path), thoughts=(thought,)))
         assert data["items"][0]["scores"] == {"score": scores}
 
 

@@ -10,12 +10,14 @@ import os
 import random
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+from inference import main
 from inference_support import CLIPS, LABEL_COLUMNS, PROMPTS, VIDEOS, Desk, Scored, all_pairs, make_row
 from model_support import write_small_model
 from scoring.bench_csv import BENCH_FORMATS, read_bench
@@ -63,6 +65,18 @@ def finished(whole, desk, tmp_path) -> str:
     """Output of a finished run, a copy for one test."""
     shutil.copytree(whole.csv.parent, tmp_path / "finished")
     return str(tmp_path / "finished" / "scores.csv")
+
+
+@pytest.fixture
+def assert_refused(capfd, caplog) -> Callable[..., None]:
+    """Runs in this process: it must end with one message that matches a pattern, before anything is scored."""
+
+    def check(pattern: str, desk: Desk, bench: Path, output: str = "out/scores.csv", **options: object) -> None:
+        code = main(desk.flags(bench, output, **options))
+        Scored(code, capfd.readouterr().err, desk.root / output).assert_mistake(pattern)
+        assert "to score" not in caplog.text
+
+    return check
 
 
 def write_head(path: Path, model: Path, *, value: float = 1.0) -> Path:
@@ -154,16 +168,16 @@ def test_what_is_scored_is_not_scored_again_and_overwrite_starts_clean(desk, ben
     assert scored.json["run"] == {**whole.json["run"], "max_new_tokens": 4}
 
 
-@pytest.mark.parametrize("what", ["max_new_tokens", "data", "weights"])
-def test_rewards_of_another_run_are_not_mixed_in(desk, bench, whole, finished, tmp_path, what):
+def test_rewards_of_another_run_are_not_mixed_in(desk, bench, whole, finished, tmp_path, assert_refused):
     options = {
         "max_new_tokens": {"max_new_tokens": 9},
         "data": {"data_path": desk.write(all_pairs()[::-1], name="reversed")},
         "weights": {"rm_ckpt": write_head(tmp_path / "head.pth", desk.model)},
     }
-    scored = desk.run(bench, output=finished, **options[what])
-    scored.assert_mistake(rf"holds the rewards of another run, with another {what} \(.*with --overwrite\.$")
-    assert scored.files == whole.files
+    for what, changed in options.items():
+        pattern = rf"holds the rewards of another run, with another {what} \(.*with --overwrite\.$"
+        assert_refused(pattern, desk, bench, finished, **changed)
+        assert Scored(1, "", Path(finished)).files == whole.files
 
 
 def test_videos_that_cannot_be_scored_are_listed_and_harm_no_others(tmp_path, small_model):
@@ -211,24 +225,20 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("pattern", "cells", "options"), MISTAKES)
-def test_mistakes_are_reported_before_an_engine_starts(tmp_path, small_model, pattern, cells, options):
-    desk = Desk(tmp_path, small_model)
+def test_mistakes_are_reported_before_an_engine_starts(tmp_path, small_model, assert_refused):
+    desk, row = Desk(tmp_path, small_model), make_row("tabench", (*CLIPS[:2], "a cat"), 0)
     (tmp_path / "mine.csv").write_text("notes\n")
     (tmp_path / "folder.csv").mkdir()
-    bench = desk.write([make_row("tabench", (*CLIPS[:2], "a cat"), 0) | cells])
-    before = {path: path.read_bytes() for path in tmp_path.glob("*.csv") if path.is_file()}
-    scored = desk.run(bench, **{"output": "out/scores.csv", **options})
-    scored.assert_mistake(pattern)
-    assert "to score" not in scored.output
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.csv") if path.is_file()} == before
+    for pattern, cells, options in MISTAKES:
+        bench = desk.write([row | cells])
+        before = {path: path.read_bytes() for path in tmp_path.glob("*.csv") if path.is_file()}
+        assert_refused(pattern, desk, bench, **options)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.csv") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("options", [{"rm_ckpt": "not a number"}, {"max_prompt_length": 20}], ids=["reward", "prompt"])
-def test_a_run_in_which_nothing_can_be_scored_fails_and_lists_the_files(desk, options):
-    write_head(desk.root / "not a number", desk.model, value=math.nan)
-    options = {name: desk.root / value if name == "rm_ckpt" else value for name, value in options.items()}
-    scored = desk.run(desk.write([(*CLIPS[:2], "a cat")], name="two"), output=f"{next(iter(options))}.csv", **options)
+def test_a_run_in_which_nothing_can_be_scored_fails_and_lists_the_files(desk):
+    head = write_head(desk.root / "not a number", desk.model, value=math.nan)
+    scored = desk.run(desk.write([(*CLIPS[:2], "a cat")], name="two"), output="nothing.csv", rm_ckpt=head)
     assert scored.code == 1
     assert "Traceback" not in scored.output
     assert "1 rows, 2 videos: 0 scored, 2 failed" in scored.output
@@ -236,10 +246,10 @@ def test_a_run_in_which_nothing_can_be_scored_fails_and_lists_the_files(desk, op
     assert (scored.journal, [row["Reward_A"] for row in scored.rows]) == ({}, [""])
 
 
-def test_a_base_model_is_scored_with_a_fresh_head_only(desk, bench, tmp_path):
+def test_a_base_model_is_scored_with_a_fresh_head_only(desk, bench, tmp_path, assert_refused):
     base = write_small_model(tmp_path / "base", has_reward=False)
-    scored = desk.run(bench, output="base/scores.csv", model_ckpt=base)
-    scored.assert_mistake("is no reward model: it does not know '<Reward>'. Train it in stage 1 first, ")
+    pattern = "is no reward model: it does not know '<Reward>'. Train it in stage 1 first, "
+    assert_refused(pattern, desk, bench, "base/scores.csv", model_ckpt=base)
     fresh = {"model_ckpt": base, "fresh_head": True, "batch_size": 1}
     pair = desk.write([(*CLIPS[:2], "a cat")], name="pair")
     first, again, other = (

@@ -4,8 +4,8 @@ import math
 import time
 
 import pytest
-import torch
 
+from model_support import make_pair, make_response, make_rollout
 from verl.trainer.metrics import (
     Stopwatch,
     group_metrics,
@@ -14,22 +14,7 @@ from verl.trainer.metrics import (
     response_metrics,
     reward_metrics,
 )
-from verl.types import PairRollout, PreferencePair, Response, ResponseKey
-
-
-def make_pair(pair_id: int = 0, preference: int | None = 1) -> PreferencePair:
-    return PreferencePair(pair_id, ("a.mp4", "b.mp4"), "problem", "A", preference)
-
-
-def make_response(side: str, sample: int, *, length: int, is_finished: bool = True) -> Response:
-    key = ResponseKey(0, side, sample)
-    return Response(key, tuple(range(length)), is_finished, torch.zeros(length + is_finished))
-
-
-def make_rollout(lengths: list[int], *, prompts: tuple[int, int]) -> PairRollout:
-    """The same lengths on both sides."""
-    sides = [tuple(make_response(side, i, length=length) for i, length in enumerate(lengths)) for side in "AB"]
-    return PairRollout(make_pair(), *sides, prompt_tokens=prompts)
+from verl.types import ResponseKey
 
 
 def test_rewards_are_averaged_by_name():
@@ -59,7 +44,8 @@ def test_groups_of_equal_scores_are_counted():
 
 
 def test_lengths_leave_eos_out_and_cut_responses_are_counted():
-    responses = [make_response("A", index, length=n, is_finished=n < 9) for index, n in enumerate((3, 9, 0, 4))]
+    lengths = (3, 9, 0, 4)
+    responses = [make_response(ResponseKey(0, "A", i), n, is_finished=n < 9) for i, n in enumerate(lengths)]
     assert response_metrics(responses) == {
         "response_length/mean": 4.0,
         "response_length/max": 9.0,
@@ -69,7 +55,10 @@ def test_lengths_leave_eos_out_and_cut_responses_are_counted():
 
 
 def test_packing_is_measured_against_padded_rows():
-    rollouts = [make_rollout([9, 19], prompts=(100, 100)), make_rollout([1], prompts=(10, 20))]
+    rollouts = [
+        make_rollout(0, [9, 19], [9, 19], prompt_tokens=(100, 100)),
+        make_rollout(1, [1], [1], prompt_tokens=(10, 20)),
+    ]
     packed, separate = 260 + 12 + 22, 4 * 120 + 2 * 22
     assert packing_metrics(rollouts, seconds=2.0, num_devices=3) == {
         "perf/packed_tokens": packed,

@@ -12,26 +12,11 @@ from verl.core.objective import PolicyOutput
 from verl.core.packing import pack_groups
 from verl.data.scored_sequence import SequenceBuilder
 from verl.model.policy import PolicyModel
-from verl.model.reward_files import PolicyCheckpoint
 
 TEMPERATURE = 0.8
+LENGTHS = [[9, 0, -6], [14, -1], [5]]
+"""Of the responses to each video, which differ in size; some are empty, cut, or cut without a label."""
 BOUND = 1e-5  # relative, of each output and of each parameter's gradient; measured: up to 1e-6
-
-
-@pytest.fixture(scope="module")
-def checkpoint(small_model) -> PolicyCheckpoint:
-    return small_checkpoint(small_model)
-
-
-@pytest.fixture(scope="module")
-def builder(checkpoint) -> SequenceBuilder:
-    return make_builder(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def groups(builder) -> list[Group]:
-    """Videos of different sizes; responses of different lengths, empty, cut, and cut without a label."""
-    return [make_group(builder, number, lengths) for number, lengths in enumerate([[9, 0, -6], [14, -1], [5]])]
 
 
 def run_packed(model: PolicyModel, groups: Sequence[Group], builder: SequenceBuilder) -> PolicyOutput:
@@ -61,7 +46,7 @@ def test_packed_forward_and_gradients_equal_separate_sequences(
 ):
     checkpoint = small_checkpoint(write_small_model(tmp_path, tied=True) if is_tied else small_model)
     builder = make_builder(checkpoint)
-    groups = [make_group(builder, number, lengths) for number, lengths in enumerate([[9, 0, -6], [14, -1], [5]])]
+    groups = [make_group(builder, number, lengths) for number, lengths in enumerate(LENGTHS)]
     model = make_policy(checkpoint, gradient_checkpointing=has_checkpointing, **settings)
     slow = make_policy(checkpoint, **settings)
     found = run_packed(model, groups, builder)
@@ -77,16 +62,3 @@ def test_packed_forward_and_gradients_equal_separate_sequences(
 def part_of(name: str) -> str:
     parts = ("lora_", "visual", "layers", "embed_tokens", "lm_head", "reward_embedding", "rm_head")
     return next((part for part in parts if part in name), "layers")
-
-
-def test_adapter_disabled_is_the_model_before_lora(checkpoint, builder, groups):
-    plain, adapted = make_policy(checkpoint), make_policy(checkpoint, lora_rank=4)
-    with torch.no_grad():
-        expected = run_packed(plain, groups, builder)
-        with adapted.adapter_disabled():
-            found = run_packed(adapted, groups, builder)
-        changed = run_packed(adapted, groups, builder)
-    assert torch.equal(found.log_probs, expected.log_probs)
-    assert torch.equal(found.rewards, expected.rewards)
-    assert (changed.log_probs - expected.log_probs).abs().max() > 0.1
-    assert all(p.requires_grad == ("lora_" in n) for n, p in adapted.backbone.named_parameters())

@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from verl.config import Config
 from verl.config_loading import save_config
-from verl.model.reward_files import load_checkpoint, save_head
+from verl.model.reward_files import load_checkpoint
 from verl.trainer.identity import Identity, describe_run, read_identity, require_same_run
 from verl.types import PreferencePair
 
@@ -42,7 +41,9 @@ def test_another_run_is_refused_and_all_differences_are_named(small_model, tmp_p
         assert words in str(raised.value)
     assert "weights" not in str(raised.value)
     shutil.copytree(small_model, tmp_path / "other")
-    save_head(tmp_path / "other" / "rm_head.pth", torch.ones(1, 128))
+    weights = bytearray((tmp_path / "other" / "model.safetensors").read_bytes())
+    weights[-2] ^= 1
+    (tmp_path / "other" / "model.safetensors").write_bytes(weights)
     with pytest.raises(ValueError, match=r"another run: other weights\. Set"):
         require_same_run(before, describe(tmp_path / "other"), checkpoint=CHECKPOINT)
 

@@ -7,36 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from scoring.bench_csv import Bench, BenchType, compute_item_id, read_bench
+from report_support import COLUMNS, REWARDS, make_bench, make_rows
+from scoring.bench_csv import Bench, compute_item_id
 from scoring.journal import Journal
 from scoring.report import format_result, summarise, write_csv
 from scoring.types import FailedVideo, ScoredVideo
-from toy_world.tables import read_table, write_table
+from toy_world.tables import read_table
 
 PROBLEM = "Judge <video>"
-REWARDS = {"a.mp4": 3.0, "b.mp4": 1.0, "c.mp4": 2.0, "d.mp4": 2.0}
-ROWS = [  # A, B, their models, TA, Overall
-    ("a.mp4", "b.mp4", "sora", "kling", "B", "A"),
-    ("b.mp4", "c.mp4", "kling", "sora", "", "A"),
-    ("c.mp4", "d.mp4", "sora", "wan", "nan", "same"),
-    ("a.mp4", "e.mp4", "sora", "kling", "", "A"),
-    ("a.mp4", "b.mp4", "sora", "kling", "B", "A"),
-    ("d.mp4", "a.mp4", "", "sora", "same", "invalid"),
-]
-COLUMNS = ("path_A", "path_B", "A_model", "B_model", "TA", "Overall")
 NASTY = ['a "b", c\nd', " , ", '"', "caf\u00e9\r\nx\ry", "", "x"]
 
 
 def item_id(video: str) -> str:
     return compute_item_id(video, problem=PROBLEM)
-
-
-def make_bench(folder: Path, rows: Sequence[Mapping[str, str]], bench_type: BenchType = "videoalign") -> Bench:
-    """A benchmark beside empty videos."""
-    for video in {row[name] for row in rows for name in row if name.startswith(("path_", "video_path"))}:
-        (folder / video).touch()
-    write_table(folder / "bench.csv", [{**row, "problem": PROBLEM} for row in rows])
-    return read_bench(folder / "bench.csv", bench_type)
 
 
 def cot_of(video: str) -> str:
@@ -59,10 +42,8 @@ def journal(tmp_path) -> Iterator[Journal]:
 @pytest.fixture
 def bench(tmp_path) -> Bench:
     """ROWS, beside a column that is not read and holds everything that CSV has to quote."""
-    return make_bench(
-        tmp_path,
-        [{"note": note, **dict(zip(COLUMNS, row, strict=True))} for note, row in zip(NASTY, ROWS, strict=True)],
-    )
+    rows = make_rows(problem=PROBLEM)
+    return make_bench(tmp_path, [{"note": note, **row} for note, row in zip(NASTY, rows, strict=True)])
 
 
 def test_rewards_and_thoughts_are_in_their_rows_beside_all_that_was_there(tmp_path, bench, journal):
@@ -70,15 +51,18 @@ def test_rewards_and_thoughts_are_in_their_rows_beside_all_that_was_there(tmp_pa
     write_csv(tmp_path / "scores.csv", bench, journal)
     before, after = read_table(Path(bench.path)), read_table(tmp_path / "scores.csv")
     assert list(after[0]) == ["note", *COLUMNS, "problem", "Reward_A", "Reward_B", "CoT_A", "CoT_B"]
-    for old, new, (a, b, *_) in zip(before, after, ROWS, strict=True):
+    for old, new in zip(before, after, strict=True):
         assert {name: new[name] for name in old} == old
-        for side, video in (("A", a), ("B", b)):
+        for side in "AB":
+            video = old[f"path_{side}"]
             expected = ("", "") if video == "e.mp4" else (str(REWARDS[video]), cot_of(video))
             assert (new[f"Reward_{side}"], new[f"CoT_{side}"]) == expected
 
 
 def test_single_videos_have_one_reward_and_every_digit_of_it(tmp_path, journal):
-    bench = make_bench(tmp_path, [{"video_path": f"{name}.mp4"} for name in "abca"], "videofeedback")
+    bench = make_bench(
+        tmp_path, [{"video_path": f"{name}.mp4", "problem": PROBLEM} for name in "abca"], "videofeedback"
+    )
     score(journal, {"a.mp4": 0.1 + 0.2, "b.mp4": -1e-300}, failed=())
     write_csv(tmp_path / "scores.csv", bench, journal)
     rows = read_table(tmp_path / "scores.csv")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
+from model_support import make_rollout
 from verl.reward.function import RewardFunction, RewardFunctionError, load_reward_function, score_responses
-from verl.types import PairRollout, PreferencePair, Response, ResponseKey
+from verl.types import ResponseKey
 
 PLUGIN = """
 from dataclasses import dataclass
@@ -33,22 +33,8 @@ def plugin(tmp_path) -> Path:
     return path
 
 
-def make_rollouts() -> list[PairRollout]:
-    """Two pairs with two responses per video; each response has another length."""
-    rollouts = []
-    for pair_id in range(2):
-        pair = PreferencePair(pair_id, ("a.mp4", "b.mp4"), "problem", f"answer {pair_id}", 1)
-        keys = [[ResponseKey(pair_id, side, sample) for sample in range(2)] for side in "AB"]
-        lengths = {key: 10 * key.pair_id + 2 * key.sample + (key.side == "B") for of_side in keys for key in of_side}
-        sides = [
-            tuple(Response(key, tuple(range(lengths[key])), True, torch.zeros(lengths[key] + 1)) for key in of_side)
-            for of_side in keys
-        ]
-        rollouts.append(PairRollout(pair, *sides, prompt_tokens=(3, 3)))
-    return rollouts
-
-
-ROLLOUTS = make_rollouts()
+ROLLOUTS = [make_rollout(pair, [10 * pair, 10 * pair + 2], [10 * pair + 1, 10 * pair + 3]) for pair in range(2)]
+"""Two pairs with two responses per video; each response has another length."""
 RESPONSES = [(rollout.pair, response) for rollout in ROLLOUTS for response in rollout.responses]
 TEXTS = {response.key: "x" * index for index, (_, response) in enumerate(RESPONSES)}
 

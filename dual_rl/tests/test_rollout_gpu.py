@@ -11,7 +11,6 @@ from rollout_support import (
     WRITING,
     Rescorer,
     changed_weights,
-    chi_square_of,
     ids_of,
     make_engine,
     make_prompts,
@@ -123,6 +122,17 @@ def test_draws_do_not_depend_on_the_batch(engine, prompts):
         for one, other in zip(group, others, strict=True)
     ]
     assert sum(one == other for one, other in pairs) > 0.8 * len(pairs)
+
+
+def chi_square_of(counts: torch.Tensor, logits: torch.Tensor) -> tuple[float, int]:
+    """Of draws counted by token against softmax(logits), and its degrees of freedom; rare tokens count as one."""
+    counts = counts.double()
+    expected = counts.sum() * logits.double().softmax(dim=0)
+    assert counts[expected == 0].sum() == 0, "tokens without probability were drawn"
+    rare = expected < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    return float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1
 
 
 def test_draws_follow_softmax():

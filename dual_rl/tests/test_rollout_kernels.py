@@ -25,7 +25,7 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
     ],
 )
 def test_in_the_interpreter(arguments):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     folder = Path(__file__).resolve().parent
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

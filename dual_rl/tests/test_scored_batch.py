@@ -1,22 +1,21 @@
 """Choosing among the pairs of a step by their rewards."""
 
 import pytest
-import torch
 
+from model_support import make_rollout
 from verl.trainer.generation import ScoredBatch
-from verl.types import PairRollout, PreferencePair, Response, ResponseKey
+from verl.types import ResponseKey
 
 
 def make_batch(means: dict[int, tuple[float, float]]) -> ScoredBatch:
     """Two responses per video with the rewards m - 0.5 and m + 0.5 for the means of A and B."""
-    rollouts, rewards = [], {}
-    for pair_id, sides in means.items():
-        keys = [[ResponseKey(pair_id, side, sample) for sample in range(2)] for side in "AB"]
-        responses = [tuple(Response(key, (1,), True, torch.zeros(2)) for key in of_side) for of_side in keys]
-        pair = PreferencePair(pair_id, ("a.mp4", "b.mp4"), "problem", "A", 1)
-        rollouts.append(PairRollout(pair, *responses, prompt_tokens=(3, 3)))
-        for of_side, mean in zip(keys, sides, strict=True):
-            rewards |= {key: {"overall": mean + shift} for key, shift in zip(of_side, (-0.5, 0.5), strict=True)}
+    rollouts = [make_rollout(pair_id, [1, 1], [1, 1]) for pair_id in means]
+    rewards = {
+        ResponseKey(pair_id, side, sample): {"overall": mean - 0.5 + sample}
+        for pair_id, of_sides in means.items()
+        for side, mean in zip("AB", of_sides, strict=True)
+        for sample in range(2)
+    }
     return ScoredBatch(tuple(rollouts), rewards)
 
 

@@ -17,7 +17,7 @@ from infer_utils.scorer import Cot, RewardScorer
 from model_support import write_small_model
 from scoring.reward_model import RewardModel
 from scoring.source import find_model
-from scoring.types import FailedVideo, ScoredVideo, ScoringSettings, ThoughtScore, VideoTask
+from scoring.types import ScoredVideo, ScoringSettings, ThoughtScore, VideoTask
 from slow_path import compute_reward, load_policy
 from test_reward_files import stage1_checkpoint
 from verl.config import ModelConfig
@@ -182,19 +182,14 @@ def test_frames_that_are_not_a_clip_are_refused(models):
         models["hf"].score([np.zeros((8, 64, 64, 3), np.uint8)], PROMPTS[:1])
 
 
-def test_a_video_that_cannot_be_scored_does_not_stop_the_others(models, tmp_path):
+def test_videos_that_cannot_be_scored_are_named(models, tmp_path):
     model, broken = models["hf"], tmp_path / "broken.mp4"
     broken.write_bytes(CLIPS[0].read_bytes()[:400])
-    texts = ["<video>fine", "<video>fine", "<video>says <Reward>", "<video>" + "long " * 2000, "<video>fine"]
-    videos = [CLIPS[0], broken, CLIPS[1], CLIPS[1], tmp_path / "none.mp4"]
-    tasks = [VideoTask(str(n), str(video), text) for n, (video, text) in enumerate(zip(videos, texts, strict=True))]
+    tasks = [VideoTask(text, str(CLIPS[0]), f"<video>{text}") for text in ("fine", "long " * 2000)]
     outcomes = {outcome.name: outcome for outcome in model.score_stream(tasks)}
-    assert isinstance(outcomes.pop("0"), ScoredVideo)
-    assert all(isinstance(outcome, FailedVideo) for outcome in outcomes.values())
-    assert "does not decode" in outcomes["1"].error
-    assert "reserved token '<Reward>'" in outcomes["2"].error
-    assert "over max_prompt_length 1024" in outcomes["3"].error
-    assert f"video not found: {tmp_path / 'none.mp4'}" in outcomes["4"].error
+    assert isinstance(outcomes.pop("fine"), ScoredVideo)
+    (failed,) = outcomes.values()
+    assert "over max_prompt_length 1024" in failed.error
     with pytest.raises(VideoError, match=r"(?s)does not decode.*not found"):
         model.score([broken, tmp_path / "none.mp4"], PROMPTS[:2])
 
@@ -239,20 +234,14 @@ def test_a_head_in_fp32_reads_bf16_states_without_the_error_of_one_in_bf16(thoug
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_thought_cut_at_the_limit_is_scored_as_it_is(thoughts, policy, backend):
-    with load_tiny(backend, max_new_tokens=7) as model:
+@pytest.mark.parametrize("changes", [{"max_new_tokens": 7}, {"mask_cot": True}], ids=["cut", "masked"])
+def test_a_thought_that_is_cut_or_masked_is_scored_as_it_is(thoughts, policy, backend, changes):
+    with load_tiny(backend, **changes) as model:
         scores = think_and_score(model, encode(model))
-        assert [(score.cot_ids, score.is_finished) for score in scores] == [
-            (whole.cot_ids[:7], False) for whole in thoughts[backend]
-        ]
-        assert_plain_forward(policy, model, scores)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_with_the_cot_masked_the_reward_follows_the_prompt(policy, backend):
-    with load_tiny(backend, mask_cot=True) as model:
-        scores = think_and_score(model, encode(model))
-        assert [(score.cot_ids, score.is_finished) for score in scores] == [((), True)] * 4
+        cut = [(whole.cot_ids[:7], False) for whole in thoughts[backend]]
+        assert [(score.cot_ids, score.is_finished) for score in scores] == (
+            [((), True)] * 4 if model.settings.mask_cot else cut
+        )
         assert_plain_forward(policy, model, scores)
 
 

@@ -1,6 +1,5 @@
 """What the tests of whole runs share: a folder of toy pairs and a small model, and stage 2 as users start it."""
 
-import csv
 import json
 import multiprocessing
 import os
@@ -9,9 +8,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -19,6 +19,8 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors.torch import load_file
+
+from toy_world.tables import read_table, write_table
 
 DUAL_RL = Path(__file__).resolve().parents[1]
 EXAMPLE_CSV = DUAL_RL / "data" / "example.csv"
@@ -90,24 +92,11 @@ class Workplace:
     def make(cls, root: Path, **settings: object) -> "Workplace":
         """Pairs are other combinations of the example's clips, so that each epoch has a different order."""
         shutil.copytree(EXAMPLE_CSV.parent / "videos", root / "videos")
-        with EXAMPLE_CSV.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_table(EXAMPLE_CSV)
         for number in range(2):
             rows.append({**rows[number], "videos": str([f"videos/example_{number}_a.mp4", "videos/example_3_b.mp4"])})
-        workplace = cls(root, settings)
-        workplace.write_pairs("pairs.csv", rows)
-        return workplace
-
-    def write_pairs(self, name: str, rows: Sequence[Mapping[str, str]]) -> Path:
-        with (self.root / name).open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        return self.root / name
-
-    def read_pairs(self) -> list[dict[str, str]]:
-        with (self.root / "pairs.csv").open(newline="") as file:
-            return list(csv.DictReader(file))
+        write_table(root / "pairs.csv", rows)
+        return cls(root, settings)
 
     @property
     def fault(self) -> Path:
@@ -158,14 +147,30 @@ def forks() -> BaseContext:
     return context
 
 
-class Running:
-    """A run in progress: a process of its own."""
+class Process:
+    """A command of stage 2 in progress: `main(arguments)` of `module`, in a process whose console is a file."""
+
+    def __init__(self, module: str, arguments: list[str], console: Path, variables: Mapping[str, str]) -> None:
+        self.console = console
+        self.process = forks().Process(target=_main, args=(module, arguments, str(console), dict(variables)))
+        self.process.start()
+
+    def wait_for_end(self) -> tuple[int, str]:
+        """Exit status and console, again and again if need be; one that hangs is killed and fails the test."""
+        self.process.join(RUN_TIMEOUT)
+        output = self.console.read_text() if self.console.is_file() else ""
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"the run hangs:\n{output}")
+        return self.process.exitcode, output
+
+
+class Running(Process):
+    """A training run in progress."""
 
     def __init__(self, folder: Path, arguments: list[str], variables: Mapping[str, str]) -> None:
         self.folder = folder
-        self.console = folder.with_name(f"{folder.name}.console")
-        self.process = forks().Process(target=_main, args=(arguments, str(self.console), dict(variables)))
-        self.process.start()
+        super().__init__("verl.trainer.main", arguments, folder.with_name(f"{folder.name}.console"), variables)
 
     def kill(self) -> dict[int, str]:
         """SIGKILL; returns the processes that the run had started, name by id."""
@@ -174,26 +179,19 @@ class Running:
         return children
 
     def wait(self) -> Run:
-        """Its end, again and again if need be; one that hangs is killed and fails the test."""
-        self.process.join(RUN_TIMEOUT)
-        output = self.console.read_text() if self.console.is_file() else ""
-        if self.process.is_alive():
-            self.process.kill()
-            raise AssertionError(f"the run hangs:\n{output}")
-        return Run(self.process.exitcode, output, self.folder)
+        return Run(*self.wait_for_end(), self.folder)
 
 
-def _main(arguments: list[str], console: str, variables: dict[str, str]) -> None:
-    """What `python -m verl.trainer.main` does, with the console in a file."""
-    from verl.trainer.main import main
-
+def _main(module: str, arguments: list[str], console: str, variables: dict[str, str]) -> None:
+    """What `python -m module` does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
     descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.environ.pop("RAY_ADDRESS", None)
     os.environ.update({"OMP_NUM_THREADS": "1", **variables})
     os.chdir(DUAL_RL)
-    sys.exit(main(arguments))
+    sys.exit(import_module(module).main(arguments))
 
 
 def wait_for(condition, *, running: Running, seconds: float = RUN_TIMEOUT) -> None:

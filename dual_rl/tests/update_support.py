@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model_support import make_group, problem_of
-from training_support import free_port
+from training_support import forks, free_port
 from verl.config import Config
 from verl.core.balancing import distribute_pairs
 from verl.data.scored_sequence import SequenceBuilder
@@ -234,7 +234,9 @@ class Ranks:
     def __init__(self, folder: Path, model: Path, cases: Mapping[str, Case], *, world_size: int = 2) -> None:
         folder.mkdir()
         self.folder, port = folder, free_port()
-        context = multiprocessing.get_context("spawn")
+        # A fork starts at once; compiling has to see this process's variables.
+        is_compiled = any(case.is_compiled for case in cases.values())
+        context = multiprocessing.get_context("spawn") if is_compiled else forks()
         self.processes = [
             context.Process(target=_run_cases, args=(folder, model, dict(cases), rank, world_size, port), daemon=True)
             for rank in range(world_size)

@@ -40,7 +40,7 @@ def test_difference_is_paired():
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    estimates = [estimate_accuracy(make_correct(1, 120, 0.7, seed), seed=seed) for seed in range(60)]
+    estimates = [estimate_accuracy(make_correct(1, 120, 0.7, seed), seed=seed) for seed in range(40)]
     assert 0.90 <= np.mean([estimate.low <= 0.7 <= estimate.high for estimate in estimates]) < 1.0
 
 
