@@ -34,7 +34,7 @@ def write(tmp_path):
 def test_a_video_that_ends_its_decoder_fails_alone(write, clips):
     content = clips[0].read_bytes()
     start = content.index(b"stts") + 12  # the number of samples in the table of decoding times
-    bomb = write("bomb.mp4", content[:start] + struct.pack(">I", 0x7FFFFFFF) + content[start + 4 :])
+    bomb = write("bomb.mp4", content[:start] + struct.pack(">I", 1 << 28) + content[start + 4 :])
     with pytest.raises(VideoError, match=r"ends its decoder \(status -6; .*bomb\.mp4"):
         load_video(bomb, BUDGET)
     assert load_video(clips[1], BUDGET) is not None
