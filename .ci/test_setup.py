@@ -4,8 +4,10 @@ import ast
 import importlib.metadata
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +16,7 @@ import torch
 from torchvision import extension
 
 ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 600
 BARE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -52,6 +55,7 @@ def run_setup(venv: Path, **variables: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         check=False,
+        timeout=SECONDS,
     )
 
 
@@ -71,6 +75,23 @@ def test_setup_with_the_systems_python_starts_again_after_an_interruption(tmp_pa
     assert not (venv / "half_written").exists()
     assert_launcher_starts(venv)
     assert run_setup(venv, STAGES="cold_start").stdout == ""  # nothing left to do
+    (venv / ".setup" / "installed").write_text("of older requirements")
+    (tmp_path / "deepspeed.py").write_text("raise SystemError('broken')")
+    result = run_setup(venv, STAGES="cold_start", PYTHONPATH=str(tmp_path))
+    assert (result.returncode, "DeepSpeed's launcher does not start" in result.stderr) == (1, True), result.stderr
+    assert not (venv / ".setup" / "installed").exists()
+
+
+def test_an_index_that_does_not_answer_costs_seconds(tmp_path):
+    """Nothing is installed: pip is told to look nowhere."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        index = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        start = time.monotonic()
+        result = run_setup(
+            tmp_path / "venv", MACHINE="cpu", TORCH_CPU_INDEX=index, PIP_NO_INDEX="1", PYTHON=sys.executable
+        )
+    assert "PyTorch's CPU index does not answer" in result.stdout
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.slow

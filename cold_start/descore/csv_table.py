@@ -13,6 +13,8 @@ from typing import TypeVar
 NUM_PROBLEMS_SHOWN = 20
 MAX_SHOWN_CHARACTERS = 80
 MAX_LIST_CHARACTERS = 10_000
+MAX_PATH_CHARACTERS = 4095
+"""Of a path on Linux."""
 ARCHIVES = {b"\x1f\x8b": "a gzip file; unpack it", b"PK": "a zip file or spreadsheet; export it as CSV"}
 RAGGED = "it has {} cells where the header line has {}; quote cells that hold commas or line breaks"
 _NO_TEXT = re.compile(r"[\0\udc80-\udcff]")  # NUL, and what surrogateescape makes of bytes that are not UTF-8
@@ -63,7 +65,7 @@ class CsvTable:
             raise CsvError(path, ["the file is empty; begin with a line that names the columns"])
         twice = sorted({name for name in self.columns if self.columns.count(name) > 1})
         if twice:
-            names = ", ".join(twice)
+            names = shorten(", ".join(twice))
             raise CsvError(path, [f"column(s) {names} appear twice in the header line; rename or remove one"])
 
     def require(self, columns: Iterable[str], *, remedy: str = "add it, or rename another") -> None:
@@ -144,10 +146,15 @@ def shorten(text: str, length: int = MAX_SHOWN_CHARACTERS) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
+def is_path(value: object) -> bool:
+    """Whether a value can be the path of a file."""
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value and len(value) <= MAX_PATH_CHARACTERS
+
+
 def parse_two_paths(text: str, column: str) -> tuple[str, str]:
     """Two paths from a list literal such as ['a.mp4', 'b.mp4']. Raises ValueError."""
     paths = _parse_two(text, f"{column} is {shorten(text)!r}; write a list of two paths, such as ['a.mp4', 'b.mp4']")
-    if not all(isinstance(path, str) and path.strip() and "\0" not in path for path in paths):
+    if not all(is_path(path) for path in paths):
         raise ValueError(f"{column} is {shorten(text)!r}; it must hold two paths, video A first")
     return paths
 

@@ -3,7 +3,8 @@
     python -m infer_utils.evaluate CHECKPOINT eval.csv --output after.json
     python -m infer_utils.evaluate --compare before.json after.json
 
-A base model in place of a checkpoint is evaluated with a fresh head: where training starts.
+A base model in place of a checkpoint is evaluated with a fresh head: where training starts. A pair with a video that
+does not decode is dropped and listed; more than 1% of them are an error.
 """
 
 import argparse
@@ -15,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from checkpoint import is_reward_checkpoint, write_json
+from descore.csv_table import list_problems
+from descore.decoder import VideoError
 from descore.progress import progress
 from infer_utils.scorer import MAX_COT_TOKENS, RewardScorer
 from model_qwen3 import quiet_libraries
@@ -22,6 +25,8 @@ from preference_csv import PREFERENCES, CsvNeeds, PreferencePair, read_pairs
 
 MODES = {"csv": "the CSV's CoTs", "masked": "no CoT", "own": "CoTs it writes itself"}
 CHUNK_PAIRS = 32
+MAX_DROPPED_SHARE = 0.01
+"""Of the pairs, as in training."""
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95% interval
 
 
@@ -46,12 +51,25 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 def score_pairs(
     scorer: RewardScorer, pairs: Sequence[PreferencePair], modes: Sequence[str], *, max_new_tokens: int
 ) -> list[dict]:
-    """One record per pair: row, label, and for each mode the rewards [A, B]. Videos are decoded once for all modes."""
-    records = []
+    """One record per pair: row, label, and for each mode the rewards [A, B]. Videos are decoded once for all modes.
+
+    Pairs whose videos do not decode are left out and listed on stderr. Raises VideoError when they are too many.
+    """
+    records, dropped = [], []
     for start in progress(range(0, len(pairs), CHUNK_PAIRS), description="evaluate", unit="chunk"):
-        chunk = pairs[start : start + CHUNK_PAIRS]
-        videos = [video for pair in chunk for video in (pair.video_a, pair.video_b)]
-        encoded = scorer.encode(videos, problems=[pair.problem for pair in chunk for _ in range(2)])
+        chunk, encoded = [], []
+        for pair in pairs[start : start + CHUNK_PAIRS]:
+            try:
+                encoded += scorer.encode([pair.video_a, pair.video_b], problems=[pair.problem] * 2)
+            except VideoError as error:
+                dropped.append(f"row {pair.row}: {error}")
+            else:
+                chunk.append(pair)
+        if len(dropped) > MAX_DROPPED_SHARE * len(pairs):
+            raise VideoError(
+                f"more than {MAX_DROPPED_SHARE:.0%} of {len(pairs)} pairs could not be loaded; replace the files or "
+                f"remove the rows:\n{list_problems(dropped)}"
+            )
         cots = {"csv": [cot for pair in chunk for cot in (pair.cot_a, pair.cot_b)], "masked": None}
         if "own" in modes:
             cots["own"] = scorer.write_cots(encoded, max_new_tokens=max_new_tokens)
@@ -59,6 +77,8 @@ def score_pairs(
         for i, pair in enumerate(chunk):
             scores = {mode: values[2 * i : 2 * i + 2] for mode, values in rewards.items()}
             records.append({"row": pair.row, "label": pair.label, **scores})
+    if dropped:
+        sys.stderr.write(f"{len(dropped)} of {len(pairs)} pairs dropped:\n{list_problems(dropped)}\n")
     return records
 
 
@@ -85,13 +105,18 @@ def format_table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def evaluate(options: argparse.Namespace) -> dict:
-    """Score the CSV and return what is written to the JSON file. Raises ValueError before a model is loaded."""
-    pairs = read_pairs(options.data, CsvNeeds(eval_dim=options.eval_dim, cots="csv" in options.modes))
-    if not any(PREFERENCES.get(pair.label, 0) for pair in pairs):
+def require_preference(labels: Sequence[str], options: argparse.Namespace) -> None:
+    """Raise ValueError unless a label prefers a video."""
+    if not any(PREFERENCES.get(label, 0) for label in labels):
         raise ValueError(
             f"{options.data}: no pair with a preference to evaluate on; write A or B into {options.eval_dim} of one"
         )
+
+
+def evaluate(options: argparse.Namespace) -> dict:
+    """Score the CSV and return what is written to the JSON file. Raises ValueError."""
+    pairs = read_pairs(options.data, CsvNeeds(eval_dim=options.eval_dim, cots="csv" in options.modes))
+    require_preference([pair.label for pair in pairs], options)
     if options.output:
         check_output(Path(options.output))
     if is_reward_checkpoint(options.checkpoint):
@@ -99,6 +124,7 @@ def evaluate(options: argparse.Namespace) -> dict:
     else:
         scorer = RewardScorer.from_base(options.checkpoint)
     records = score_pairs(scorer, pairs, options.modes, max_new_tokens=options.max_new_tokens)
+    require_preference([record["label"] for record in records], options)
     accuracy = {mode: asdict(value) for mode, value in summarise(records, options.modes).items()}
     return {"checkpoint": options.checkpoint, "data": options.data, "accuracy": accuracy, "pairs": records}
 

@@ -24,6 +24,7 @@ def test_cells_come_as_written_and_blank_lines_are_skipped(tmp_path):
         (b"", "the file is empty"),
         (b"a,b\n", "there are no rows"),
         (b"a,b,a\n1,2,3\n", r"column\(s\) a "),
+        (b"x" * 10_000 + b",a," + b"x" * 10_000, r"column\(s\) x+\.\.\. "),
         (b"a,b\n1,2\n3\n", r"row 2 \(line 3\): it has 1 cells where the header line has 2"),
         (b'a,b\n1,2\n"3,4\n5,6\n', "line 3: the CSV cannot be read from here on"),
         (b'a,b\n1,2\n"3"x,4\n', "line 3: the CSV cannot be read from here on"),
@@ -52,7 +53,7 @@ def test_missing_file_and_columns_are_named(tmp_path):
 
 
 HOSTILE_LISTS = ["{[]: 1}", "-" * 3000 + "1", "[" * 5000, "[1, 2, 3]", "", "['a'", "[1] * 2", "x" * 10**6]
-NO_PATHS = ["[1, 2]", "['a', '']", "['a\\0', 'b']", "[['a'], 'b']"]
+NO_PATHS = ["[1, 2]", "['a', '']", "['a\\0', 'b']", "[['a'], 'b']", f"['{'a' * 5000}', 'b']"]
 NO_SECONDS = ["[-1, 2]", "[1e999, 2]", "['nan', 2]", f"[{10**400}, 1]", f"[{'9' * 5000}, 1]", "[None, 2]"]
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import av
+import numpy as np
 import pytest
 import torch
 from qwen_vl_utils.vision_process import VIDEO_READER_BACKENDS
@@ -34,7 +36,7 @@ def write(tmp_path):
 def test_a_video_that_ends_its_decoder_fails_alone(write, clips):
     content = clips[0].read_bytes()
     start = content.index(b"stts") + 12  # the number of samples in the table of decoding times
-    bomb = write("bomb.mp4", content[:start] + struct.pack(">I", 0x7FFFFFFF) + content[start + 4 :])
+    bomb = write("bomb.mp4", content[:start] + struct.pack(">I", 1 << 28) + content[start + 4 :])
     with pytest.raises(VideoError, match=r"ends its decoder \(status -6; .*bomb\.mp4"):
         load_video(bomb, BUDGET)
     assert load_video(clips[1], BUDGET) is not None
@@ -53,18 +55,26 @@ def test_what_fails_to_load_fails_the_check(write, clips):
         assert isinstance(found[path], VideoError)
 
 
-def test_a_turned_clip_passes_the_check_only_if_it_loads(write, clips):
-    """decord takes some turned frames for others of another size, by their width."""
-    for index, clip in enumerate(clips):
+def test_a_turned_clip_passes_the_check_only_if_it_loads(write, clips, tmp_path):
+    """decord takes some turned frames, such as those of 96 x 48, for others of another size."""
+    with av.open(tmp_path / "wide.mp4", "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 96, 48, "yuv420p"
+        for _ in range(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((48, 96, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    turned = []
+    for clip in (clips[0], tmp_path / "wide.mp4"):
         content = clip.read_bytes()
         start = content.index(IDENTITY, content.index(b"tkhd"))
-        path = write(f"{index}.mp4", content[:start] + QUARTER_TURN + content[start + len(IDENTITY) :])
-        header = probe_videos([path], BUDGET)[path]
-        if isinstance(header, VideoError):
-            with pytest.raises(VideoError, match="does not decode"):
-                load_video(path, BUDGET)
-        else:
-            assert load_video(path, BUDGET).total_frames == header.total_frames
+        turned.append(write(f"turned_{clip.name}", content[:start] + QUARTER_TURN + content[start + len(IDENTITY) :]))
+    found = probe_videos(turned, BUDGET)
+    upright, header = probe_video(clips[0]), found[turned[0]]
+    assert (header.width, header.height) == (upright.height, upright.width)
+    assert load_video(turned[0], BUDGET).total_frames == header.total_frames
+    assert isinstance(found[turned[1]], VideoError)
+    with pytest.raises(VideoError, match=r"does not decode.*turned_wide\.mp4"):
+        load_video(turned[1], BUDGET)
 
 
 def test_frames_over_the_limit_are_refused(clips, monkeypatch):

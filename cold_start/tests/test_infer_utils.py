@@ -79,8 +79,8 @@ def test_accuracy_leaves_ties_out_and_its_interval_equals_published_values():
 def call_evaluate(tmp_path, clips, small_base, monkeypatch, capsys):
     """Evaluate the small base on pairs with these labels; returns what is written to stdout and stderr."""
 
-    def call(*arguments: str, labels: list[str], is_refused: bool = False) -> str:
-        data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=labels)
+    def call(*arguments: str, labels: list[str], is_refused: bool = False, **columns: list[str]) -> str:
+        data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=labels, **columns)
         command = ["evaluate", *([str(small_base), str(data)] if labels else []), *arguments]
         monkeypatch.setattr("sys.argv", command)
         if is_refused:
@@ -102,6 +102,23 @@ def test_evaluation_command_writes_results_that_can_be_compared(call_evaluate, t
     assert result["accuracy"]["csv"]["num_pairs"] == 2
     assert [record["label"] for record in result["pairs"]] == ["A", "B", "same"]
     assert "CoTs it writes itself" in call_evaluate("--compare", str(output), labels=[])
+
+
+def test_evaluation_drops_pairs_whose_video_is_gone_up_to_a_share(call_evaluate, clips, tmp_path, monkeypatch, capsys):
+    videos = [repr([str(clips[0]), str(tmp_path / "gone.mp4")]), repr([str(clips[0]), str(clips[1])])]
+    arguments, pairs = ["--output", str(tmp_path / "after.json"), "--modes", "masked"], {"videos": videos}
+    listed = f"\n  row 1: video not found: {tmp_path / 'gone.mp4'}"
+    with pytest.raises(SystemExit):
+        call_evaluate(*arguments, labels=["A", "B"], **pairs)
+    message = capsys.readouterr().err
+    assert "more than 1% of 2 pairs could not be loaded" in message
+    assert listed in message
+    monkeypatch.setattr(evaluate, "MAX_DROPPED_SHARE", 0.5)
+    assert f"1 of 2 pairs dropped:{listed}\n" in call_evaluate(*arguments, labels=["A", "B"], **pairs)
+    assert [pair["row"] for pair in json.loads((tmp_path / "after.json").read_text())["pairs"]] == [2]
+    with pytest.raises(SystemExit):
+        call_evaluate(*arguments, labels=["A", "same"], **pairs)
+    assert "no pair with a preference" in capsys.readouterr().err
 
 
 def test_evaluation_that_cannot_end_is_refused_before_scoring(call_evaluate, tmp_path):

@@ -64,7 +64,10 @@ def test_missing_column_is_named_with_those_present(pairs_csv, column):
         ("GSB", "C", r"GSB: 'C' is not a label. Write A, B, same or invalid"),
         ("videos", "['a.mp4']", "videos is .*; write a list of two paths"),
         ("CoT_A", " ", "a CoT is empty; fill CoT_A and CoT_B, or mask every CoT"),
-        *(("MOS_B_GSB", text, f"MOS_B_GSB is '{text}'; write a number from 1 to 5") for text in ("good", "nan", "0")),
+        *(
+            ("MOS_B_GSB", text, f"MOS_B_GSB is '{text}'; write a number from 1 to 5")
+            for text in ("good", "nan", "0", "99")
+        ),
         ("durations", "[-1.0, 2.0]", "durations is .*; write two durations in seconds"),
     ],
 )

@@ -15,7 +15,7 @@ from sys import intern
 from typing import Literal
 
 from descore.answers import parse_annotation, parse_label
-from descore.csv_table import CsvError, CsvRow, CsvTable, row_of
+from descore.csv_table import CsvError, CsvRow, CsvTable, is_path, row_of, shorten
 from verl.data.pair_csv import BARE_PROMPT_COLUMN
 from verl.data.scored_sequence import judge_problem
 
@@ -211,7 +211,11 @@ def iterate_rows(path: str | os.PathLike) -> Iterator[CsvRow]:
 
 
 def _find_faults(form: BenchFormat, cells: dict[str, str]) -> list[str]:
-    faults = [f"{name} is empty; write the path of a video" for name in form.video_columns if not cells[name].strip()]
+    faults = [
+        f"{name} is {shorten(cells[name])!r}; write the path of a video"
+        for name in form.video_columns
+        if not is_path(cells[name])
+    ]
     if not cells.get(PROBLEM_COLUMN, "").strip() and not cells.get(BARE_PROMPT_COLUMN, "").strip():
         faults.append(f"{BARE_PROMPT_COLUMN} is empty; write the text that the video was made from")
     return faults

@@ -139,7 +139,8 @@ def test_paths_start_from_the_csv_or_video_root_and_missing_videos_are_listed(tm
 @pytest.mark.parametrize(
     ("bench_type", "change", "message"),
     [
-        ("tabench", {"video_A": " "}, "video_A is empty; write the path of a video"),
+        ("tabench", {"video_A": " "}, "video_A is ' '; write the path of a video"),
+        ("tabench", {"video_A": "x" * 5000}, r"video_A is 'x{77}\.\.\.'; write the path of a video"),
         ("tabench", {"prompt": " "}, "prompt is empty; write the text that the video was made from"),
         ("tabench", {"answer": '{"score": 1}'}, "answer: the answer has neither gsb_result nor scores"),
         ("videoalign", {"Overall": "leftvote"}, "Overall: 'leftvote' is not a label. Write A, B, same or invalid"),

@@ -8,7 +8,9 @@ from transformers import AutoProcessor
 
 import scored_sequence as stage1
 import vision_process as stage1_vision
+from arguments import DataArguments
 from model_support import TINY_BASE
+from verl.config import DataConfig
 from verl.core.packing import pack_groups
 from verl.data import scored_sequence as stage2
 from verl.data import vision_process as stage2_vision
@@ -85,6 +87,7 @@ def test_reserved_texts_are_errors_in_both_stages(builders, text):
 def test_defaults_agree():
     assert stage2.DEFAULT_FORMAT_PROMPT == stage1.DEFAULT_FORMAT_PROMPT
     assert stage2.JUDGE_PROMPT == stage1.JUDGE_PROMPT
+    assert DataConfig().max_dropped_share == DataArguments().max_dropped_share == 0.01
     with pytest.raises(ValueError, match="reward checkpoint"):
         stage2.SequenceBuilder(AutoProcessor.from_pretrained(TINY_BASE))
 

@@ -13,7 +13,6 @@ such a text has looked before it judges.
 """
 
 import json
-import re
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -64,7 +63,6 @@ _RIGHT = {
     "style": ("the style is right", "this matches"),
 }
 _DAMAGES = (("}, ", ", "), ('"subject"', '"subject'), ("\n</answer>", ""))  # each makes the answer unusable
-_ANSWER_PATTERN = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def phrase(attribute: str, value: str) -> str:
@@ -142,9 +140,9 @@ def damage_json(cot: str, rng: np.random.Generator) -> str:
 
 def parse_scores(cot: str) -> dict[str, Score] | None:
     """`dimensional_scores` of the first <answer> block, or None unless each dimension has 0, 1, 2 or "N/A"."""
-    match = _ANSWER_PATTERN.search(cot)
+    body, is_closed, _ = cot.partition("<answer>")[2].partition("</answer>")
     try:
-        scores = json.loads(match.group(1))["dimensional_scores"] if match else {}
+        scores = json.loads(body)["dimensional_scores"] if is_closed else {}
         values = [scores[name] for name in DIMENSIONS]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
