@@ -33,6 +33,7 @@ from model_qwen3 import (
     EMBEDDING_MODULE,
     PEFT_PREFIX,
     RewardModel,
+    add_reward_token,
     hub_name,
     initial_reward_embedding,
     load_backbone,
@@ -91,10 +92,17 @@ class RewardConfig:
         return config
 
 
-def stored_video_budget(path: str | Path) -> VideoBudget | None:
-    """The budget that a base model or checkpoint was made for; None if it records none."""
+def choose_video_budget(path: str | Path, **changes: float | None) -> VideoBudget:
+    """The video budget for a model: its own, else the default, with those `changes` that are not None.
+
+    Warns if they override its own.
+    """
     config = RewardConfig.find(path)
-    return config and config.video
+    stored = config.video if config else VideoBudget()
+    budget = stored.replace(**changes)
+    if config and budget != stored:
+        logger.warning("flags override the video budget of %s: %s becomes %s", path, stored, budget)
+    return budget
 
 
 def choose_format_prompt(path: str | Path, given: str | None = None) -> str:
@@ -106,6 +114,13 @@ def choose_format_prompt(path: str | Path, given: str | None = None) -> str:
     if config and config.format_prompt != given:
         logger.warning("flags override the format prompt of %s: %r becomes %r", path, config.format_prompt, given)
     return given
+
+
+def load_builder(path: str | Path) -> SequenceBuilder:
+    """What builds sequences for a model: its own processor, with `<Reward>` added, and its own format prompt."""
+    processor = AutoProcessor.from_pretrained(path)
+    add_reward_token(processor)
+    return SequenceBuilder(processor, format_prompt=choose_format_prompt(path))
 
 
 def write_json(path: Path, value: object) -> None:

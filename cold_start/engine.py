@@ -82,9 +82,7 @@ def compile_and_plan_activations(engine, arguments: ModelArguments) -> Activatio
         return None
     trained = [parameter for _, parameter in model.trainable_parameters()]
     blocks = model.qwen.visual.blocks
-    return ActivationPlan(
-        model.text_layers, trained, engine.device, max_kept=arguments.max_kept_layers, vision_blocks=blocks
-    )
+    return ActivationPlan(model.text_layers, blocks, trained, engine.device, max_kept=arguments.max_kept_layers)
 
 
 def step_engine(engine, *, step: int) -> float:

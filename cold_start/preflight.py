@@ -1,12 +1,11 @@
 """What is checked and settled before a model is loaded: video budget, format prompt, CSVs, videos, lengths."""
 
 import json
-import logging
 import os
 from pathlib import Path
 
 from arguments import DataArguments, ModelArguments, TrainingArguments
-from checkpoint import RewardConfig, choose_format_prompt, stored_video_budget
+from checkpoint import RewardConfig, choose_format_prompt, choose_video_budget
 from data import PairDataset
 from descore.csv_table import row_of
 from losses import AGREEMENT_LOSSES, SCORE_LOSSES
@@ -15,8 +14,6 @@ from ranks import exchange, get_rank, get_world_size
 from scored_sequence import SequenceBuilder
 from vision_process import VideoBudget
 
-logger = logging.getLogger(__name__)
-
 
 def build_config(model: ModelArguments, data: DataArguments) -> RewardConfig:
     """What travels with the checkpoint.
@@ -24,15 +21,13 @@ def build_config(model: ModelArguments, data: DataArguments) -> RewardConfig:
     The base model's own video budget and format prompt hold; flags override them, with a warning.
     """
     base = model.model_name_or_path
-    stored = stored_video_budget(base)
-    budget = (stored or VideoBudget()).replace(
+    budget = choose_video_budget(
+        base,
         fps=data.fps,
         min_frames=data.min_frames,
         min_pixels=data.min_frame_pixels,
         max_pixels=data.max_frame_pixels,
     )
-    if stored is not None and budget != stored:
-        logger.warning("flags override the video budget of %s: %s becomes %s", base, stored, budget)
     format_prompt = Path(data.format_prompt).read_text() if data.format_prompt else None
     return RewardConfig(
         base_model=os.path.abspath(base) if os.path.isdir(base) else base,

@@ -1,4 +1,7 @@
-"""The ranks of a run: what they tell each other, and how they end. Without a process group there is rank 0 alone."""
+"""The ranks of a run: exchanging values, reporting errors, ending with the launcher.
+
+Without a process group, rank 0 is the only one.
+"""
 
 import itertools
 import os
@@ -16,14 +19,14 @@ from deepspeed.accelerator import get_accelerator
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 SECONDS_FOR_ERRORS = 10.0
-"""How long an error waits for the other ranks, which may have raised the same one."""
+"""Time to wait for other ranks that may have raised the same error."""
 SECONDS_BETWEEN_LOOKS = 0.2
 LAUNCHER_NAMES = ("deepspeed.launcher", "deepspeed/launcher", "bin/deepspeed")
 _exchanges = itertools.count()
 
 
 def init_distributed() -> None:
-    """Join the process group. Keeps DeepSpeed from compiling an all-reduce for CPUs that only its inference uses."""
+    """Join the process group. On CPUs, keep DeepSpeed from compiling an all-reduce that only its inference uses."""
     if get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
     deepspeed.init_distributed(verbose=False)
@@ -38,9 +41,9 @@ def get_world_size() -> int:
 
 
 def exchange(value: str) -> list[str]:
-    """The values of all ranks, in order of rank, on every rank.
+    """The values of all ranks by rank, on every rank.
 
-    Ranks may arrive hours apart: they poll the process group's store, because a collective would time out.
+    Ranks may arrive hours apart. A collective would time out, so they poll the process group's store.
     """
     if not dist.is_initialized():
         return [value]
@@ -53,7 +56,7 @@ def exchange(value: str) -> list[str]:
 
 
 def run_on_main_process(work: Callable[[], None]) -> None:
-    """Run `work`, however long it takes, on rank 0 while the others wait. Its ValueError is raised on every rank."""
+    """Run `work` on rank 0 while the others wait, however long it takes. Its ValueError is raised on every rank."""
     message = ""
     if get_rank() == 0:
         try:
@@ -66,9 +69,9 @@ def run_on_main_process(work: Callable[[], None]) -> None:
 
 
 def report_error(error: Exception, *, seconds: float = SECONDS_FOR_ERRORS) -> None:
-    """Write an error to stderr, with its rank unless that is 0; an error that several ranks raise is written once.
+    """Write an error to stderr, with its rank unless that is 0. An error that several ranks raise is written once.
 
-    Ranks without an error are in a collective of their own, so that this waits for nobody longer than `seconds`.
+    Waits at most `seconds`: ranks without an error are waiting in a collective and will not answer.
     """
     rank, message, wait = get_rank(), str(error), timedelta(seconds=seconds)
     if rank == 0:
@@ -77,7 +80,7 @@ def report_error(error: Exception, *, seconds: float = SECONDS_FOR_ERRORS) -> No
         return
     store, shown = dist.distributed_c10d._get_default_store(), None
     try:
-        if rank == 0:  # its end closes the store
+        if rank == 0:  # the store closes when this process ends
             store.set("error", message)
             store.wait([f"error read by {other}" for other in range(1, get_world_size())], wait)
         else:
@@ -91,7 +94,7 @@ def report_error(error: Exception, *, seconds: float = SECONDS_FOR_ERRORS) -> No
 
 
 def end_with_launcher() -> None:
-    """End this process when a DeepSpeed launcher above it dies, which can then no longer end its ranks."""
+    """End this process when a DeepSpeed launcher among its ancestors dies: a dead launcher cannot stop its ranks."""
     launchers = []
     pid = os.getppid()
     while any(name in Path(f"/proc/{pid}/cmdline").read_text() for name in LAUNCHER_NAMES):

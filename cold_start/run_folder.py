@@ -34,11 +34,11 @@ TEMPORARY_PREFIX = "tmp-checkpoint-"
 DEEPSPEED_FOLDER, DEEPSPEED_TAG = "deepspeed", "state"
 FULL_MODEL_FOLDER = "full_model"
 CONFIG_FIELDS = ("reward_token", "video", "format_prompt")
-"""What of a `reward_config.json` must be the same in a resumed run. Paths may change."""
+"""Fields of `reward_config.json` that a resumed run must share. Paths may change."""
 
 
 def take_over(output_dir: str) -> None:
-    """Lock the output folder for this run, and remove what a killed one left. Raises ValueError if it is in use."""
+    """Lock the output folder for this run; remove what a killed run left. Raises ValueError if it is in use."""
 
     def lock_and_clean() -> None:
         lock_folder(output_dir)
@@ -49,7 +49,7 @@ def take_over(output_dir: str) -> None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints in a folder, oldest first; folders with names other than `checkpoint-N` are ignored."""
+    """Complete `checkpoint-N` folders, oldest first."""
     found = {}
     for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*"):
         match = CHECKPOINT_NAME.fullmatch(path.name)
@@ -61,38 +61,37 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def find_resume(arguments: TrainingArguments) -> Path | None:
     """The checkpoint to resume from, or None for a fresh start.
 
-    Raises ValueError rather than mix two runs in one folder: for a fresh start where there are checkpoints, and for
-    resuming from any checkpoint but the folder's last.
+    Raises ValueError rather than mix two runs in one folder: for a fresh start in a folder with checkpoints, and for
+    resuming from any checkpoint but the last.
     """
     output_dir, wanted = Path(arguments.output_dir), arguments.resume_from_checkpoint
     existing = list_checkpoints(output_dir)
     if wanted is None:
         if existing:
             raise ValueError(
-                f"{output_dir} already holds {existing[-1].name}: continue it with --resume_from_checkpoint {LATEST}, "
-                "or choose another --output_dir"
+                f"{output_dir} already holds {existing[-1].name}. Resume it with --resume_from_checkpoint {LATEST}, "
+                "or choose another --output_dir."
             )
         return None
     if wanted == LATEST:
         if not existing:
-            logger.info("no checkpoint in %s yet: starting from the beginning", output_dir)
+            logger.info("no checkpoint in %s yet, starting from the beginning", output_dir)
         return existing[-1] if existing else None
     if not (Path(wanted) / STATE_FILE).is_file():
-        raise ValueError(f"--resume_from_checkpoint {wanted} is not a checkpoint-N folder with {STATE_FILE} in it")
+        raise ValueError(f"--resume_from_checkpoint {wanted} is not a checkpoint-N folder with {STATE_FILE} in it.")
     _require_last(Path(wanted), existing, output_dir)
     return Path(wanted)
 
 
 def _require_last(wanted: Path, existing: list[Path], output_dir: Path) -> None:
-    """Raise ValueError when the folder holds checkpoints that come after `wanted`, or are of another run."""
+    """Raise ValueError if the folder holds checkpoints that come after `wanted` or belong to another run."""
     paths = [path.resolve() for path in existing]
-    is_own = wanted.resolve() in paths
-    others = existing[paths.index(wanted.resolve()) + 1 :] if is_own else existing
+    others = existing[paths.index(wanted.resolve()) + 1 :] if wanted.resolve() in paths else existing
     if others:
         names = ", ".join(path.name for path in others)
         raise ValueError(
-            f"{output_dir} already holds {names}, which --resume_from_checkpoint {wanted} would mix with another run: "
-            f"remove {names}, or choose another --output_dir (OUTPUT_DIR)"
+            f"{output_dir} already holds {names}, which --resume_from_checkpoint {wanted} would mix with another run. "
+            f"Remove {names}, or choose another --output_dir (OUTPUT_DIR)."
         )
 
 
@@ -116,7 +115,8 @@ class RunCheckpoints:
         self.arguments = arguments
         self.output_dir = Path(arguments.output_dir)
         base = Path(reward.config.base_model)
-        # What must be the same for a resumed run to equal an uninterrupted one. Checkpoints hold no frozen weights.
+        # A resumed run equals an uninterrupted one only if all of this is the same. The base's weights are part of it
+        # because checkpoints hold no frozen weights.
         self.identity = {
             "num_pairs": len(train_data),
             "data": train_data.fingerprint,
@@ -130,7 +130,7 @@ class RunCheckpoints:
         }
 
     def save(self, step: int, *, epoch: float, log_history: list[dict]) -> None:
-        """Write `checkpoint-N/` under a temporary name and rename it: it is complete or absent. A collective."""
+        """Write `checkpoint-N/` under a temporary name, then rename it: it is complete or absent. A collective."""
         folder = self.output_dir / f"{CHECKPOINT_PREFIX}{step}"
         temporary = self.output_dir / f"{TEMPORARY_PREFIX}{step}"
         weights = gather_trained_weights(self.engine)
@@ -162,17 +162,19 @@ class RunCheckpoints:
     def resume(self, folder: Path) -> tuple[int, list[dict]]:
         """Load weights, optimizer, schedule and random states of `checkpoint-N/`; returns its step and log history.
 
-        Raises ValueError when the checkpoint is of another run, or holds no optimizer state.
+        Raises ValueError if the checkpoint belongs to another run or holds no optimizer state.
         """
         state_folder = folder / DEEPSPEED_FOLDER
         if not state_folder.is_dir():
-            raise ValueError(f"{folder} holds no optimizer state (--save_only_model?); it cannot be resumed from")
+            raise ValueError(
+                f"{folder} holds no optimizer state, as --save_only_model asks for. Training cannot resume from it."
+            )
         state = json.loads((folder / STATE_FILE).read_text())
         self._require_same_run(folder, state)
         loaded_from, _ = self.engine.load_checkpoint(str(state_folder), tag=DEEPSPEED_TAG, load_module_strict=False)
         if loaded_from is None:
             raise ValueError(
-                f"{state_folder} holds no complete DeepSpeed state; remove {folder} and resume from the one before it"
+                f"{state_folder} holds no complete DeepSpeed state. Remove {folder} and resume from the one before it."
             )
         _set_random_state(torch.load(state_folder / self._random_state_name, weights_only=True))
         logger.info("resumed from %s", folder)

@@ -16,11 +16,11 @@ from model_qwen3 import quiet_libraries
 from ranks import get_rank
 
 LOG_FILE = "train_log.jsonl"
-OUR_LOGGERS = ("trainer_qwen3", "run_folder", "preflight", "checkpoint", "descore")
+OUR_LOGGERS = ("trainer_qwen3", "run_folder", "checkpoint", "descore")
 
 
 def setup_logging() -> None:
-    """Log to stderr: everything of ours on rank 0, warnings only on the others."""
+    """Log to stderr: our INFO messages on rank 0, only warnings on the others."""
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     for name in OUR_LOGGERS if get_rank() == 0 else ():
@@ -47,7 +47,7 @@ class Schedule:
         return cls(steps_per_epoch, num_steps, *(max(1, round(epochs * steps_per_epoch)) for epochs in intervals))
 
     def is_due(self, step: int, interval: int) -> bool:
-        """Whether what happens every `interval` steps happens after `step`; after the last step everything does."""
+        """Whether something with this interval is due after `step`; after the last step everything is."""
         return step % interval == 0 or step == self.num_steps
 
 
@@ -65,7 +65,7 @@ class LogWindow:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out the time since the last step: evaluation and saving are not training."""
+        """Exclude the time since the last step: evaluation and saving are not training."""
         self.clock = time.perf_counter()
 
     def add(self, sums: torch.Tensor, *, grad_norm: float) -> None:
@@ -76,7 +76,7 @@ class LogWindow:
         self.restart_clock()
 
     def means(self) -> dict[str, float]:
-        """Means since the last call, which starts a new window."""
+        """Means since the last call; starts a new window."""
         values = compute_means(self.sums)
         values["grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
         values["seconds_per_step"] = self.seconds / len(self.grad_norms)
@@ -89,7 +89,7 @@ class Tracker:
     """Writes scalars to `train_log.jsonl` and to tensorboard or wandb, on rank 0 only."""
 
     def __init__(self, folder: Path, *, report_to: str, run_name: str | None, config: dict, start_step: int) -> None:
-        """Open the logs in `folder`; what an interrupted run logged after `start_step` is dropped."""
+        """Open the logs in `folder`; drop what an interrupted run logged after `start_step`."""
         self._file = self._writer = self._run = None
         if get_rank() != 0:
             return
@@ -127,7 +127,7 @@ class Tracker:
 
 
 def _step_of(line: str) -> float:
-    """The optimizer step of a log line; infinity for a line that a killed run left half written."""
+    """The optimizer step of a log line; infinity for a torn line, as a killed run may leave."""
     try:
         return json.loads(line)["step"]
     except json.JSONDecodeError:

@@ -3,7 +3,7 @@
     cd cold_start && PYTHONPATH=. python benchmarks/step_8b.py --output benchmarks/results/step_h100.json
 
 Both get the same pairs and random weights, adapt the language model with LoRA, tune the vision tower, and take one
-pair at a time, four per step. Each runs in a process of its own. `--tiny --layers 2` tries the script on a CPU.
+pair at a time, four per step. Each runs in a process of its own. `--tiny` tries the script on a CPU.
 
 - ours: DeepSpeed (ZeRO-0, one process shares nothing) and `RewardTrainer`, as train.sh runs them.
 - original: separate forward passes for A and B through stock transformers, with unused vocabulary logits at every
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,26 +43,38 @@ from vision_process import VideoBudget, VideoFrames
 STAGE_DIR = Path(__file__).resolve().parents[1]
 TINY_BASE = STAGE_DIR / "model" / "tiny_base"  # its tokenizer
 PAIRS_PER_STEP = 4
-PROMPT_TOKENS, FRAMES, SIDE, COT_TOKENS = 2400, (10, 14), 448, (200, 1000)
 CHECK_LAYERS = 4
 WORDS = "a clip that drifts over a plain background while the camera slowly turns to the left and back again "
 
 
-def make_pairs(builder: SequenceBuilder, count: int, *, seed: int = 0) -> list[EncodedPair]:
-    """Pairs of random frames with CoTs of random tokens."""
-    draws = random.Random(seed)
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the sequences. `side`: of a frame, in pixels. `frames`, `cot_tokens`: smallest and largest number."""
+
+    prompt_tokens: int
+    frames: tuple[int, int]
+    side: int
+    cot_tokens: tuple[int, int]
+
+
+SIZES, TINY_SIZES = Sizes(2400, (10, 14), 448, (200, 1000)), Sizes(100, (4, 6), 64, (10, 40))
+
+
+def make_pairs(builder: SequenceBuilder, count: int, *, sizes: Sizes) -> list[EncodedPair]:
+    """Pairs of random frames with CoTs of random tokens; the same for the same sizes."""
+    draws = random.Random(0)
     special = {builder.reward_token_id, *builder.tokenizer.all_special_ids, *builder.tokenizer.added_tokens_decoder}
     allowed = sorted(set(range(len(builder.tokenizer))) - special)
 
     def make_sequence() -> ScoredSequence:
-        num_frames = 2 * draws.randint(FRAMES[0] // 2, FRAMES[1] // 2)
+        num_frames = 2 * draws.randint(sizes.frames[0] // 2, sizes.frames[1] // 2)
         generator = torch.Generator().manual_seed(draws.randrange(2**31))
-        frames = torch.randint(0, 256, (num_frames, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+        frames = torch.randint(0, 256, (num_frames, 3, sizes.side, sizes.side), dtype=torch.uint8, generator=generator)
         video = VideoFrames(frames, 24.0, tuple(range(0, 12 * num_frames, 12)), 12 * num_frames)
         bare = builder.encode_prompt(WORDS, video).input_ids.numel()
-        repetitions = 1 + round((PROMPT_TOKENS - bare) / len(builder.encode_cot(WORDS)))
+        repetitions = 1 + round((sizes.prompt_tokens - bare) / len(builder.encode_cot(WORDS)))
         prompt = builder.encode_prompt(WORDS * max(1, repetitions), video)
-        return builder.build(prompt, draws.choices(allowed, k=draws.randint(*COT_TOKENS)))
+        return builder.build(prompt, draws.choices(allowed, k=draws.randint(*sizes.cot_tokens)))
 
     return [
         EncodedPair(make_sequence(), make_sequence(), label="AB"[n % 2], score_a=float("nan"), score_b=float("nan"))
@@ -114,7 +127,7 @@ class Ours:
             data_arguments=DataArguments(),
             schedule=None,
             checkpoints=None,
-            activations=compile_and_plan_activations(engine, ModelArguments()),
+            activations=compile_and_plan_activations(engine, ModelArguments(max_kept_layers=options.max_kept_layers)),
         )
 
     def collate(self, pairs: list[EncodedPair]) -> list[PairBatch]:
@@ -203,7 +216,7 @@ def _peak_gib() -> float:
 
 def run_ours(options: argparse.Namespace) -> dict:
     ours = Ours(options, layers=options.layers)
-    pairs = make_pairs(ours.builder, PAIRS_PER_STEP)
+    pairs = make_pairs(ours.builder, PAIRS_PER_STEP, sizes=options.sizes)
     batches = ours.collate(pairs)
     start = time.perf_counter()
     loss = ours.run(batches)
@@ -231,7 +244,7 @@ def run_ours(options: argparse.Namespace) -> dict:
 
 def run_original(options: argparse.Namespace) -> dict:
     original = Original(options, layers=options.layers, dtype=torch.bfloat16)
-    pairs = make_pairs(original.builder, PAIRS_PER_STEP)
+    pairs = make_pairs(original.builder, PAIRS_PER_STEP, sizes=options.sizes)
     loss = original.run(pairs)
     seconds = time_steps(lambda: original.run(pairs), warmup=1, repeats=options.repeats)
     return {"loss": loss, "seconds": statistics.median(seconds), "runs": seconds, "peak_memory_gib": _peak_gib()}
@@ -243,7 +256,7 @@ def run_check(options: argparse.Namespace) -> dict:
     gradients, losses = {}, {}
     for name, dtype in (("fp32", torch.float32), ("original", torch.bfloat16)):
         original = Original(options, layers=CHECK_LAYERS, dtype=dtype)
-        pairs = make_pairs(original.builder, 1)
+        pairs = make_pairs(original.builder, 1, sizes=options.sizes)
         losses[name] = original.run(pairs, should_step=False)
         gradients[name] = {n: p.grad.float().cpu() for n, p in original.model.trainable_parameters()}
         del original
@@ -272,13 +285,18 @@ PARTS = {"check": run_check, "ours": run_ours, "original": run_original}
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--layers", type=int, default=36)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="small layers, to try the script")
+    parser.add_argument("--layers", type=int, help="text layers; default: 36, with --tiny 2")
+    parser.add_argument("--repeats", type=int, help="timed steps; default: 5, with --tiny 1")
+    parser.add_argument("--max_kept_layers", type=int, help="layers that keep activations; 0: the least memory")
+    parser.add_argument("--tiny", action="store_true", help="a small model and short sequences, to try the script")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--one_part", choices=PARTS, help="run this part in this process")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "descore_step_8b")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.layers = options.layers or (2 if options.tiny else 36)
+    options.repeats = options.repeats or (1 if options.tiny else 5)
+    options.sizes = TINY_SIZES if options.tiny else SIZES
+    return options
 
 
 def main() -> None:
@@ -287,10 +305,11 @@ def main() -> None:
     if options.one_part:
         (options.folder / f"{options.one_part}.json").write_text(json.dumps(PARTS[options.one_part](options)))
         os._exit(0)  # worker processes of torch.compile would delay the exit
+    shape = "a tiny Qwen3-VL" if options.tiny else "Qwen3-VL-8B's shape"
     result = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
         "torch": torch.__version__,
-        "model": f"Qwen3-VL-8B's shape ({options.layers} text layers), LoRA, tuned vision tower, bf16, random weights",
+        "model": f"{shape} ({options.layers} text layers), LoRA, tuned vision tower, bf16, random weights",
         "pairs_per_step": PAIRS_PER_STEP,
     }
     for part in options.parts:

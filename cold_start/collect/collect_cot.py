@@ -3,16 +3,16 @@
     python -m collect.collect_cot preferences.csv --output with_cots.csv --model Qwen/Qwen3-VL-8B-Instruct
     python -m collect.collect_cot preferences.csv --output with_cots.csv --model NAME --endpoint http://host:8000/v1
 
-Several CoTs are sampled per video. A pair of well-formed ones that agrees with the label fills CoT_A and CoT_B, and
-stage 2's `answer` is written too. A killed run resumes with the same command:
+Several CoTs are sampled per video. A well-formed pair that agrees with the label fills CoT_A and CoT_B; the column
+`answer` is for stage 2. The same command resumes a killed run:
 
     with_cots.csv             the input's rows and columns, with CoT_A, CoT_B and answer
     with_cots.samples.jsonl   every CoT that was sampled
     with_cots.report.json     counts, rows without CoTs and why
 
-The walk of a row: `read_rows` parses it; `plan_jobs` makes a job of each video; an engine (`engines`: vLLM in this
-process, `endpoint`: a server) samples their CoTs into the journal; `annotate` in `results` fills the row by the rules
-of `selection`.
+How a row is processed: `read_rows` parses it; `plan_jobs` makes a job per video; an engine (`engines`: vLLM in this
+process, `endpoint`: a server) samples CoTs into the journal; `annotate` in `results` fills the row by the rules of
+`selection`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pathlib import Path
 
 from transformers import AutoProcessor
 
-from checkpoint import choose_format_prompt, fingerprint_weights, stored_video_budget
+from checkpoint import choose_format_prompt, choose_video_budget, fingerprint_weights
 from collect.endpoint import VIDEO_FORMS, EndpointEngine
 from collect.engines import Judge, Sample, SampleKey, VideoFailure, VideoJob, VllmEngine
 from collect.results import ANSWER_COLUMN, CollectReport, CotJournal, Row, annotate, judge_samples
@@ -40,7 +40,7 @@ from infer_utils.scorer import MAX_COT_TOKENS
 from model_qwen3 import add_reward_token, quiet_libraries
 from preference_csv import CsvNeeds, read_pairs, require_clean
 from scored_sequence import NUM_CLOSING_TOKENS, SequenceBuilder
-from vision_process import VideoBudget, VideoError, probe_videos
+from vision_process import VideoError, probe_videos
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ Engine = VllmEngine | EndpointEngine
 
 
 def collect(options: argparse.Namespace) -> CollectReport:
-    """The whole run. Raises ValueError, before a model is loaded, for what is wrong with flags, CSV or files."""
+    """The whole run. Raises ValueError for faults of flags, CSV or files before a model is loaded."""
     rows = read_rows(options)
     output = check_output(options, rows)
     judge = build_judge(options)
@@ -74,7 +74,7 @@ def collect(options: argparse.Namespace) -> CollectReport:
 
 
 def read_rows(options: argparse.Namespace) -> list[Row]:
-    """The CSV's rows. Raises CsvError that lists every fault of their cells, and ValueError if there is no work."""
+    """The CSV's rows. Raises CsvError that lists every faulty cell, and ValueError if no row needs CoTs."""
     pairs = read_pairs(options.csv, CsvNeeds(eval_dim=options.eval_dim, cots=False))
     rows, faults = [], []
     for pair, table_row in zip(pairs, CsvTable(options.csv).rows(), strict=True):
@@ -94,9 +94,9 @@ def read_rows(options: argparse.Namespace) -> list[Row]:
 def plan_jobs(
     options: argparse.Namespace, rows: Sequence[Row], judge: Judge, *, max_model_len: int | None
 ) -> tuple[list[VideoJob], list[VideoFailure]]:
-    """Jobs of the videos of rows without CoTs. Raises CsvError that lists every fault of files and prompts.
+    """A job per video of the rows without CoTs. Raises CsvError that lists every missing file and faulty prompt.
 
-    A file that exists and does not decode is not a fault of the CSV but a failure: its row is left without CoTs.
+    A file that exists but does not decode is a failure, not a fault of the CSV: its row is left without CoTs.
     """
     pairs = [row.pair for row in rows if not row.keeps_cots]
     videos = [(p, side, video) for p in pairs for side, video in (("A", p.video_a), ("B", p.video_b))]
@@ -135,7 +135,7 @@ def check_length(options: argparse.Namespace, num_tokens: int, max_model_len: in
 
 
 def sample_missing(engine: Engine, jobs: Sequence[VideoJob], journal: CotJournal) -> list[VideoFailure]:
-    """Sample what the journal lacks into it; returns the videos that failed."""
+    """Sample into the journal what it lacks; returns the videos that failed."""
     missing = [replace(job, keys=tuple(key for key in job.keys if key not in journal.samples)) for job in jobs]
     missing = [job for job in missing if job.keys]
     failures: list[VideoFailure] = []
@@ -156,11 +156,11 @@ def sample_missing(engine: Engine, jobs: Sequence[VideoJob], journal: CotJournal
 
 
 def write_csv(path: Path, table: Sequence[Mapping[str, str]], *, columns: Mapping[str, str]) -> None:
-    """Write the input's columns and the new ones, under a temporary name that is then renamed."""
+    """Write the input's columns and the new ones under a temporary name, then rename it."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         header = dict.fromkeys([*columns, "CoT_A", "CoT_B", ANSWER_COLUMN])
-        # Other quoting leaves a lone carriage return bare, which some readers take for the end of a line.
+        # Otherwise a lone carriage return stays unquoted, which some readers take for the end of a line.
         writer = csv.DictWriter(file, header, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writeheader()
         writer.writerows(table)
@@ -170,7 +170,7 @@ def write_csv(path: Path, table: Sequence[Mapping[str, str]], *, columns: Mappin
 def describe_samples(
     options: argparse.Namespace, rows: Sequence[Row], judge: Judge, *, source: str
 ) -> dict[str, object]:
-    """What samples depend on. Selection, labels and the number of samples may change from run to run."""
+    """What samples depend on. Selection, labels and the number of samples may change between runs."""
     folder = Path(options.model)
     is_local = options.endpoint is None and folder.is_dir()
     digest = hashlib.blake2b(digest_size=8)
@@ -197,7 +197,7 @@ def check_output(options: argparse.Namespace, rows: Sequence[Row]) -> Path:
     if not output.parent.is_dir():
         raise ValueError(f"{name} is in a folder that does not exist. Make it, or choose another.")
     if output.exists() and not output.with_suffix(JOURNAL_SUFFIX).exists() and not options.overwrite:
-        raise ValueError(f"{name} exists, and no run of this wrote it. Choose another name, or add --overwrite.")
+        raise ValueError(f"{name} exists, and collect_cot did not write it. Choose another name, or add --overwrite.")
     has_relative = any(not os.path.isabs(v) for row in rows for v in parse_two_paths(row.cells["videos"], "videos"))
     if output.parent != source.parent and has_relative:
         raise ValueError(f"{name} is not in {source.parent}, which the video paths are relative to. Put it there.")
@@ -205,7 +205,7 @@ def check_output(options: argparse.Namespace, rows: Sequence[Row]) -> Path:
 
 
 def build_judge(options: argparse.Namespace) -> Judge:
-    """The model with prompts as in training. Raises ValueError if the processor cannot be loaded."""
+    """The model with training's prompts and frames. Raises ValueError if the processor cannot be loaded."""
     source = options.processor or options.model
     remedy = "Give the folder or hub name of a Qwen3-VL with --processor."
     try:
@@ -216,11 +216,8 @@ def build_judge(options: argparse.Namespace) -> Judge:
     if not hasattr(processor, "video_processor"):
         raise ValueError(f"{source} has a {type(processor).__name__}, not a Qwen3-VL processor. {remedy}")
     add_reward_token(processor)
-    stored = stored_video_budget(source)
     changes = {name: getattr(options, name) for name in ("fps", "min_frames", "min_pixels", "max_pixels")}
-    budget = (stored or VideoBudget()).replace(**changes)
-    if stored not in (None, budget):
-        logger.warning("flags override the video budget of %s: %s becomes %s", source, stored, budget)
+    budget = choose_video_budget(source, **changes)
     given = read_file(options.format_prompt, "--format_prompt")
     builder = SequenceBuilder(processor, format_prompt=choose_format_prompt(source, given))
     return Judge(options.model, builder, budget, **{name: getattr(options, name) for name in SAMPLING})
@@ -237,7 +234,7 @@ def build_engine(options: argparse.Namespace, judge: Judge) -> Engine:
 
 
 def read_file(path: str | None, flag: str) -> str | None:
-    """Raises ValueError that names the flag."""
+    """The text of a flag's file. Raises ValueError that names the flag."""
     try:
         return None if path is None else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -245,32 +242,32 @@ def read_file(path: str | None, flag: str) -> str | None:
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; a wrong one ends the process with 2."""
+    """The command line. A wrong one ends the process with status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count, share, seconds = number(int, 1), number(float, 0.001, 1), number(float, 0.001)
     add = parser.add_argument
     add("csv", help="preference CSV: videos, GSB, problem or prompt; see datasets/train/README.md")
     add("--output", required=True, help="CSV to write, in the folder that the input's video paths are relative to")
-    add("--model", required=True, help="a Qwen3-VL: folder, hub name, or the name that the server has for it")
+    add("--model", required=True, help="a Qwen3-VL: folder, hub name, or the server's name for it")
     add("--eval_dim", default="GSB", help="label column")
     add("--overwrite", action="store_true", help="start again where another run wrote --output")
     add = parser.add_argument_group("sampling").add_argument
-    add("--num_samples", type=count, default=4, help="CoTs per video; a larger number later adds to those that exist")
+    add("--num_samples", type=count, default=4, help="CoTs per video; a later run with more keeps the first ones")
     add("--temperature", type=number(float, 0), default=0.7)
     add("--top_p", type=share, default=0.95)
-    add("--max_tokens", type=count, default=MAX_COT_TOKENS, help="longest CoT; one that is cut off is not used")
+    add("--max_tokens", type=count, default=MAX_COT_TOKENS, help="longest CoT; CoTs that are cut off are not used")
     add("--seed", type=int, default=0)
     add = parser.add_argument_group("selection").add_argument
-    add("--require_agreement", action="store_true", help="no CoTs for rows where none agree with the label")
+    add("--require_agreement", action="store_true", help="leave rows without CoTs where none agree with the label")
     add(
         "--tie_margin",
         type=number(float, 0),
         default=0.25,
-        help="how far overall scores may differ under the label same",
+        help="largest difference of overall scores under the label same",
     )
     add("--drop_incomplete", action="store_true", help="leave rows without CoTs out of the output")
     add("--replace_cots", action="store_true", help="sample again for rows that have both CoTs")
-    add("--replace_answers", action="store_true", help="write stage 2's answer again where there is one")
+    add("--replace_answers", action="store_true", help="overwrite existing answers for stage 2")
     add = parser.add_argument_group("prompt and video, as in training").add_argument
     add("--processor", help="folder or hub name of the tokenizer and video settings; default: --model")
     add("--format_prompt", help="Jinja file with the variable `content` around each problem; default: the processor's")
@@ -278,16 +275,16 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--min_frames", type=int, help="fewest frames of a clip; default likewise, or 4")
     add("--min_pixels", "--min_frame_pixels", type=int, help="fewest pixels of a frame; default likewise, or 4096")
     add("--max_pixels", "--max_frame_pixels", type=int, help="most pixels of a frame; default likewise, or 200704")
-    add("--max_length", type=count, default=8192, help="most tokens of a training sequence; a longer CoT is not used")
+    add("--max_length", type=count, default=8192, help="tokens of the longest sequence; longer CoTs are not used")
     add = parser.add_argument_group("vLLM in this process (without --endpoint)").add_argument
     add("--tensor_parallel_size", type=count, help="GPUs that share the model; default: 1")
     add("--gpu_memory_utilization", type=share, help="share of a GPU's memory; default: 0.9")
-    add("--max_num_seqs", type=count, help="samples at a time; default: 64")
+    add("--max_num_seqs", type=count, help="concurrent samples; default: 64")
     add = parser.add_argument_group("server").add_argument
     add("--endpoint", metavar="URL", help="http://host:port/v1 of any OpenAI-compatible server")
     add("--api_key_file", help="file that holds the server's key")
     add("--send_video", choices=VIDEO_FORMS, help="form of the videos, see the README; default: clip")
-    add("--concurrency", type=count, help="requests at a time; default: 16")
+    add("--concurrency", type=count, help="concurrent requests; default: 16")
     add("--timeout", type=seconds, help="seconds that a reply may take; default: 600")
     options = parser.parse_args(arguments)
     if options.temperature == 0 and options.num_samples > 1:

@@ -2,9 +2,9 @@
 
 Frames are sampled and resized here, by training's own function. What the server reads depends on how they are sent:
 
-- `clip`: as a small lossless clip, at the rate that spreads them over the length of the video. A server that takes 2
-  frames per second and at least 4 takes them all. A timestamp may differ from training's in its last digit, because
-  the frames of a clip are evenly spaced and the sampled ones only nearly so.
+- `clip`: as a small lossless clip, at the rate that spreads them over the length of the video. A server that samples 2
+  frames per second and at least 4 reads all of them. A timestamp may differ from training's in its last digit: frames
+  of a clip are evenly spaced, the sampled ones only nearly so.
 - `frames`: as PNG with their indices, in vLLM's own format. The prompt is training's, token for token. The server must
   be vLLM, started with --trust-request-mm-kwargs.
 - `file`: as the video file, which the server samples and resizes in its own way.
@@ -32,29 +32,29 @@ from vision_process import VideoError, VideoFrames
 VideoForm = Literal["clip", "frames", "file"]
 VIDEO_FORMS: tuple[VideoForm, ...] = get_args(VideoForm)
 NUM_RETRIES = 20
-"""Of a request that fails with a lost connection, 408, 409, 429 or 5xx: about two minutes of pauses altogether."""
+"""After a lost connection, 408, 409, 429 or 5xx; the pauses add up to about two minutes."""
 CONNECT_SECONDS = 30.0
 MESSAGE_LENGTH = 300
 NO_KEY = "EMPTY"
-"""What vLLM's users send where no key is needed; with None the client would send the OPENAI_API_KEY that is set."""
+"""The usual key for a vLLM that needs none. With None the client would send the user's OPENAI_API_KEY."""
 TRUST_FLAG = "--trust-request-mm-kwargs"
 WRONG_KEY = "The server does not accept the key. Give the right one with --api_key_file."
 NOT_FOUND = "The server has no such model or address. Check --model, and that --endpoint ends in /v1."
-BUSY = "The server stays busy. Start the same command again later."
+BUSY = "The server stays busy. Run the same command again later."
 STOPPING_STATUSES = {401: WRONG_KEY, 403: WRONG_KEY, 404: NOT_FOUND, 429: BUSY, 502: BUSY, 503: BUSY, 504: BUSY}
-"""Statuses that every other request would get too, and what to do about them."""
+"""Statuses that end the run, because every other request would get them too, and what to do about them."""
 
 
 class RequestError(ValueError):
-    """The server refused one request or failed at it."""
+    """The server refused one request, or failed to answer it."""
 
 
 @dataclass
 class EndpointEngine:
     """A server. `url`: up to /v1. `timeout`: seconds that a reply may take, retries included.
 
-    `concurrency`: videos at a time. `send_video`: see this module. The server's chat template holds, and its values of
-    what a request does not name, such as top_k.
+    `concurrency`: videos at a time. `send_video`: see this module. The server's own chat template applies, and its own
+    values of settings that a request does not name, such as top_k.
     """
 
     judge: Judge
@@ -70,11 +70,14 @@ class EndpointEngine:
 
     @property
     def source(self) -> str:
-        """How samples are drawn, for the journal, which mixes no two sources."""
+        """Where samples come from. A journal never mixes two sources."""
         return f"endpoint, {self.send_video}"
 
     def check(self) -> int | None:
-        """The most tokens of a prompt and its CoT, None if the server does not say. Raises ValueError without it."""
+        """The most tokens of a prompt and its CoT; None if the server does not say.
+
+        Raises ValueError if the server cannot be used.
+        """
 
         async def list_models() -> object:
             async with self._connect() as client:
@@ -91,7 +94,7 @@ class EndpointEngine:
         return limit if isinstance(limit, int) else None
 
     def generate(self, jobs: Sequence[VideoJob], put: Put) -> None:
-        """Draw the samples of all jobs. Raises ValueError if the run cannot go on, and waits for no request then."""
+        """Draw the samples of all jobs. Raises ValueError at once if the run cannot continue."""
 
         async def answer_all() -> None:
             slots = asyncio.Semaphore(self.concurrency)
@@ -110,7 +113,7 @@ class EndpointEngine:
         return openai.AsyncOpenAI(base_url=self.url, api_key=key, max_retries=NUM_RETRIES, timeout=timeout)
 
     async def _answer(self, client: openai.AsyncOpenAI, job: VideoJob, slots: asyncio.Semaphore, put: Put) -> None:
-        """All samples of a video, one after the other: after the first the server has cached prompt and video."""
+        """All samples of a video, one after another: after the first, the server has cached prompt and video."""
         async with slots:
             try:
                 request = await asyncio.to_thread(self._build_request, job)
@@ -141,7 +144,7 @@ class EndpointEngine:
         }
 
     async def _request(self, call: Awaitable):
-        """A reply. Raises RequestError, and ValueError for what every other request would meet too."""
+        """A reply. Raises RequestError, and ValueError for errors that every other request would meet too."""
         try:
             async with asyncio.timeout(self.timeout):
                 return await call
@@ -167,7 +170,7 @@ class EndpointEngine:
             text, is_finished = choice.message.content or "", choice.finish_reason == "stop"
             extras = choice.message.model_extra or {}
             num_tokens = reply.usage.prompt_tokens if reply.usage else None
-        except (AttributeError, IndexError, TypeError) as error:  # the client does not check what it parses
+        except (AttributeError, IndexError, TypeError) as error:  # the client does not validate replies
             reason = f"the reply is not a chat completion: {str(reply)[:MESSAGE_LENGTH]}"
             raise ValueError(f"{self.url}: {reason}. Check --endpoint.") from error
         if extras.get("reasoning_content") or extras.get("reasoning"):
@@ -178,14 +181,14 @@ class EndpointEngine:
                 f"{job.num_prompt_tokens}: it is not a vLLM that takes frames, or has another model's chat template. "
                 "Use --send_video clip, or correct --processor."
             )
-        text = text.encode(errors="replace").decode()  # JSON can hold half a character, which no file takes
+        text = text.encode(errors="replace").decode()  # JSON can hold half a surrogate pair, which UTF-8 cannot
         return Sample(key, text, is_finished, num_tokens)
 
 
 def encode_frames(video: VideoFrames) -> tuple[str, dict[str, object]]:
-    """vLLM's form of a video whose frames are sampled and resized, and the request's fields that go with it.
+    """vLLM's form of sampled and resized frames, and the fields that a request with them needs.
 
-    vLLM calls the type video/jpeg, but reads any image format; PNG is lossless.
+    vLLM calls the type video/jpeg but reads any image format; PNG is lossless.
     """
     pictures = []
     for frame in as_images(video):

@@ -1,8 +1,8 @@
-"""What engines are given and return, and the engine that samples CoTs with vLLM in this process.
+"""Jobs and results of the engines, and the engine that samples CoTs with vLLM in this process.
 
-Frames are sampled and resized by training's own function, and vLLM must read training's token ids, which is checked
-for every prompt. Each sample has its own seed and depends on nothing else, up to rounding: in bf16 the other samples
-of a batch change the rounding, so that a sample drawn again may differ.
+Training's own function samples and resizes frames. vLLM must read training's token ids, which is checked for every
+prompt. Each sample depends on its own seed only, up to rounding: in bf16 the rest of the batch changes the rounding,
+so that a repeated sample may differ.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ from scored_sequence import SequenceBuilder
 from vision_process import VideoBudget, VideoError, VideoFrames, load_video
 
 NUM_LOADERS, LOADED_AHEAD = 4, 8
-"""Threads that decode, and videos that are decoded before vLLM needs them."""
+"""Threads that decode, and videos decoded ahead of vLLM."""
 CPU_BLOCK_SIZE = 32
-"""Tokens per cache block; vLLM's 128 on CPUs leaves little of a short prompt to share."""
+"""Tokens per cache block; of short prompts, vLLM's 128 on CPUs leaves little to share."""
 FEWEST_BATCHED_TOKENS = 8192
 
 
@@ -55,7 +55,7 @@ class Sample:
 
 @dataclass(frozen=True, order=True)
 class VideoFailure:
-    """A video, A or B of a row, that gets no samples, or no more."""
+    """A video, A or B of a row, for which sampling failed, at once or after some samples."""
 
     row: int
     video: str
@@ -63,7 +63,7 @@ class VideoFailure:
 
 
 Put = Callable[[Sample | VideoFailure], None]
-"""Takes each result as soon as it is there, in any order."""
+"""Receives each result as soon as it exists, in any order."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Judge:
         return load_video(path, self.budget, size_factor=self.builder.size_factor)
 
     def seed_of(self, key: SampleKey) -> int:
-        """A seed from 0 to 2**31 - 1, which every server takes; it depends on the run's seed and the key only."""
+        """A seed from 0 to 2**31 - 1, which every server accepts. It depends on the run's seed and the key only."""
         text = f"{self.seed}/{key.row}/{key.side}/{key.number}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest()) >> 1
 
@@ -133,7 +133,7 @@ class VllmEngine:
         return AutoConfig.from_pretrained(self.judge.model).text_config.max_position_embeddings
 
     def generate(self, jobs: Sequence[VideoJob], put: Put) -> None:
-        """Load the model and draw the samples of all jobs. Raises ValueError if the run cannot go on."""
+        """Load the model and draw the samples of all jobs. Raises ValueError if the run cannot continue."""
         self._start(max(job.num_prompt_tokens for job in jobs) + self.judge.max_tokens)
         running: dict[str, tuple[_Prompt, SampleKey]] = {}
         wraps_video: bool | None = None
@@ -183,7 +183,7 @@ class VllmEngine:
         ).llm_engine
 
     def _load_ahead(self, jobs: Sequence[VideoJob], pool: ThreadPoolExecutor) -> Iterator[_Prompt | VideoFailure]:
-        """The jobs in order, while the next few are being decoded."""
+        """The prompts of the jobs in order; the next few are decoded in the background."""
         waiting: deque[Future] = deque()
         for job in jobs:
             waiting.append(pool.submit(self._load, job))
@@ -202,7 +202,7 @@ class VllmEngine:
         return _Prompt(job, builder.render(job.problem), ids, (as_images(video), metadata))
 
     def _submit(self, prompt: _Prompt, *, wraps_video: bool) -> dict[str, tuple[_Prompt, SampleKey]]:
-        """Ask for a video's samples; returns them by request."""
+        """Request a video's samples; returns prompt and key by request."""
         from vllm import SamplingParams
 
         requests = {f"{key.row}-{key.side}-{key.number}": (prompt, key) for key in prompt.job.keys}
@@ -238,7 +238,7 @@ class VllmEngine:
         return False  # _read says what is wrong
 
     def _build_request(self, prompt: _Prompt, *, wraps_video: bool) -> dict:
-        """vLLM's form of a prompt: ids with one placeholder for the video, the video, and its name in the cache."""
+        """vLLM's form of a prompt: ids with one placeholder for the video, the video, and its cache key."""
         processor, text = self.judge.builder.processor, prompt.text
         if wraps_video:
             start, end = processor.vision_start_token, processor.vision_end_token
@@ -265,7 +265,7 @@ class VllmEngine:
 
 
 def _prepare_environment(*, is_cpu: bool) -> None:
-    """Set what vLLM reads from the environment when it is first imported; what users have set stays."""
+    """Set what vLLM reads from the environment when it is imported; what users have set stays."""
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process and ends with it
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -273,7 +273,7 @@ def _prepare_environment(*, is_cpu: bool) -> None:
     }
     if importlib.util.find_spec("flashinfer") is None:
         variables["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-    if is_cpu:  # Dynamo would compile for half a minute and gain nothing
+    if is_cpu:  # Dynamo would compile for half a minute without a gain
         variables |= {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
     for name, value in variables.items():
         os.environ.setdefault(name, value)

@@ -1,8 +1,8 @@
-"""What a run leaves: the journal of its samples, the rows of its CSV, and its report.
+"""The outputs of a run: the journal of its samples, the rows of its CSV, and its report.
 
-The journal has one JSON line per sample, written the moment the sample is finished. A killed run leaves whole lines
-and at most one torn one, which is dropped; the next run samples what is missing. The first line says what the samples
-depend on, so that those of another run are never mixed in. Failures are not kept: a repaired video is tried again.
+The journal has one JSON line per sample, written as soon as the sample is finished. A killed run leaves whole lines
+and at most one torn line, which is dropped; the next run samples what is missing. The first line says what the samples
+depend on, so that runs are never mixed. Failures are not kept: a repaired video is tried again.
 """
 
 import fcntl
@@ -27,9 +27,9 @@ ANSWER_COLUMN = "answer"
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the input. `cells`: as they are, by column. `opinions`: sub-scores of A and B from the MOS columns.
+    """A row of the input. `cells`: raw text by column. `opinions`: sub-scores of A and B from the MOS columns.
 
-    `keeps_cots`: its own CoTs stay.
+    `keeps_cots`: whether its own CoTs stay.
     """
 
     pair: PreferencePair
@@ -39,12 +39,12 @@ class Row:
 
 
 class CotJournal:
-    """The open journal of a run, a context manager. `samples`: those that are there, by key."""
+    """The open journal of a run, a context manager. `samples`: all recorded ones, by key."""
 
     def __init__(self, path: Path, identity: Mapping[str, object], *, overwrite: bool = False) -> None:
-        """Open or begin. `identity`: what samples depend on, as JSON values. `overwrite`: drop what is there.
+        """Open or create. `identity`: what samples depend on, as JSON values. `overwrite`: drop the contents.
 
-        Raises ValueError if another process writes it, if it is not a journal, and for another identity.
+        Raises ValueError if another process is writing to it, if it is not a journal, or if its identity differs.
         """
         self.path, self.samples = path, {}
         self._file = open(path, "a+b")  # noqa: SIM115, closed by __exit__
@@ -64,7 +64,7 @@ class CotJournal:
         self._file.close()
 
     def add(self, sample: Sample) -> None:
-        """Note a sample."""
+        """Record a sample."""
         assert sample.key not in self.samples, f"{sample.key} was sampled twice"
         self.samples[sample.key] = sample
         self._write(json.dumps(vars(sample)).encode() + b"\n")
@@ -79,10 +79,10 @@ class CotJournal:
         except BlockingIOError as error:
             raise ValueError(f"{self.path} is in use by another run. Wait, or choose another --output.") from error
         except OSError as error:  # some network file systems have no locks
-            logger.warning("%s cannot be locked (%s). Start no second run with this --output.", self.path, error)
+            logger.warning("%s cannot be locked (%s). Do not start a second run with it.", self.path, error)
 
     def _load(self, first_line: bytes) -> None:
-        """Read the samples that are there; a new journal begins with `first_line`."""
+        """Read the recorded samples; a new journal gets `first_line`."""
         end = 0
         self._file.seek(0)
         for line in self._file:
@@ -108,18 +108,18 @@ class CotJournal:
         if changed:
             each = ", ".join(f"{name} ({found.get(name)!r} there, {wanted.get(name)!r} now)" for name in changed)
             raise ValueError(
-                f"{self.path} holds samples of another run, with another {each}. Choose another --output, or start "
-                "again with --overwrite."
+                f"{self.path} holds samples of another run. These differ: {each}. Choose another --output, or add "
+                "--overwrite."
             )
 
 
 @dataclass
 class CollectReport:
-    """Counts of a run, written beside its CSV. Rows are numbered from 1, as in the input.
+    """Counts of a run, written beside its CSV. Rows count from 1, as in the input.
 
-    `videos`, `samples`: those with samples to choose from. `rows_disagreeing`: rows whose CoTs contradict the label.
-    `rows_without_cots`: `row` and `reason`. `samples_with_another_prompt`: before which the server read a prompt of
-    another length than training's. `failures`: videos without samples, or with fewer. `answers`: by their source.
+    `videos`, `samples`: the videos with samples, and their samples. `rows_disagreeing`: rows whose CoTs contradict the
+    label. `rows_without_cots`: `row` and `reason`. `samples_with_another_prompt`: for which the server read a prompt
+    of another length than training's. `failures`: videos for which sampling failed. `answers`: counts by source.
     """
 
     rows: int
@@ -157,7 +157,7 @@ class CollectReport:
 def judge_samples(
     job: VideoJob | None, journal: CotJournal, builder: SequenceBuilder, max_length: int, report: CollectReport
 ) -> Judged:
-    """What each sample of a video says, or why it is not used; stage 1 can train on whatever is used."""
+    """What each sample of a video says, or why it is not used. Stage 1 can train on all that are used."""
 
     def judge(sample: Sample) -> Judgement | str:
         if not sample.is_finished:
@@ -184,7 +184,7 @@ def judge_samples(
 def annotate(row: Row, judged: Sequence[Judged], options: Namespace, report: CollectReport) -> dict[str, str] | None:
     """The row with `CoT_A`, `CoT_B` and `answer`, counted in `report`; None if it is left out of the output.
 
-    `judged`: the samples of A and of B, not used where the row's own CoTs stay. `options`: the command line.
+    `judged`: the samples of A and of B, ignored where the row's own CoTs stay. `options`: the command line.
     """
     pair = row.pair
     cots = (pair.cot_a, pair.cot_b) if row.keeps_cots else ("", "")
@@ -227,7 +227,7 @@ def _explain(row: int, judged: Sequence[Judged], failures: Sequence[VideoFailure
 
 
 def _write_answer(row: Row, confirmed: tuple[Scores, Scores] | None, *, replaces: bool) -> tuple[str, str]:
-    """Stage 2's answer and where it comes from. `confirmed`: sub-scores of CoTs that agree with the label."""
+    """Stage 2's answer and its source. `confirmed`: sub-scores of CoTs that agree with the label."""
     present = row.cells.get(ANSWER_COLUMN, "")
     if present.strip() and not replaces:
         return present, "answers that were there"

@@ -1,4 +1,4 @@
-"""Which chains of thought (CoTs) of a pair are chosen, and stage 2's `answer`: pure functions of texts and label.
+"""The choice of chains of thought (CoTs) for a pair, and stage 2's `answer`: pure functions of texts and label.
 
 A CoT is well-formed when it reasons and then gives the judge's answer:
 
@@ -7,9 +7,9 @@ A CoT is well-formed when it reasons and then gives the judge's answer:
     {"dimensional_scores": {"subject": 2, "camera": "N/A"}, "overall_score": 3.50}
     </answer>
 
-A pair of well-formed CoTs agrees with its label when its overall scores rank the two videos as the label does. The
-chosen pair is the first that agrees, which is rejection sampling: nothing favours extreme scores. Sub-scores of CoTs
-that contradict the label, or that no label confirms, never become stage 2's ground truth.
+A pair of well-formed CoTs agrees with its label if its overall scores rank the two videos as the label does. The first
+pair that agrees is chosen. This is rejection sampling: nothing favors extreme scores. Sub-scores of CoTs that
+contradict the label, or that no label confirms, never become stage 2's ground truth.
 """
 
 import itertools
@@ -35,7 +35,7 @@ from descore.answers import (
 
 LOWEST_OVERALL, HIGHEST_OVERALL, HIGHEST_SCORE = 1.0, 5.0, 2
 DIGITS = 6
-"""Decimals that count where overall scores are compared: 3.60 - 3.35 is a quarter."""
+"""Decimals in comparisons of overall scores: 3.60 - 3.35 must be 0.25."""
 Scores = Mapping[str, Score]
 
 

@@ -1,10 +1,10 @@
-"""Makes several clips for each of some held-out prompts of the toy world, for best-of-N selection.
+"""Make several clips per held-out prompt of the toy world, for best-of-N selection.
 
     python make_best_of_n.py --output ~/best_of_n --prompts 100 --clips 8
 
-writes a folder for each prompt, with `prompt.txt` and the clips, and `truth.csv`: folder, video, true_score (the
-overall score of the true sub-scores, 1 to 5). make_toy_world.py makes none of these prompts, up to 10,000 evaluation
-pairs. The same arguments give the same files.
+writes a folder per prompt, with `prompt.txt` and the clips, and `truth.csv`: folder, video, true_score (the overall
+score of the true sub-scores, 1 to 5). Up to 10,000 evaluation pairs, make_toy_world.py makes none of these prompts.
+The same arguments give the same files.
 """
 
 import argparse
@@ -25,7 +25,7 @@ FIRST_INDEX = 10_000
 
 
 def make_prompt(output: Path, clips: int, seed: int, index: int) -> list[Row]:
-    """Writes one prompt's folder and returns the rows of truth.csv."""
+    """Write one prompt's folder; returns its rows of truth.csv."""
     rng = np.random.default_rng([seed, SPLITS.index("eval"), FIRST_INDEX + index])
     request = sample_request(rng, held_out=True)
     folder = output / f"prompt_{index:03d}"
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--clips", type=int, default=8, help="for each prompt")
+    parser.add_argument("--clips", type=int, default=8, help="clips per prompt")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     with ProcessPoolExecutor() as pool:

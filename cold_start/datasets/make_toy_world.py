@@ -1,4 +1,4 @@
-"""Makes the toy world data set: clips, preference pairs with CoTs, stage 2 answers, and benchmark files.
+"""Make the toy world data set: clips, preference pairs with CoTs, stage 2 answers, and benchmark files.
 
     python make_toy_world.py --output ~/toy_world --train_pairs 600 --eval_pairs 200 --workers 2
 
@@ -8,15 +8,15 @@ writes into the output folder
     train_rl.csv, eval_rl.csv                stage 2: videos, problem, answer (true sub-scores and label)
     bench_{tabench,videoalign,genai,react,videofeedback}.csv      the held-out pairs in the benchmarks' columns
     manifest.json                            seed, counts, every rate as intended and as measured
-`--in_domain_pairs` and `--new_rendering_pairs` add two more held-out sets, other clips of training's combinations in
-the usual and in a changed rendering, and bench_held_out.csv with the evaluation pairs and these; `set` says which.
+`--in_domain_pairs` and `--new_rendering_pairs` add two held-out sets: other clips of training's combinations in the
+usual and in a changed rendering. bench_held_out.csv then holds all held-out pairs, with their set in the column `set`.
 
 Training labels carry annotator noise, in `gsb_result` as well as in `GSB`; evaluation labels carry none. Prompts and
-(color, shape, motion) triples of evaluation do not occur in training. toy_world/scene.py has the scoring rules,
-toy_world/world.py the sampling of pairs, train/README.md and eval/README.md the columns.
+(color, shape, motion) triples of evaluation do not occur in training. See toy_world/scene.py for the scoring rules,
+toy_world/world.py for the sampling of pairs, train/README.md and eval/README.md for the columns.
 
-The same arguments give the same files. A run that was stopped resumes; clips made with other settings, or by another
-version of this code, are removed first. `--example --output train` makes the example that lies there.
+The same arguments give the same files. The same command resumes an interrupted run; clips made with other settings, or
+by another version of this code, are removed first. `--example --output train` makes the example in train/.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def make_world(
     output: Path, config: WorldConfig, *, num_pairs: dict[str, int], workers: int, judge_problem: Callable[[str], str]
 ) -> dict[str, object]:
-    """Writes `num_pairs` by split and returns the manifest. ValueError when settings or the folder cannot be used."""
+    """Write `num_pairs` by split and return the manifest. Raises ValueError for unusable settings or folders."""
     config.validate()
     pairs = {split: [sample_pair(config, split, i) for i in range(count)] for split, count in num_pairs.items()}
     clips = [clip for of_split in pairs.values() for pair in of_split for clip in pair.clips]
@@ -91,7 +91,7 @@ def make_world(
 
 
 def hash_settings(config: WorldConfig) -> str:
-    """Changes with everything that the clips depend on: settings, this package's code, the encoder's version."""
+    """A digest of everything that clips depend on: settings, the code of toy_world, the encoder's version."""
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     digest.update(importlib.metadata.version("av").encode())
     for path in sorted((Path(__file__).resolve().parent / "toy_world").glob("*.py")):
@@ -100,14 +100,14 @@ def hash_settings(config: WorldConfig) -> str:
 
 
 def prepare_output(output: Path, manifest: dict[str, object], clips: Sequence[Clip]) -> None:
-    """Makes the folder and removes clips of other settings or beyond `clips`.
+    """Make the folder; remove clips that have other settings or are not in `clips`.
 
-    Raises ValueError when the folder holds anything but a toy world.
+    Raises ValueError if the folder holds anything but a toy world.
     """
     path = output / MANIFEST
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if found.get("format") != FORMAT_NAME and output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty and holds no toy world. Choose another --output.")
+        raise ValueError(f"{output} is not empty and is not a toy world. Choose another --output.")
     is_same = found.get("settings_hash") == manifest["settings_hash"]
     keep = {clip.name for clip in clips} if is_same else set()
     (output / "videos").mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def render_clip(folder: Path, clip: Clip) -> None:
 
 
 def sample_example(config: WorldConfig) -> list[Pair]:
-    """The first training pairs with EXAMPLE_LABELS, their clips cut to two seconds of small frames."""
+    """The first training pairs with EXAMPLE_LABELS; their clips have small frames and last two seconds."""
     pairs, index = [], 0
     while len(pairs) < len(EXAMPLE_LABELS):
         pair = sample_pair(config, "train", index)
@@ -144,7 +144,7 @@ def sample_example(config: WorldConfig) -> list[Pair]:
 
 
 def write_example(output: Path, config: WorldConfig, judge_problem: Callable[[str], str]) -> None:
-    """Writes example.csv and its clips into a folder that may hold other files."""
+    """Write example.csv and its clips into a folder that may hold other files."""
     pairs = sample_example(config)
     (output / "videos").mkdir(parents=True, exist_ok=True)
     for clip in (clip for pair in pairs for clip in pair.clips):

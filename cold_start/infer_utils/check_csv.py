@@ -1,23 +1,20 @@
 """Check a preference CSV before training: `python -m infer_utils.check_csv data.csv [--decode] [--model PATH]`.
 
-Lists every fault with its row: columns, labels, scores, paths, empty CoTs, missing, empty, truncated or too short
-videos and, with a model's processor, reserved tokens and over-long sequences. Exits with 1 if there are any.
+Lists every fault with its row: columns, labels, scores, paths, empty CoTs, videos that are missing, empty, truncated
+or too short, and with --model also reserved tokens and sequences over --max_length. Exits with 1 if there are any.
 """
 
 import argparse
 import sys
 
-from transformers import AutoProcessor
-
-from checkpoint import choose_format_prompt, stored_video_budget
-from model_qwen3 import add_reward_token, quiet_libraries
+from checkpoint import choose_video_budget, load_builder
+from model_qwen3 import quiet_libraries
 from preference_csv import CsvError, CsvNeeds, require_clean, scan_rows, scan_sequences, scan_videos
-from scored_sequence import SequenceBuilder
 from vision_process import VideoBudget
 
 
 def check(options: argparse.Namespace) -> str:
-    """A one-line summary of a sound CSV. Raises CsvError that lists the faults of any other."""
+    """A one-line summary of a CSV without faults. Raises CsvError that lists the faults otherwise."""
     needs = CsvNeeds(
         eval_dim=options.eval_dim,
         scores=options.needs_scores,
@@ -25,13 +22,11 @@ def check(options: argparse.Namespace) -> str:
         cots=not options.no_cots,
     )
     pairs, problems = scan_rows(options.csv, needs)
-    budget = (stored_video_budget(options.model) if options.model else None) or VideoBudget()
+    budget = choose_video_budget(options.model) if options.model else VideoBudget()
     headers, video_problems = scan_videos(pairs, budget, should_decode=options.decode)
     problems += video_problems
     if options.model:
-        processor = AutoProcessor.from_pretrained(options.model)
-        add_reward_token(processor)
-        builder = SequenceBuilder(processor, format_prompt=choose_format_prompt(options.model))
+        builder = load_builder(options.model)
         problems += scan_sequences(pairs, headers, builder, budget, max_length=options.max_length)
     require_clean(options.csv, problems)
     labels = [pair.label for pair in pairs]
@@ -45,11 +40,11 @@ def main() -> int:
     parser.add_argument("--eval_dim", default="GSB", help="label column")
     parser.add_argument("--needs_scores", action="store_true", help="require MOS columns (margin, scaled, reg)")
     parser.add_argument(
-        "--needs_agreeing_scores", action="store_true", help="no score may contradict a label (scaled)"
+        "--needs_agreeing_scores", action="store_true", help="require scores that agree with the labels (scaled)"
     )
     parser.add_argument("--no_cots", action="store_true", help="do not require CoTs (training with --drop_prob 1)")
     parser.add_argument("--decode", action="store_true", help="decode all frames that training uses")
-    parser.add_argument("--model", help="base model: also check lengths and reserved tokens")
+    parser.add_argument("--model", help="base model, to check lengths and reserved tokens too")
     parser.add_argument("--max_length", type=int, default=8192, help="most tokens of a sequence")
     quiet_libraries()
     try:

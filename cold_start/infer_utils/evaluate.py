@@ -1,9 +1,9 @@
-"""Pair accuracy on held-out preferences, with the CSV's CoTs, with none, and with CoTs that the model writes itself.
+"""Pair accuracy on held-out preferences: with the CSV's CoTs, without CoTs, and with CoTs that the model writes.
 
     python -m infer_utils.evaluate CHECKPOINT eval.csv --output after.json
     python -m infer_utils.evaluate --compare before.json after.json
 
-A base model in place of a checkpoint is evaluated with a fresh head: where training starts. A pair with a video that
+A base model in place of a checkpoint is evaluated with a fresh head, as training starts. A pair with a video that
 does not decode is dropped and listed; more than 1% of them are an error.
 """
 
@@ -109,7 +109,7 @@ def require_preference(labels: Sequence[str], options: argparse.Namespace) -> No
     """Raise ValueError unless a label prefers a video."""
     if not any(PREFERENCES.get(label, 0) for label in labels):
         raise ValueError(
-            f"{options.data}: no pair with a preference to evaluate on; write A or B into {options.eval_dim} of one"
+            f"{options.data} has no pair with a preference. Write A or B into {options.eval_dim} of at least one."
         )
 
 
@@ -130,7 +130,7 @@ def evaluate(options: argparse.Namespace) -> dict:
 
 
 def check_output(path: Path) -> None:
-    """Make the folder of `path`. Raises ValueError when no file can be written there."""
+    """Make the folder of `path`. Raises ValueError if no file can be written there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not path.exists()
@@ -138,7 +138,7 @@ def check_output(path: Path) -> None:
         if is_new:
             path.unlink()
     except OSError as error:
-        raise ValueError(f"--output {path} cannot be written: {error.strerror}; choose another path") from error
+        raise ValueError(f"--output {path} cannot be written: {error.strerror}. Choose another path.") from error
 
 
 def main() -> None:
@@ -146,9 +146,9 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", help="a checkpoint-N folder, a merged model or a base model")
     parser.add_argument("data", nargs="?", help="held-out preference CSV")
     parser.add_argument("--output", help="JSON file for accuracies and rewards")
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="what CoT the model sees")
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="what CoTs it sees")
     parser.add_argument("--eval_dim", default="GSB", help="label column")
-    parser.add_argument("--max_new_tokens", type=int, default=MAX_COT_TOKENS, help="longest CoT that it writes")
+    parser.add_argument("--max_new_tokens", type=int, default=MAX_COT_TOKENS, help="longest CoT, in tokens")
     parser.add_argument("--base_model", help="where the base model is, if not where it was at training")
     parser.add_argument("--compare", nargs="+", metavar="JSON", help="print earlier results side by side instead")
     options = parser.parse_args()
@@ -163,7 +163,7 @@ def main() -> None:
         if options.output:
             write_json(Path(options.output), next(iter(results.values())))
     else:
-        parser.error("give a checkpoint and a CSV, or --compare")
+        parser.error("Give a checkpoint and a CSV, or --compare.")
     sys.stdout.write(format_table(results) + "\n")
 
 

@@ -20,7 +20,7 @@ def main() -> None:
     quiet_libraries()
     output = Path(options.output)
     if output.exists():
-        parser.error(f"{output} exists; choose another folder")
+        parser.error(f"{output} exists. Choose another folder.")
     temporary = output.with_name(f"tmp-{output.name}")
     try:
         loaded = load_reward_model(

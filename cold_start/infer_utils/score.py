@@ -1,6 +1,6 @@
 """Score one video: `python -m infer_utils.score CHECKPOINT video.mp4 "the prompt" [--cot TEXT | --think]`.
 
-Without a CoT the reward comes from the video alone; with --think the model writes a CoT first, which is printed.
+Without a CoT, the model sees the video and the prompt only. With --think it writes a CoT first, which is printed.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Scoring from Python.
+"""Scoring from Python:
 
 from infer_utils import RewardScorer
 scorer = RewardScorer.from_pretrained("output/checkpoint-100")
@@ -12,20 +12,18 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoProcessor
 
 from checkpoint import (
     LoadedReward,
     RewardConfig,
     build_reward_model,
-    choose_format_prompt,
+    choose_video_budget,
+    load_builder,
     load_reward_model,
-    stored_video_budget,
 )
 from descore.progress import progress
-from model_qwen3 import add_reward_token
 from scored_sequence import EncodedPrompt, SequenceBuilder, judge_problem, pack_sequences
-from vision_process import VideoBudget, load_video
+from vision_process import load_video
 
 MAX_COT_TOKENS = 4096
 REPETITION_PENALTY = 1.05
@@ -61,17 +59,13 @@ class RewardScorer:
 
     @classmethod
     def from_base(cls, path: str | os.PathLike, *, seed: int = 0) -> "RewardScorer":
-        """A base model with a fresh head, in fp32 on the CPU: what training starts from, for comparison."""
+        """A base model with a fresh head, in fp32 on the CPU: the start of training, for comparison."""
         torch.manual_seed(seed)
-        processor = AutoProcessor.from_pretrained(path)
-        add_reward_token(processor)
+        builder = load_builder(path)
         config = RewardConfig(
-            base_model=str(path),
-            video=stored_video_budget(str(path)) or VideoBudget(),
-            format_prompt=choose_format_prompt(str(path)),
+            base_model=str(path), video=choose_video_budget(path), format_prompt=builder.format_prompt.text
         )
-        model = build_reward_model(str(path), processor, reward_token=config.reward_token, dtype=torch.float32)
-        builder = SequenceBuilder(processor, format_prompt=config.format_prompt)
+        model = build_reward_model(str(path), builder.processor, reward_token=config.reward_token, dtype=torch.float32)
         return cls(LoadedReward(model.requires_grad_(False).eval(), builder, config))
 
     def encode(
@@ -81,10 +75,9 @@ class RewardScorer:
         *,
         problems: Sequence[str] | None = None,
     ) -> list[EncodedPrompt]:
-        """Decode videos and tokenise prompts once, for several scorings. Raises VideoError that names a bad file.
+        """Decode videos and tokenize prompts once, for several scorings. Raises VideoError that names a bad file.
 
-        `prompts`: the text prompts of the videos, for the built-in judge prompt; `problems`: whole problem texts
-        instead.
+        `prompts`: the videos' text prompts, for the built-in judge prompt. `problems`: complete judge prompts instead.
         """
         texts = problems if problems is not None else [judge_problem(prompt) for prompt in prompts]
         factor = self.builder.size_factor
@@ -130,7 +123,7 @@ class RewardScorer:
         repetition_penalty: float = REPETITION_PENALTY,
         temperature: float = 0.0,
     ) -> list[Cot]:
-        """Let the model write its own CoTs, greedily at temperature 0. `<Reward>` and vision tokens are excluded."""
+        """CoTs written by the model itself, greedily at temperature 0. It never writes `<Reward>` or vision tokens."""
         processor, tokenizer = self.builder.processor, self.builder.tokenizer
         sampling = {"temperature": temperature, "top_k": 0} if temperature else {}
         suppressed = [self.builder.reward_token_id, processor.video_token_id, processor.image_token_id]
@@ -158,7 +151,7 @@ class RewardScorer:
 def left_padded_inputs(
     encoded: Sequence[EncodedPrompt], builder: SequenceBuilder, *, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Inputs of `generate` for prompts of different lengths: token tensors int64 [num_prompts, longest]."""
+    """Inputs of `generate` for prompts of different lengths; token tensors are int64 [num_prompts, longest]."""
     ids = [prompt.input_ids for prompt in encoded]
     input_ids = pad_sequence(ids, True, builder.tokenizer.pad_token_id, padding_side="left")
     inputs = {
@@ -173,7 +166,7 @@ def left_padded_inputs(
 
 @contextmanager
 def _stock_text_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Use SDPA in the text model: generation runs on a padded batch with a cache, not on packed sequences."""
+    """Use SDPA in the text model: generation takes padded batches with a cache, not packed sequences."""
     config = model.qwen.config.text_config
     packed, config._attn_implementation = config._attn_implementation, "sdpa"
     try:

@@ -1,17 +1,17 @@
 """The tiny base before training: tokenizer, processor and random weights.
 
-`tiny_base/` itself describes architecture (Qwen3-VL's own, scaled down to under three million parameters), chat
-template, processor and generation; here the tokenizer is trained and the weights are drawn anew. Two things make the
-model cheap to run on a CPU:
+Architecture (Qwen3-VL's, scaled down to less than three million parameters), chat template, processor and generation
+are read from `tiny_base/`; the tokenizer is trained and the weights are initialized here. Two things make the model
+cheap on a CPU:
 
-- The tokenizer is a byte-level BPE trained on texts of the toy world, so that their words are one token each. Any
-  other text still encodes, byte by byte if need be.
-- Every fixed line of the judge prompt is one added token, its newline included, so that this boilerplate costs ten
-  tokens instead of some 250. The last four lines (the sentence before the example answer, and the example) are one
-  token together: the tags and the JSON of an answer alone, as a chain of thought writes them, remain ordinary tokens.
+- The tokenizer is a byte-level BPE trained on texts of the toy world: their words are one token each. Any other text
+  still encodes, byte by byte if necessary.
+- Every fixed line of the judge prompt, with its newline, is one added token: ten tokens instead of about 250. The last
+  four lines (the sentence before the example answer, and the example) are one token together, so that the tags and
+  the JSON of an answer in a chain of thought remain ordinary tokens.
 
-The embedding table is padded to a multiple of 64 rows and holds spare ones, as Qwen3-VL's does, so that `<Reward>` is
-added later without resizing it.
+Like Qwen3-VL's, the embedding table is padded to a multiple of 64 rows and has spare ones, so that `<Reward>` can be
+added without resizing it.
 """
 
 import copy
@@ -78,10 +78,7 @@ def iterate_corpus() -> Iterator[str]:
 
 
 def build_processor() -> Qwen3VLProcessor:
-    """The shipped processor with a tokenizer trained anew.
-
-    Byte-level BPE with Qwen3-VL's special tokens and the judge prompt's lines added.
-    """
+    """The shipped processor with a new tokenizer: BPE, Qwen3-VL's special tokens and the judge prompt's lines."""
     backend = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,13 +1,12 @@
-"""Measure what a base model can do in the toy world, through the path every user takes.
+"""Measure what a base model can do in the toy world, with the code that users run.
 
     cd cold_start; export PYTHONPATH=.:datasets
     python model/evaluate_base.py --checkpoint model/tiny_base --log model/tiny_base_train.json
 
-Clips are real H.264 files, encoded and judged by `RewardScorer`, greedily and once more sampled at temperature 1, for
-held-out and for training requests. Written under "evaluation" in the log: shares of valid answers, of attributes of
-the clip that the reasoning names rightly, of right sub-scores, and of pairs whose better clip the model's own
-sub-scores find (ties count one half). A prior is the share of the most frequent value: what always answering that
-value would give.
+Clips are H.264 files. `RewardScorer` judges them greedily and once more at temperature 1, for held-out and for
+training requests. Results go under "evaluation" into the log: shares of valid answers, of attributes that the
+reasoning names correctly, of correct sub-scores, and of pairs whose better clip the model's own sub-scores find (ties
+count one half). A prior is the share of the most frequent value, the accuracy of always answering that value.
 """
 
 import argparse

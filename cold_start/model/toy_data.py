@@ -1,8 +1,8 @@
-"""Training data of the tiny base: clips rendered once, paired anew with requests and texts for every batch.
+"""Training data of the tiny base: clips are rendered once, requests and texts are drawn for every batch.
 
 A clip is encoded as H.264, read back by `vision_process.load_video` and preprocessed by the checkpoint's own
-processor, so that training sees what every later user sees. Requests are the clip's scene with attributes changed at
-random, so that what the prompt asks for says little about what the clip shows and the model has to look.
+processor, as in every later use. Requests are the clip's scene with random changes: the prompt says little about what
+the clip shows, so that the model has to look.
 """
 
 import tempfile
@@ -93,9 +93,8 @@ class ToyClips(Dataset):
 def balance_triples() -> np.ndarray:
     """Probabilities of (color, shape, motion), float [6, 6, 7]: 0 for held-out triples, pairs about equally frequent.
 
-    Without this a color would go with some shapes far more rarely than with others, because their triples are held
-    out, and the model would learn that as a fact about the world. A few rounds of iterative proportional fitting: more
-    would bring the pairs closer still, but leave some triples next to nothing.
+    Without this a color would be far rarer with some shapes, whose triples are held out, and the model would learn
+    that. A few rounds of iterative proportional fitting; more would leave some triples almost no probability.
     """
     any_scene = Scene(*(values[0] for values in ATTRIBUTES.values()))
     table = np.ones([len(ATTRIBUTES[name]) for name in TRIPLE])

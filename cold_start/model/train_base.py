@@ -1,16 +1,15 @@
-"""Train the tiny base from random weights: to look at a clip of the toy world and to judge it in the judge's format.
+"""Train the tiny base from random weights to look at a clip of the toy world and judge it in the judge's format.
 
     cd cold_start; export PYTHONPATH=.:datasets
     python model/train_base.py --device cuda --save model/tiny_base
     python model/train_base.py --device cpu --minutes 60 --workers 1 --batch-size 16 --save model/tiny_base
 
-Plain supervised training on chains of thought that describe what the clip shows. The tokens that carry information
-(what is seen, verdicts, scores) weigh more than the boilerplate around them. Training ends after `--steps` or at the
-time limit, by which the learning rate has fallen to zero. Beside the checkpoint lies its log, FOLDER_train.json.
+Supervised training on chains of thought that describe what the clip shows. Tokens that carry information (what is
+seen, verdicts, scores) have larger weights in the loss. Training ends after `--steps` or at the time limit, with a
+learning rate of zero. The log is written beside the checkpoint, FOLDER_train.json.
 
-The default number of steps stops training early on purpose: later stages should have something to improve, and from
-about 1,000 steps on the model learns which (color, shape, motion) triples never occur, and takes held-out clips for
-others.
+The default number of steps is small on purpose: later stages should have something to improve, and from about 1,000
+steps on the model learns which (color, shape, motion) triples never occur, and mistakes held-out clips for others.
 """
 
 import argparse

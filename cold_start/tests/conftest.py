@@ -5,11 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor
 
-from checkpoint import build_reward_model
+from checkpoint import build_reward_model, load_builder
 from compiling import compiling  # noqa: F401
-from model_qwen3 import RewardModel, add_reward_token
+from model_qwen3 import RewardModel
 from scored_sequence import ScoredSequence, SequenceBuilder, judge_problem
 from stage1_support import COT, SMALL_BUDGET, write_pairs_csv, write_small_base
 from toy_world.render import encode_clip, sample_nuisance
@@ -46,9 +45,7 @@ def clips(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def builder(small_base) -> SequenceBuilder:
-    processor = AutoProcessor.from_pretrained(small_base)
-    add_reward_token(processor)
-    return SequenceBuilder(processor)
+    return load_builder(small_base)
 
 
 @pytest.fixture(scope="session")

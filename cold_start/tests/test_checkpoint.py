@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +15,17 @@ from checkpoint import (
     RewardConfig,
     build_reward_model,
     choose_format_prompt,
+    choose_video_budget,
     load_head,
     load_reward_model,
     require_trainable_base,
     save_merged,
     save_reward_files,
-    stored_video_budget,
 )
 from model_qwen3 import RewardModel, add_reward_token, load_backbone, prepare_for_training
 from scored_sequence import pack_sequences
 from stage1_support import SMALL_BUDGET, write_small_base
+from vision_process import VideoBudget
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -40,10 +43,20 @@ def make_trained(base, settings) -> tuple[RewardModel, object]:
     return model.eval(), processor
 
 
-def save(folder, base, model, processor, **config) -> None:
+def save(folder, base, model, processor) -> None:
     weights = dict(model.trainable_parameters())
-    config = RewardConfig(base_model=str(base), video=SMALL_BUDGET, **config)
+    config = RewardConfig(base_model=str(base), video=SMALL_BUDGET)
     save_reward_files(folder, model=model, weights=weights, processor=processor, config=config)
+
+
+@pytest.fixture(scope="module")
+def trained(small_base, tmp_path_factory) -> tuple[RewardModel, Path]:
+    """A trained model, and a folder with its `checkpoint-1` and `merged`."""
+    folder = tmp_path_factory.mktemp("trained")
+    model, processor = make_trained(small_base, {})
+    save(folder / "checkpoint-1", small_base, model, processor)
+    save_merged(folder / "merged", load_reward_model(folder / "checkpoint-1"))
+    return model, folder
 
 
 @torch.no_grad()
@@ -79,15 +92,14 @@ def test_saved_loaded_and_merged_models_give_the_same_rewards(tmp_path, sequence
     torch.testing.assert_close(rewards_of(merged.model, sequences), expected, **TOLERANCE)
 
 
-def test_only_the_reward_row_of_the_embedding_differs_from_the_base(small_base, tmp_path):
-    model, processor = make_trained(small_base, {})
-    save(tmp_path / "checkpoint-1", small_base, model, processor)
-    loaded = load_reward_model(tmp_path / "checkpoint-1")
-    before = Qwen3VLForConditionalGeneration.from_pretrained(small_base).get_input_embeddings().weight
-    save_merged(tmp_path / "merged", loaded)
-    after = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "merged").get_input_embeddings().weight
-    assert (before != after).any(dim=1).nonzero().flatten().tolist() == [loaded.builder.reward_token_id]
-    torch.testing.assert_close(after[loaded.builder.reward_token_id], model.reward_embedding.detach())
+def test_only_the_reward_row_of_the_embedding_differs_from_the_base(small_base, trained, builder):
+    model, folder = trained
+    before, after = (
+        Qwen3VLForConditionalGeneration.from_pretrained(path).get_input_embeddings().weight
+        for path in (small_base, folder / "merged")
+    )
+    assert (before != after).any(dim=1).nonzero().flatten().tolist() == [builder.reward_token_id]
+    torch.testing.assert_close(after[builder.reward_token_id], model.reward_embedding.detach())
 
 
 def test_adapter_is_loaded_by_peft_alone(small_base, tmp_path, sequences):
@@ -131,12 +143,12 @@ def test_unusable_heads_are_errors_never_a_random_head(tmp_path):
             load_head(path, hidden_size=4)
 
 
-def test_a_format_prompt_cannot_run_code(small_base, tmp_path):
-    model, processor = make_trained(small_base, {})
+def test_a_format_prompt_cannot_run_code(small_base, trained, tmp_path):
     trace, folder = tmp_path / "trace", tmp_path / "checkpoint-1"
     template = f"{{{{ cycler.__init__.__globals__.os.system('touch {trace}') }}}}"
-    save(folder, small_base, model, processor, format_prompt=template)
-    for load in (load_reward_model, stored_video_budget, choose_format_prompt):
+    shutil.copytree(trained[1] / "checkpoint-1", folder)
+    RewardConfig(base_model=str(small_base), video=SMALL_BUDGET, format_prompt=template).save(folder)
+    for load in (load_reward_model, choose_video_budget, choose_format_prompt):
         with pytest.raises(ValueError, match=r"checkpoint-1/reward_config\.json: the format prompt does not render"):
             load(folder)
     with pytest.raises(ValueError, match="--format_prompt: the format prompt does not render"):
@@ -144,30 +156,32 @@ def test_a_format_prompt_cannot_run_code(small_base, tmp_path):
     assert not trace.exists()
 
 
-def test_incomplete_checkpoints_are_named(small_base, tmp_path):
+def test_incomplete_checkpoints_are_named(small_base, trained, tmp_path):
     with pytest.raises(ValueError, match=r"holds no rm_head\.pth"):
         load_reward_model(tmp_path)
-    model, processor = make_trained(small_base, {})
-    save(tmp_path / "checkpoint-1", tmp_path / "gone", model, processor)
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(trained[1] / "checkpoint-1", folder)
+    RewardConfig(base_model=str(tmp_path / "gone"), video=SMALL_BUDGET).save(folder)
     with pytest.raises(ValueError, match=r"trained from .*gone, which is gone.* --base_model"):
-        load_reward_model(tmp_path / "checkpoint-1")
-    assert load_reward_model(tmp_path / "checkpoint-1", base_model=str(small_base)).model is not None
+        load_reward_model(folder)
+    assert load_reward_model(folder, base_model=str(small_base)).config.video == SMALL_BUDGET
 
 
-def test_video_budget_travels_with_the_checkpoint(small_base, tmp_path):
-    assert stored_video_budget(str(small_base)) == SMALL_BUDGET
-    assert stored_video_budget(str(tmp_path)) is None
+def test_video_budget_of_the_model_holds_unless_flags_override_it(trained, tmp_path, caplog):
+    assert choose_video_budget(tmp_path, fps=None) == VideoBudget()
+    assert choose_video_budget(trained[1] / "merged", fps=None) == SMALL_BUDGET
+    assert caplog.text == ""
+    assert choose_video_budget(trained[1] / "merged", fps=3.0) == SMALL_BUDGET.replace(fps=3.0)
+    assert "flags override the video budget" in caplog.text
 
 
-def test_training_goes_on_from_a_merged_reward_model(small_base, tmp_path, sequences):
-    model, processor = make_trained(small_base, {})
-    save(tmp_path / "checkpoint-1", small_base, model, processor)
+def test_training_can_start_from_a_merged_reward_model(trained, builder, sequences):
+    model, folder = trained
     with pytest.raises(ValueError, match="merge it first"):
-        require_trainable_base(str(tmp_path / "checkpoint-1"))
-    merged = str(tmp_path / "merged")
-    save_merged(tmp_path / "merged", load_reward_model(tmp_path / "checkpoint-1"))
+        require_trainable_base(str(folder / "checkpoint-1"))
+    merged = str(folder / "merged")
     require_trainable_base(merged)
-    start = build_reward_model(merged, processor, reward_token="special", dtype=torch.float32)
+    start = build_reward_model(merged, builder.processor, reward_token="special", dtype=torch.float32)
     torch.testing.assert_close(rewards_of(start.eval(), sequences), rewards_of(model, sequences), **TOLERANCE)
-    other = build_reward_model(merged, processor, reward_token="mean", dtype=torch.float32)
+    other = build_reward_model(merged, builder.processor, reward_token="mean", dtype=torch.float32)
     assert other.reward_token == "mean"

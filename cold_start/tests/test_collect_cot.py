@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from checkpoint import RewardConfig, stored_video_budget
+from checkpoint import RewardConfig, choose_video_budget
 from collect import collect_cot, endpoint
 from collect.collect_cot import build_judge, parse_options
 from collect.endpoint import encode_clip, encode_frames
@@ -45,7 +45,7 @@ from verl.reward.function import load_reward_function
 from vision_process import load_video
 
 REWARD_FILE = STAGE_DIR.parent / "dual_rl" / "examples" / "reward_function" / "r1ta_subdim_head.py"
-BUDGET = stored_video_budget(str(TINY_BASE))
+BUDGET = choose_video_budget(TINY_BASE)
 LABELS = ["A", "B", "same", "invalid", "A", "B"]
 
 
@@ -201,20 +201,27 @@ def test_cots_that_contradict_the_label_are_kept_or_left_out(server, clips, outp
     assert len(server.requests) == 8  # selection asks for nothing again
 
 
-def test_damaged_video_and_failed_requests_leave_their_rows(server, bare_csv, output, tmp_path, clips):
+def test_damaged_video_and_failed_requests_leave_their_rows_and_busy_servers_are_asked_again(
+    server, bare_csv, output, tmp_path, clips
+):
     damaged = tmp_path / "damaged.mp4"
     damaged.write_bytes(clips[0].read_bytes()[:600])
     videos = [row["videos"] for row in read_table(bare_csv)]
     videos[1] = repr([str(clips[0]), str(damaged)])
     write_bare_csv(bare_csv, clips, labels=LABELS, videos=videos)
+    passing = iter([DROP, failure(429), failure(503)])
 
     def answer(request: dict) -> tuple:
-        if row_of(request) == 5:
+        row = row_of(request)
+        if row == 5:
             time.sleep(2)
-        return {3: failure(400), 4: failure(500)}.get(row_of(request), completion(random_cot(request)))
+        if row == 1 and (trouble := next(passing, None)):
+            return trouble
+        return {3: failure(400), 4: failure(500)}.get(row, completion(random_cot(request)))
 
     server.answer = answer
     assert run_collect(bare_csv, output, server, timeout=1.5) == 0
+    assert next(passing, None) is None
     missing = {entry["row"]: entry["reason"] for entry in read_report(output)["rows_without_cots"]}
     assert list(missing) == [2, 3, 4, 5]
     assert "video B: video does not decode" in missing[2]
@@ -225,14 +232,6 @@ def test_damaged_video_and_failed_requests_leave_their_rows(server, bare_csv, ou
     server.answer = lambda request: completion(random_cot(request))  # failures are tried again
     assert run_collect(bare_csv, output, server) == 0
     assert [entry["row"] for entry in read_report(output)["rows_without_cots"]] == [2]
-
-
-def test_requests_that_fail_for_the_moment_are_sent_again(server, bare_csv, output):
-    troubles = [DROP, failure(429), failure(503)]
-    server.answer = lambda request: troubles.pop() if troubles else completion(random_cot(request))
-    assert run_collect(bare_csv, output, server, num_samples=1) == 0
-    assert len(server.requests) == 2 * len(LABELS) + 3
-    assert read_report(output)["failures"] == []
 
 
 @pytest.mark.parametrize(
@@ -328,7 +327,7 @@ def test_wrong_settings_and_files_are_refused_and_none_is_destroyed(server, tmp_
     refuse(path, "out.csv", "--api_key_file nowhere", api_key_file="nowhere")
     refuse(path, "out.csv", "cannot be reached", endpoint="http://127.0.0.1:9/v1")
     refuse(path, "pairs.csv", "--output is the input")
-    refuse(path, "mine.csv", "no run of this wrote it")
+    refuse(path, "mine.csv", "collect_cot did not write it")
     refuse_row("which the video paths are relative to", "deeper/out.csv", videos=["['a.mp4', 'a.mp4']"])
     refuse_row("row 1: video not found", videos=["['a.mp4', 'b.mp4']"])
     refuse_row("row 1, video A: problem contains the reserved token", problem=["<video><Reward>"])
@@ -356,7 +355,7 @@ def test_flags_that_have_no_effect_are_refused(capsys):
         assert message in capsys.readouterr().err
 
 
-def test_flags_override_the_prompt_and_video_settings_of_the_model(tmp_path, caplog):
+def test_flags_override_the_prompt_and_video_settings_of_the_model(tmp_path):
     model, mine = tmp_path / "model", tmp_path / "mine.jinja"
     shutil.copytree(TINY_BASE, model)
     RewardConfig(base_model=None, format_prompt="So: {{ content }}", video=BUDGET).save(model)
@@ -366,4 +365,3 @@ def test_flags_override_the_prompt_and_video_settings_of_the_model(tmp_path, cap
     judge = build_judge(parse_options([*common, *as_flags(format_prompt=mine, fps=4, max_pixels=9216)]))
     assert "Mine: a cat" in judge.builder.render("a cat")
     assert judge.budget == replace(BUDGET, fps=4.0, max_pixels=9216)
-    assert "flags override the video budget" in caplog.text

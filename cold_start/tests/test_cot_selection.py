@@ -4,15 +4,8 @@ import pytest
 
 from collect.engines import Judge, Sample, SampleKey
 from collect.results import CotJournal
-from collect.selection import (
-    Judgement,
-    build_answer,
-    choose_pair,
-    read_judgement,
-    read_opinions,
-)
+from collect.selection import Judgement, choose_pair, read_judgement, read_opinions
 from cot_support import DIMENSIONS, make_cot
-from descore.answers import parse_annotation
 from scored_sequence import judge_problem
 
 JUDGE, FREE = judge_problem("a cat"), "Rate it. Answer in <answer></answer>."
@@ -42,29 +35,24 @@ def test_well_formed_cot_is_read(cot):
 
 
 @pytest.mark.parametrize(
-    ("cot", "expected"),
+    ("cot", "expected", "problem"),
     [
-        (" \n", "empty"),
-        ("It is good: 2.", NO_ANSWER),
-        (f"x <answer>{SCORES}", NO_ANSWER),
-        ('x <answer>{"overall_score": 3}</answer>', NO_ANSWER),
-        (f"\n<answer>{SCORES}</answer>", "no reasoning"),
-        ('x <answer>{"dimensional_scores": {}}</answer>', BAD_SCORES),
-        ('x <answer>{"dimensional_scores": {"subject": 3}}</answer>', BAD_SCORES),
-        ('x <answer>{"dimensional_scores": {"subject": true}}</answer>', BAD_SCORES),
-        (f"x <answer>{SCORES.replace('3', '5.01')}</answer>", BAD_OVERALL),
-        (f"x <answer>{SCORES.replace('3', 'NaN')}</answer>", BAD_OVERALL),
+        (" \n", "empty", FREE),
+        ("It is good: 2.", NO_ANSWER, FREE),
+        (f"x <answer>{SCORES}", NO_ANSWER, FREE),
+        ('x <answer>{"overall_score": 3}</answer>', NO_ANSWER, FREE),
+        (f"\n<answer>{SCORES}</answer>", "no reasoning", FREE),
+        ('x <answer>{"dimensional_scores": {}}</answer>', BAD_SCORES, FREE),
+        ('x <answer>{"dimensional_scores": {"subject": 3}}</answer>', BAD_SCORES, FREE),
+        ('x <answer>{"dimensional_scores": {"subject": true}}</answer>', BAD_SCORES, FREE),
+        (f"x <answer>{SCORES.replace('3', '5.01')}</answer>", BAD_OVERALL, FREE),
+        (f"x <answer>{SCORES.replace('3', 'NaN')}</answer>", BAD_OVERALL, FREE),
+        (f"x <answer>{SCORES}</answer>", "other dimensions than the problem asks for", JUDGE),
+        (make_cot([2, 1, 0, 0, 2], None), BAD_OVERALL, JUDGE),
     ],
 )
-def test_malformed_cot_is_refused_for_its_reason(cot, expected):
-    assert read_judgement(cot, FREE).startswith(expected)
-
-
-def test_problem_asks_for_what_its_own_example_has():
-    assert read_judgement(f"x <answer>{SCORES}</answer>", JUDGE) == "other dimensions than the problem asks for"
-    without_overall = make_cot([2, 1, 0, 0, 2], None)
-    assert read_judgement(without_overall, JUDGE) == BAD_OVERALL
-    assert read_judgement(without_overall, FREE).overall is None
+def test_malformed_cot_is_refused_for_its_reason(cot, expected, problem):
+    assert read_judgement(cot, problem).startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -91,9 +79,10 @@ def test_first_pair_that_agrees_is_chosen_or_the_nearest(label, overall_a, overa
 
 
 def test_scores_are_compared_by_overall_scores_or_else_by_mean_sub_scores():
+    without_overall = read_judgement('x <answer>{"dimensional_scores": {"x": 1, "y": "N/A"}}</answer>', FREE)
     for a, b, difference in (
         (judgement(3.6), judgement(3.35), 0.25),
-        (judgement(3.6, x=2), judgement(None, x=1, y="N/A"), 2.0),  # 5 and 3
+        (judgement(3.6, x=2), without_overall, 2.0),  # 5 and 3
         (judgement(3.6), judgement(None, x="N/A"), None),
     ):
         choice = choose_pair([a], [b], label="A", tie_margin=0.25)
@@ -112,12 +101,6 @@ def test_opinions_become_sub_scores():
     for wrong in ("0", "6", "good", "nan"):
         with pytest.raises(ValueError, match=r"MOS_A_look is .* Write a number from 1 to 5"):
             read_opinions(cells | {"MOS_A_look": wrong}, problem)
-
-
-def test_answer_is_one_that_stage_2_reads():
-    annotation = parse_annotation(build_answer("B", ({"x": 0}, {"x": "N/A"})))
-    assert (annotation.scores, annotation.preference) == ({"A": {"x": 0}, "B": {"x": "N/A"}}, -1)
-    assert build_answer("same", None) == '<answer>{"gsb_result": "same"}</answer>'
 
 
 def test_seeds_differ_by_run_row_side_and_sample_and_stay_what_they_were():
@@ -153,14 +136,9 @@ def test_journal_killed_at_any_byte_resumes(journal_path):
         assert journal_path.read_bytes() == content
 
 
-def test_journal_of_another_run_and_of_a_running_one_are_refused(journal_path):
-    other = IDENTITY | {"sampling": {"seed": 1}}
-    with pytest.raises(ValueError, match=r"sampling \(\{'seed': 0\} there, \{'seed': 1\} now\).*--overwrite"):
-        CotJournal(journal_path, other)
+def test_journal_of_a_running_run_is_refused(journal_path):
     with CotJournal(journal_path, IDENTITY), pytest.raises(ValueError, match="in use by another run"):
         CotJournal(journal_path, IDENTITY)
-    with CotJournal(journal_path, other, overwrite=True) as journal:
-        assert not journal.samples
 
 
 @pytest.mark.parametrize("content", [b"my notes", b'{"identity": 1}\n'])

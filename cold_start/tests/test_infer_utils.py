@@ -1,17 +1,16 @@
 """Scoring, writing CoTs, evaluation and merging of a loaded model."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
-from checkpoint import LoadedReward, RewardConfig, save_merged
+from checkpoint import LoadedReward, save_merged
 from infer_utils import RewardScorer, evaluate, merge, score
 from infer_utils.evaluate import summarise, wilson_interval
 from infer_utils.scorer import Cot
-from stage1_support import COT, REAL_VIDEOS, SMALL_BUDGET, write_pairs_csv
+from stage1_support import COT, write_pairs_csv
 
 PROMPTS = ["a red circle moves left", "a star", "a green ring that stays still in the desert", "x"]
 
@@ -123,18 +122,11 @@ def test_evaluation_drops_pairs_whose_video_is_gone_up_to_a_share(call_evaluate,
 
 def test_evaluation_that_cannot_end_is_refused_before_scoring(call_evaluate, tmp_path):
     message = call_evaluate(labels=["same", "invalid"], is_refused=True)
-    assert "pairs.csv: no pair with a preference to evaluate on; write A or B into GSB of one" in message
+    assert "pairs.csv has no pair with a preference. Write A or B into GSB of at least one." in message
     (tmp_path / "notes").write_text("mine")
     for output in (tmp_path / "notes" / "after.json", tmp_path):
         message = call_evaluate("--output", str(output), labels=["A"], is_refused=True)
         assert f"--output {output} cannot be written: " in message
-
-
-def test_base_is_scored_with_the_format_prompt_that_it_was_made_for(small_base, tmp_path):
-    base = tmp_path / "base"
-    shutil.copytree(small_base, base)
-    RewardConfig(base_model=None, video=SMALL_BUDGET, format_prompt="So: {{ content }}").save(base)
-    assert "So: a cat" in RewardScorer.from_base(base).builder.render("a cat")
 
 
 def test_merge_and_score_commands(tmp_path, scorer, clips, monkeypatch, capsys):
@@ -150,10 +142,3 @@ def test_merge_and_score_commands(tmp_path, scorer, clips, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         score.main()
     assert "video not found" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not REAL_VIDEOS.is_dir(), reason=f"no real clips at {REAL_VIDEOS}")
-def test_real_clips_score_the_same_alone_and_together(scorer):
-    videos = sorted(REAL_VIDEOS.glob("*.mp4"))[:2]
-    together = scorer.score(videos, ["a person walks"] * len(videos))
-    assert together == pytest.approx([scorer.score([v], ["a person walks"])[0] for v in videos], abs=1e-5)

@@ -103,33 +103,23 @@ def test_adapters_take_bf16_inputs_as_they_are_and_change_no_gradient(make_model
     assert_same_gradients(*runs, bound=0.0)
 
 
-def compare_compiled(make_model, sequences, groups, **settings) -> None:
-    """Gradients must be the same with and without compiled layers."""
-    results = []
-    for is_compiled in (False, True):
-        model = make_model(**settings)
-        if is_compiled:
-            model.compile_layers()
-        results.append(trained_gradients(model, sequences, groups))
-    torch.compiler.reset()
-    assert_same_gradients(*results, bound=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("compiling")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_change_no_gradient(make_model, sequences, checkpointing):
-    compare_compiled(make_model, sequences, [[0, 1]], gradient_checkpointing=checkpointing)
-
-
 @pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_layers_compile_once_around_flash_attention(monkeypatch, make_model, sequences, checkpointing):
-    """As on a GPU, but for the kernels; in two passes of different lengths."""
+def test_layers_compile_once_around_flash_attention_and_change_no_gradient(
+    monkeypatch, make_model, sequences, checkpointing
+):
+    """As on a GPU, except for the kernels and the compiler's backend; in two passes of different lengths."""
     monkeypatch.setattr(attention, "is_for_flash", lambda _: True)
     monkeypatch.setattr(attention, "choose_kernels", lambda _: PlainKernels)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    compare_compiled(make_model, sequences, [[1], [0]], gradient_checkpointing=checkpointing)
+    results = []
+    for is_compiled in (False, True):
+        model = make_model(gradient_checkpointing=checkpointing)
+        if is_compiled:
+            model.compile_layers()
+        results.append(trained_gradients(model, sequences, [[1], [0]]))
+    torch.compiler.reset()
+    assert_same_gradients(*results, bound=1e-5)
     assert counters["stats"]["unique_graphs"] == 2  # all text layers, all vision blocks
 
 

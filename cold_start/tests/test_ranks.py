@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from transformers import AutoProcessor
 
 from arguments import DataArguments, TrainingArguments
-from model_qwen3 import add_reward_token
+from checkpoint import load_builder
 from preflight import load_checked_data
 from ranks import report_error, run_on_main_process
-from scored_sequence import SequenceBuilder
 from stage1_support import SMALL_BUDGET, TINY_BASE, forkserver, free_port, write_pairs_csv
 
 COLLECTIVE_SECONDS = 2
@@ -64,11 +62,9 @@ def test_error_is_shown_once_by_the_rank_that_met_it(tmp_path, messages, shown):
 
 def check_csv(rank: int, path: Path) -> None:
     """Check a CSV that the second rank comes to late, then wait for work of the first."""
-    processor = AutoProcessor.from_pretrained(TINY_BASE)
-    add_reward_token(processor)
+    builder = load_builder(TINY_BASE)
     time.sleep(1.5 * COLLECTIVE_SECONDS * rank)
     try:
-        builder = SequenceBuilder(processor)
         load_checked_data(str(path), builder, SMALL_BUDGET, data=DataArguments(), training=TrainingArguments())
     except ValueError as error:
         sys.stderr.write(str(error).partition("\n")[2])

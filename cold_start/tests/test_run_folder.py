@@ -35,7 +35,7 @@ def test_a_run_resumes_from_the_last_checkpoint_of_a_folder_or_into_a_new_one(ou
 def test_resuming_that_would_mix_two_runs_is_refused(output, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / STATE_FILE).touch()
-    with pytest.raises(ValueError, match="remove checkpoint-10, or choose another --output_dir"):
+    with pytest.raises(ValueError, match=r"Remove checkpoint-10, or choose another --output_dir"):
         resume(output, output / "checkpoint-9")
     with pytest.raises(ValueError, match="already holds checkpoint-9, checkpoint-10, which"):
         resume(output, tmp_path / "other")

@@ -16,8 +16,8 @@ NUISANCE = render.Nuisance(0.34, 0.5, (0.5, 0.5), 3, False, 100, 110, 10, 2.0, 2
 
 @pytest.fixture(scope="module")
 def pairs() -> dict[str, list[world.Pair]]:
-    """300 pairs of each split, without their clips."""
-    return {split: [world.sample_pair(world.WorldConfig(), split, i) for i in range(300)] for split in world.SPLITS}
+    """200 pairs of each split, without their clips."""
+    return {split: [world.sample_pair(world.WorldConfig(), split, i) for i in range(200)] for split in world.SPLITS}
 
 
 def make_tiny_world(output, *, num_pairs=(("train", 2), ("eval", 2)), **changes) -> dict:

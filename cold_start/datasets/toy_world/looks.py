@@ -1,7 +1,7 @@
 """Textures of the places and outlines of the shapes, as numpy functions of coordinates.
 
-Every texture varies along both axes with periods well above what moves between two frames half a second apart, so that
-the direction of a pan or a zoom is visible.
+Every texture varies along both axes, with periods well above the motion within half a second, so that the direction of
+a pan or a zoom is visible.
 """
 
 import numpy as np
@@ -41,7 +41,7 @@ def waves(values: np.ndarray, period: float, phase: float) -> np.ndarray:
 
 
 def texture(place: str, x: np.ndarray, y: np.ndarray, phases: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """The field [h, w], about -1 to 1.7, of a place on the grid of `x` [1, w] and `y` [h, 1], in world units.
+    """The texture [h, w] of a place, about -1 to 1.7, on the grid of `x` [1, w] and `y` [h, 1] in world units.
 
     `phases` [6] in [0, 2 pi] and `cells` [n, n] in [0, 1] make one clip's texture differ from another's.
     """
@@ -82,7 +82,7 @@ def box_blur(field: np.ndarray, radius: int) -> np.ndarray:
 
 
 def outside_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance to the edge of a shape, roughly, negative inside: [h, w] on the grid of `x` [1, w] and `y` [h, 1].
+    """Approximate distance [h, w] to the edge of a shape, negative inside, on the grid of `x` [1, w] and `y` [h, 1].
 
     In units of the shape's radius; y points down.
     """

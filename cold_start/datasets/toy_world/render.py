@@ -1,12 +1,12 @@
 """Renders scenes as frames and encodes them as H.264 clips; the same arguments give the same bytes.
 
-World coordinates have their origin in the middle of the frame (at the middle of a pan), x to the right, y down; the
+World coordinates have their origin in the center of the frame (halfway through a pan), x to the right, y down. Their
 unit is the smaller side of the frame. A pan or zoom moves the whole world, the subject included; the subject's own
-motion is relative to the world. Both run evenly over the clip's duration. The start position keeps the whole subject
+motion is relative to the world. Both are uniform over the clip's duration. The start position keeps the whole subject
 in view.
 
-Training never shows the rendering "changed": larger frames, wide or tall, other frame rates, smaller subjects, more
-distractors, textures turned by a quarter, other shades. Scenes, scores and how far things move are the same.
+The rendering "changed" is never used in training: larger frames, wide or tall, other frame rates, smaller subjects,
+more distractors, textures rotated by 90 degrees, other shades. Scenes, scores and travel distances are the same.
 """
 
 import os
@@ -19,12 +19,12 @@ import numpy as np
 from .looks import NIGHT_TINT, PLACE_RGB, SUBJECT_RGB, box_blur, outside_distance, texture, waves
 from .scene import Scene
 
-TRAVEL_RANGE = (0.26, 0.35)  # how far a moving subject gets, in units of the smaller side
+TRAVEL_RANGE = (0.26, 0.35)  # travel of a moving subject, in units of the smaller side
 PAN_RANGE = (0.16, 0.22)  # less than TRAVEL_RANGE: a pan never hides the subject's own motion
-GROWTH_RANGE = (1.7, 2.1)  # last diameter over first
+GROWTH_RANGE = (1.7, 2.1)  # last diameter / first
 ZOOM_RANGE = (1.35, 1.5)
 ZOOM_OVERSAMPLING = 1.4  # painted pixels per screen pixel before a zoom
-UNREADABLE_WIDTH = 48  # decord2 takes rows of 48, 96 or 144 pixels for rows of four channels and fails
+UNREADABLE_WIDTH = 48  # decord2 fails at multiples: it mistakes their rows for rows of four channels
 DURATION_RANGE = (2.0, 4.0)
 CRF_RANGE = (18, 34)
 PIXEL_BLOCKS = 24  # blocks along the smaller side in the pixelated style
@@ -39,7 +39,7 @@ _PANS = {"pans left": -1, "pans right": 1}
 
 @dataclass(frozen=True)
 class Rendering:
-    """Ranges that a clip's nuisances are drawn from.
+    """Ranges for the nuisances of a clip.
 
     `sides`: width and height in pixels. `aspects`: ranges of width / height. `frame_rates` in frames per second, with
     their probabilities. `diameters`: of the subject midway through the clip, in units of the smaller side.
@@ -93,7 +93,7 @@ class Nuisance:
 
 
 def sample_nuisance(rng: np.random.Generator, rendering: str = "usual") -> Nuisance:
-    """Draws everything that the prompt says nothing about."""
+    """Draw everything that a prompt does not mention."""
     ranges = RENDERINGS[rendering]
     while True:
         width, height = (2 * int(rng.integers(ranges.sides[0] // 2, ranges.sides[1] // 2 + 1)) for _ in range(2))
@@ -121,7 +121,7 @@ def _within(bounds: tuple[float, float], fraction: float) -> float:
 
 @dataclass(frozen=True)
 class Track:
-    """Positions at T moments: the camera (world x, zoom) and the subject (position on screen, radius), float [T]."""
+    """Camera (world x, zoom) and subject (position on screen, radius) at T times, each float [T]."""
 
     camera_x: np.ndarray
     zoom: np.ndarray
@@ -131,8 +131,8 @@ class Track:
 
 
 def compute_track(scene: Scene, nuisance: Nuisance, times: np.ndarray) -> Track:
-    """Camera and subject at `times` (seconds, [T]); screen positions in units of the smaller side from the middle."""
-    # The two ends of the clip come first: all tracks are monotone, so a subject in view at both is always in view.
+    """Camera and subject at `times` (seconds, [T]); screen positions from the center, in units of the smaller side."""
+    # The ends of the clip come first. All tracks are monotone: a subject in view at both ends is always in view.
     progress = np.concatenate(([0.0, 1.0], np.asarray(times, dtype=float) / nuisance.duration))
     camera_x = _PANS.get(scene.camera, 0) * _within(PAN_RANGE, nuisance.speed) * (progress - 0.5)
     zoom = _within(ZOOM_RANGE, nuisance.speed) ** progress if scene.camera == "zooms in" else np.ones_like(progress)
@@ -154,7 +154,7 @@ def render_frames(scene: Scene, nuisance: Nuisance, times: np.ndarray) -> np.nda
     track = compute_track(scene, nuisance, times)
     shorter = min(nuisance.width, nuisance.height)
     block = max(2, round(shorter / PIXEL_BLOCKS)) if scene.style == "pixelated" else 1
-    # Screen coordinates of the centres of the pixels (or blocks of pixels) that are drawn.
+    # Screen coordinates of the centers of the pixels, or of the blocks of pixels, to draw.
     screen_x, screen_y = (
         ((np.arange(-(-side // block)) + 0.5) * block - side / 2) / shorter
         for side in (nuisance.width, nuisance.height)
@@ -182,7 +182,7 @@ def render_frames(scene: Scene, nuisance: Nuisance, times: np.ndarray) -> np.nda
 
 @dataclass(frozen=True)
 class _World:
-    """A painted stretch of background: `pixels` uint8 [h, w, 3], whose first pixel lies at (left, top)."""
+    """The painted background: `pixels` uint8 [h, w, 3]; the first one is at (left, top)."""
 
     pixels: np.ndarray
     left: float
@@ -243,18 +243,18 @@ def _draw_subject(patch: np.ndarray, distance: np.ndarray, *, style: str, rgb: n
 
 
 def _blend(patch: np.ndarray, distance: np.ndarray, softness: float, color: np.ndarray) -> None:
-    """Covers the inside (negative distance) of a shape with `color`, with an edge `softness` wide."""
+    """Paint the inside (negative distance) of a shape with `color`; its edge is `softness` wide."""
     coverage = np.clip(0.5 - distance / np.float32(softness), 0, 1)
     patch += coverage[..., None] * (color - patch)
 
 
 def encode_clip(path: str | Path, scene: Scene, nuisance: Nuisance) -> None:
-    """Writes the clip as H.264 mp4 (yuv420p, one thread, no B-frames); an unfinished file never has the final name.
+    """Write the clip as H.264 mp4 (yuv420p, no B-frames) under a temporary name, then rename it.
 
-    The same clip is the same bytes. Therefore without x264's macroblock tree, whose AVX-512 code now and then gives
+    The same arguments give the same bytes: one thread, and no macroblock tree, whose AVX-512 code sometimes gives
     another result for the same frames.
     """
-    import av  # only encoding needs it
+    import av  # needed for encoding only
 
     frames = render_frames(scene, nuisance, np.arange(nuisance.num_frames) / nuisance.fps)
     temporary = f"{path}.{os.getpid()}.tmp"

@@ -12,13 +12,13 @@ Sub-scores (`true_scores`), "N/A" for a dimension that the prompt does not menti
     utility      the sum over dimensions of UTILITY_WEIGHTS * score ("N/A" counts 0); the clip of higher utility is
                  preferred, and equal utilities are a tie
 
-Subject and dynamics are always mentioned, each other dimension with probability MENTION_PROBABILITY. A clip is wrong
-in 0 to 3 of the mentioned dimensions, with the probabilities of its generator (GENERATORS); in the other dimensions
-it shows anything.
+Subject and dynamics are always mentioned, every other dimension with probability MENTION_PROBABILITY. A clip is wrong
+in 0 to 3 of the mentioned dimensions, with the probabilities of its generator (GENERATORS). The dimensions that are
+not mentioned are random.
 
-Held-out scenes: colors and shapes fall into three groups by index modulo 3. A color and a shape of the same group are
-held out together with four of the seven motions (48 of 252 triples). Every value and every pair of values still
-occurs in training, and each held-out scene has held-out neighbours in color, in shape and in motion.
+Held-out scenes: colors and shapes fall into three groups by index modulo 3. Triples of a color and a shape of the same
+group and one of the group's four HELD_OUT_MOTIONS are held out (48 of 252 triples). Every value and every pair of
+values still occurs in training, and each held-out triple has held-out neighbors in color, in shape and in motion.
 """
 
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ ATTRIBUTES = {
     "light": ("day", "night"),
     "style": ("flat", "outlined", "pixelated", "blurred", "glowing"),
 }
-DIMENSIONS = {  # the attributes that each is about
+DIMENSIONS = {  # and the attributes that each of them judges
     "subject": ("color", "shape"),
     "dynamics": ("motion",),
     "camera": ("camera",),
@@ -49,15 +49,15 @@ NOT_ASKED = "N/A"
 UTILITY_WEIGHTS = {"subject": 6, "dynamics": 5, "camera": 3, "environment": 4, "style": 2}
 MENTION_PROBABILITY = 0.75
 CAMERA_PROBABILITIES = (0.4, 0.2, 0.2, 0.2)
-STILL_PROBABILITY = 0.4  # of a wrong motion where motion is asked for
-ONE_WRONG_LIMITS = {"subject": (0.4, 0.8), "environment": (0.4, 0.7)}  # only the first attribute, only the second
-GENERATORS = {  # probability of 0, 1, 2, 3 wrong dimensions
+STILL_PROBABILITY = 0.4  # that a wrong motion is none, where motion is asked for
+ONE_WRONG_LIMITS = {"subject": (0.4, 0.8), "environment": (0.4, 0.7)}  # severities: first attribute only, second only
+GENERATORS = {  # probabilities of 0, 1, 2 and 3 wrong dimensions
     "toygen-a": (0.45, 0.35, 0.15, 0.05),
     "toygen-b": (0.25, 0.40, 0.25, 0.10),
     "toygen-c": (0.10, 0.35, 0.35, 0.20),
 }
 MAX_TRIES = 50
-HELD_OUT_MOTIONS = (  # of each group
+HELD_OUT_MOTIONS = (  # one set per group
     frozenset({"still", "left", "right", "up"}),
     frozenset({"still", "down", "grows", "shrinks"}),
     frozenset({"still", "right", "down", "grows"}),
@@ -79,14 +79,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt's content: the scene asked for; only the dimensions in `mentioned` count, the others are arbitrary."""
+    """The content of a prompt: the scene it asks for. Only the dimensions in `mentioned` count."""
 
     scene: Scene
     mentioned: frozenset[str]
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether the (color, shape, motion) triple belongs to evaluation; the other attributes do not matter."""
+    """Whether the scene's (color, shape, motion) triple is reserved for evaluation."""
     color, shape = (
         ATTRIBUTES[name].index(getattr(scene, name)) % len(HELD_OUT_MOTIONS) for name in ("color", "shape")
     )
@@ -110,7 +110,7 @@ def _draw(rng: np.random.Generator, attribute: str) -> str:
 
 
 def sample_request(rng: np.random.Generator, held_out: bool) -> Request:
-    """A request whose scene is on the wanted side of `is_held_out`; motions are equally frequent on both sides."""
+    """A request whose scene is held out or not, as asked. Motions are equally frequent in both cases."""
     values = {name: _draw(rng, name) for name in ("motion", "camera", "place", "light", "style")}
     while True:
         scene = Scene(**values, shape=_draw(rng, "shape"), color=_draw(rng, "color"))
@@ -124,7 +124,7 @@ def sample_request(rng: np.random.Generator, held_out: bool) -> Request:
 def sample_clip_scene(
     request: Request, rng: np.random.Generator, held_out: bool, *, generator: str = "toygen-b"
 ) -> Scene:
-    """What a clip made for `request` shows: wrong in as many dimensions as `generator` has it, on its side."""
+    """What a clip made for `request` shows: a scene with `generator`'s share of errors, held out or not as asked."""
     mentioned = [name for name in DIMENSIONS if name in request.mentioned]
     probabilities = np.array(GENERATORS[generator][: len(mentioned) + 1])
     num_wrong = int(rng.choice(len(probabilities), p=probabilities / sum(probabilities)))
@@ -132,8 +132,8 @@ def sample_clip_scene(
     unmentioned = [name for dimension in DIMENSIONS if dimension not in mentioned for name in DIMENSIONS[dimension]]
     base = replace(request.scene, **{name: _draw(rng, name) for name in unmentioned})
     while True:
-        # How far a dimension is wrong is drawn before its values, so that errors are alike on both sides. A few
-        # requests of the training side have no still scene on their side: then it is drawn again.
+        # Severities are drawn before values, so that held-out and other scenes have the same errors. A few training
+        # requests have no still scene that is not held out: their severities are drawn again.
         severities = {dimension: float(rng.random()) for dimension in DIMENSIONS if dimension in wrong}
         for _ in range(MAX_TRIES):
             scene = base
@@ -144,7 +144,7 @@ def sample_clip_scene(
 
 
 def _spoil(scene: Scene, dimension: str, severity: float, rng: np.random.Generator) -> Scene:
-    """`scene` with `dimension` wrong: one attribute or both, another motion or none, by `severity` in [0, 1)."""
+    """`scene` with `dimension` wrong. `severity` in [0, 1) decides: one attribute or both, another motion or none."""
     names = DIMENSIONS[dimension]
     if dimension in ONE_WRONG_LIMITS:
         first, second = ONE_WRONG_LIMITS[dimension]
@@ -159,7 +159,7 @@ def _spoil(scene: Scene, dimension: str, severity: float, rng: np.random.Generat
 
 
 def true_scores(request: Request, scene: Scene) -> dict[str, Score]:
-    """Sub-scores of a clip that shows `scene`, by the rules in the module's docstring, in the order of DIMENSIONS."""
+    """Sub-scores of a clip that shows `scene`, by the rules at the top of this module, in the order of DIMENSIONS."""
     scores: dict[str, Score] = {}
     for dimension, names in DIMENSIONS.items():
         right = [getattr(scene, name) == getattr(request.scene, name) for name in names]
@@ -171,16 +171,16 @@ def true_scores(request: Request, scene: Scene) -> dict[str, Score]:
 
 
 def overall_score(scores: dict[str, Score]) -> float:
-    """1 + 4 * mean(score / 2) over the dimensions that are not "N/A"; the lowest score, 1.0, when there is none."""
+    """1 + 4 * mean(score / 2) over the dimensions that are not "N/A"; 1.0 if all are."""
     counted = [score for score in scores.values() if score != NOT_ASKED]
     return 1.0 + 2.0 * sum(counted) / len(counted) if counted else 1.0
 
 
 def utility(scores: dict[str, Score]) -> int:
-    """The weighted sum that decides preferences: an integer, so that ties are exact."""
+    """The weighted sum that decides preferences. It is an integer, so that ties are exact."""
     return sum(UTILITY_WEIGHTS[name] * score for name, score in scores.items() if score != NOT_ASKED)
 
 
 def prefer(value_a: float, value_b: float) -> str:
-    """The label of a pair by which value is greater: "A", "B" or "same"."""
+    """The label of a pair: the side with the greater value, "A" or "B", or "same"."""
     return "same" if value_a == value_b else "A" if value_a > value_b else "B"

@@ -1,11 +1,11 @@
 """The CSV files: pairs as rows of the training, evaluation and benchmark formats.
 
-Benchmark labels, all free of noise: the preference itself (`answer`, `Overall`, `vote_type`, `GSB_overall`), and for
-videoalign VQ from style, MQ from dynamics and camera, TA from subject and environment, by the sum of the sub-scores.
-react has a label for every dimension, "invalid" where the prompt does not mention it.
+Benchmark labels carry no noise. `answer`, `Overall`, `vote_type` and `GSB_overall` are the preference itself.
+videoalign also has VQ (from style), MQ (from dynamics and camera) and TA (from subject and environment), by the sum of
+the sub-scores. react has a label for every dimension, "invalid" where the prompt does not mention it.
 
-The file of all held-out sets is in tabench's columns, its `answer` with the true sub-scores as in stage 2, and has a
-column `set` beside: in_domain, new_combinations (the evaluation pairs) or new_rendering.
+The file of all held-out sets has tabench's columns, with stage 2's `answer`, and a column `set`: in_domain,
+new_combinations (the evaluation pairs) or new_rendering.
 """
 
 import csv
@@ -47,21 +47,21 @@ def training_row(pair: Pair, problem: str) -> Row:
 
 
 def rl_row(pair: Pair, problem: str) -> Row:
-    """A row of the stage 2 format: `answer` has the true sub-scores of both clips and the label of the pair."""
+    """A row of the stage 2 format; `answer` holds the true sub-scores of both clips and the label of the pair."""
     scores = {f"video_{number}_scores": clip.scores for number, clip in enumerate(pair.clips, start=1)}
     answer = f"<answer>{json.dumps({**scores, 'gsb_result': pair.label})}</answer>"
     return {"videos": str([video_path(clip) for clip in pair.clips]), "problem": problem, "answer": answer}
 
 
 def _label_of(pair: Pair, dimensions: tuple[str, ...]) -> str:
-    """The label by the plain sum of some sub-scores."""
+    """The label by the unweighted sum of the sub-scores of `dimensions`."""
     return prefer(
         *(sum(clip.scores[name] for name in dimensions if clip.scores[name] != NOT_ASKED) for clip in pair.clips)
     )
 
 
 def bench_rows(pair: Pair) -> dict[str, list[Row]]:
-    """The rows of a pair in each benchmark's columns; videofeedback has no pairs but a row per clip."""
+    """The rows of a pair in each benchmark's columns. videofeedback has one row per clip, the others one per pair."""
     clip_a, clip_b = pair.clips
     path_a, path_b = map(video_path, pair.clips)
     two_sided = {"path_A": path_a, "path_B": path_b, "A_model": clip_a.generator, "B_model": clip_b.generator}
@@ -93,9 +93,9 @@ def bench_rows(pair: Pair) -> dict[str, list[Row]]:
 
 
 def build_tables(pairs: dict[str, Sequence[Pair]], judge_problem: Callable[[str], str]) -> dict[str, list[Row]]:
-    """All CSV files by name, of `pairs` by split. `judge_problem` turns a prompt into the judge's `problem`.
+    """Rows by file name. `pairs`: by split. `judge_problem` turns a prompt into the judge's `problem`.
 
-    HELD_OUT_FILE is there when a held-out split besides "eval" is.
+    HELD_OUT_FILE is written only if there is a held-out split besides "eval".
     """
     tables: dict[str, list[Row]] = {}
     for split in ("train", "eval"):
@@ -116,7 +116,7 @@ def build_tables(pairs: dict[str, Sequence[Pair]], judge_problem: Callable[[str]
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
-    """Writes a CSV under a temporary name, then renames it."""
+    """Write a CSV under a temporary name, then rename it."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")

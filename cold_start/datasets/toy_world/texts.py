@@ -8,8 +8,8 @@ A CoT has one line per dimension and ends with the scores as JSON:
     {"dimensional_scores": {"subject": 1, "dynamics": 2, ...}, "overall_score": 3.50}
     </answer>
 
-Each line says first what the clip shows, then what the prompt asks for, then the verdict, so that a model that writes
-such a text has looked before it judges.
+Each line says what the clip shows, then what the prompt asks for, then the verdict: a model that writes in this order
+looks before it judges.
 """
 
 import json
@@ -62,11 +62,11 @@ _RIGHT = {
     "environment": ("place and light are right", "both match"),
     "style": ("the style is right", "this matches"),
 }
-_DAMAGES = (("}, ", ", "), ('"subject"', '"subject'), ("\n</answer>", ""))  # each makes the answer unusable
+_DAMAGES = (("}, ", ", "), ('"subject"', '"subject'), ("\n</answer>", ""))  # each breaks the answer
 
 
 def phrase(attribute: str, value: str) -> str:
-    """How texts call a value: a verb phrase for motions ("moves left", "grows", "stays still"), else the value."""
+    """A value in words: a verb phrase for motions ("moves left", "grows", "stays still"), else the value itself."""
     if attribute not in ("motion", "camera") or value in ("grows", "shrinks") or " " in value:
         return value
     return "stays still" if value == "still" else f"moves {value}"
@@ -77,7 +77,7 @@ def _phrases(scene: Scene) -> dict[str, str]:
 
 
 def write_prompt(request: Request, rng: np.random.Generator) -> str:
-    """A prompt that mentions what it has to, e.g. "A red circle grows in the city by day. The style is flat."."""
+    """A prompt that names the mentioned dimensions: "A red circle grows in the city by day. The style is flat."."""
     phrases = _phrases(request.scene)
     subject = choose(rng, _SUBJECTS).format(**phrases)
     lead = choose(rng, _LEADS).format(subject=subject, **phrases)
@@ -96,7 +96,7 @@ def write_prompt(request: Request, rng: np.random.Generator) -> str:
 
 
 def misperceive(scene: Scene, rng: np.random.Generator, rate: float) -> Scene:
-    """`scene` as a hasty eye takes it in: each attribute is another one with probability `rate`, independently."""
+    """`scene` with errors of perception: each attribute is replaced with probability `rate`, independently."""
     changes = {}
     for name, value in asdict(scene).items():
         if rng.random() < rate:
@@ -105,7 +105,7 @@ def misperceive(scene: Scene, rng: np.random.Generator, rate: float) -> Scene:
 
 
 def write_cot(request: Request, seen: Scene, rng: np.random.Generator) -> str:
-    """A CoT whose reasoning and scores describe a clip that shows `seen`; 500 to 750 characters."""
+    """A CoT of 500 to 750 characters whose reasoning and scores describe a clip that shows `seen`."""
     scores = true_scores(request, seen)
     lines = [_write_line(request, seen, name, scores[name], rng) for name in DIMENSIONS]
     overall = f'"overall_score": {overall_score(scores):.2f}'
@@ -123,7 +123,7 @@ def _write_line(request: Request, seen: Scene, dimension: str, score: Score, rng
 
 
 def _fault(asked: Scene, seen: Scene, dimension: str) -> str:
-    """What is wrong in a dimension that is not fully right."""
+    """What is wrong, for a dimension with a score below 2."""
     wrong = [name for name in DIMENSIONS[dimension] if getattr(asked, name) != getattr(seen, name)]
     if dimension not in ("dynamics", "camera"):
         return "both are wrong" if len(wrong) == 2 else f"the {wrong[0]} is wrong"
@@ -134,12 +134,12 @@ def _fault(asked: Scene, seen: Scene, dimension: str) -> str:
 
 
 def damage_json(cot: str, rng: np.random.Generator) -> str:
-    """The CoT with an answer that does not parse: a missing bracket, a missing quote or a cut-off end."""
+    """The CoT with an answer that does not parse: a bracket, a quote or the end is missing."""
     return cot.replace(*choose(rng, _DAMAGES))
 
 
 def parse_scores(cot: str) -> dict[str, Score] | None:
-    """`dimensional_scores` of the first <answer> block, or None unless each dimension has 0, 1, 2 or "N/A"."""
+    """`dimensional_scores` of the first <answer> block; None unless every dimension has 0, 1, 2 or "N/A"."""
     body, is_closed, _ = cot.partition("<answer>")[2].partition("</answer>")
     try:
         scores = json.loads(body)["dimensional_scores"] if is_closed else {}

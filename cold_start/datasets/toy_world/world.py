@@ -1,10 +1,10 @@
-"""Preference pairs of the toy world: what is sampled for each, and the rates that came of it.
+"""Preference pairs of the toy world: how they are sampled, and the rates measured in a sample.
 
 A pair is a prompt, two clips made for it, a CoT for each clip, and a label. The label follows from the clips' true
-scores; a stated share of the pairs are ties. Training labels then get annotator noise: a stated share is replaced by
-one of the two other labels. All other labels are free of noise. A CoT is written by a careful or by a careless
-annotator, who misperceives each attribute of the clip at a stated rate, and a stated share of the CoTs end in JSON
-that does not parse. All of a pair follows from the settings, the split and the pair's index.
+scores; a given share of the pairs are ties. Training labels get annotator noise: a given share is replaced by one of
+the two other labels. All other labels are free of noise. A CoT is written by a careful or by a careless annotator, who
+misperceives each attribute of the clip at a given rate, and a given share of the CoTs end in JSON that does not parse.
+Settings, split and index determine everything about a pair.
 
 The combinations of color, shape and motion in "train" never occur in "eval". "in_domain" has other clips of training's
 combinations, and "new_rendering" has these combinations in a rendering that training never shows.
@@ -48,9 +48,9 @@ class WorldConfig:
     careful_share: float = 0.60
     """Share of CoTs from careful annotators; the others are careless."""
     careful_error: float = 0.03
-    """Probability that a careful annotator takes an attribute for another one."""
+    """Probability that a careful annotator misperceives an attribute."""
     careless_error: float = 0.25
-    """The same for a careless annotator."""
+    """Probability that a careless annotator does."""
     malformed_share: float = 0.02
     """Share of CoTs whose JSON does not parse."""
 
@@ -65,7 +65,7 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip: its file name, what it shows, its true scores, what its annotator saw, and the CoT that came of it."""
+    """One clip: its file name, what it shows, its true scores, what its annotator saw, and the annotator's CoT."""
 
     name: str
     generator: str
@@ -89,7 +89,7 @@ class Pair:
 
 
 def sample_pair(config: WorldConfig, split: str, index: int) -> Pair:
-    """Pair `index` of `split`, always the same."""
+    """Pair `index` of `split`. The same arguments give the same pair."""
     rng = np.random.default_rng([config.seed, SPLITS.index(split), index])
     held_out = split == "eval"
     request = sample_request(rng, held_out)
@@ -121,10 +121,10 @@ def _annotate(config: WorldConfig, request: Request, scene: Scene, rng: np.rando
 
 
 def measure_rates(pairs: Sequence[Pair]) -> dict[str, float]:
-    """Shares found in a sample of pairs, and the accuracy of a reader who believes the CoTs.
+    """Shares found in a sample of pairs, and how far the scores in the CoTs can be trusted.
 
-    `oracle_cot_scores` says how often the scores in the CoTs find the noise-free label of a pair that is no tie; equal
-    scores, or a CoT that does not parse, count as wrong, and as half a point in `oracle_cot_scores_ties_half`.
+    `oracle_cot_scores`: among pairs that are not ties, how often these scores give the noise-free label. Equal scores
+    and CoTs that do not parse count as wrong, in `oracle_cot_scores_ties_half` as half right.
     """
     clips = [clip for pair in pairs for clip in pair.clips]
     points = []
