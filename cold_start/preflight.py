@@ -10,8 +10,8 @@ from data import PairDataset
 from descore.csv_table import row_of
 from losses import AGREEMENT_LOSSES, SCORE_LOSSES
 from preference_csv import CsvNeeds, read_pairs, require_clean, scan_sequences, scan_videos
-from ranks import exchange, get_rank, get_world_size
 from scored_sequence import SequenceBuilder
+from utils import exchange, get_rank, get_world_size
 from vision_process import VideoBudget
 
 

@@ -23,7 +23,7 @@ from checkpoint import (
 from data import PairDataset
 from descore.run_lock import lock_folder
 from engine import gather_trained_weights
-from ranks import run_on_main_process
+from utils import run_on_main_process
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from checkpoint import LoadedReward, build_reward_model, require_trainable_base
 from engine import NonFiniteError, build_engine, compile_and_plan_activations, read_deepspeed_config
 from model_qwen3 import add_reward_token, prepare_for_training
 from preflight import build_config, load_checked_data
-from ranks import end_with_launcher, init_distributed, report_error
 from run_folder import RunCheckpoints, find_resume, take_over
 from scored_sequence import SequenceBuilder
 from trainer_qwen3 import RewardTrainer
 from training_log import Schedule, setup_logging
+from utils import end_with_launcher, init_distributed, report_error
 
 
 def build_trainer(

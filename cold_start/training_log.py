@@ -13,7 +13,7 @@ import torch
 from arguments import TrainingArguments
 from losses import NUM_SUMS, compute_means
 from model_qwen3 import quiet_libraries
-from ranks import get_rank
+from utils import get_rank
 
 LOG_FILE = "train_log.jsonl"
 OUR_LOGGERS = ("trainer_qwen3", "run_folder", "checkpoint", "descore")

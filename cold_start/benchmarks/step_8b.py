@@ -34,10 +34,10 @@ from engine import build_engine, compile_and_plan_activations
 from flash_kernels import choose_kernels
 from losses import PairLabels, compute_means, compute_pair_loss
 from model_qwen3 import RewardModel, add_reward_token, prepare_for_training
-from ranks import init_distributed
 from scored_sequence import ScoredSequence, SequenceBuilder
 from shapes import DEVICE, GIB, TERA, build_config, count_pair_flops, measure_ceilings, randomize
 from trainer_qwen3 import RewardTrainer
+from utils import init_distributed
 from vision_process import VideoBudget, VideoFrames
 
 STAGE_DIR = Path(__file__).resolve().parents[1]

@@ -177,7 +177,7 @@ def measure_work(engine: RolloutEngine, prompts: list[VideoPrompt], sampling: Sa
 def main() -> None:
     options = parse_arguments()
     if options.compare:
-        (first, again), (second, _) = (torch.load(path) for path in options.compare)
+        (first, again), (second, _) = (torch.load(path, weights_only=True) for path in options.compare)
         result = {"batch_alone": compare(first, again), "first_and_second": compare(first, second)}
         return write_result(result, options.output)
     result = {**describe_machine(), "settings": options.settings, "works": {}}

@@ -185,6 +185,13 @@ def test_other_heads_are_errors_that_name_the_file(tmp_path, content, message):
         load_head(tmp_path / "rm_head.pth", hidden_size=4)
 
 
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1"], ids=["empty", "LFS pointer"])
+def test_files_that_torch_cannot_read_are_named(tmp_path, content):
+    (tmp_path / "rm_head.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"rm_head\.pth: torch cannot load the head: \w"):
+        load_head(tmp_path / "rm_head.pth", hidden_size=4)
+
+
 def test_a_format_prompt_cannot_run_code(tmp_path, copied):
     trace, values = tmp_path / "trace", json.loads((copied / "reward_config.json").read_text())
     values["format_prompt"] = f"{{{{ cycler.__init__.__globals__.os.system('touch {trace}') }}}}"

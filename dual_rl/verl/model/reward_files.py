@@ -238,7 +238,8 @@ def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
-        raise ValueError(f"{path}: torch cannot load the head: {str(error).splitlines()[0][:200]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"{path}: torch cannot load the head: {reason}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: no {' or '.join(HEAD_KEYS)} in it, only a {type(state).__name__}")
     for candidate in (state, state.get("model")):

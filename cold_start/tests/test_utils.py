@@ -11,8 +11,8 @@ import torch.distributed as dist
 from arguments import DataArguments, TrainingArguments
 from checkpoint import load_builder
 from preflight import load_checked_data
-from ranks import report_error, run_on_main_process
 from stage1_support import SMALL_BUDGET, TINY_BASE, forkserver, free_port, write_pairs_csv
+from utils import report_error, run_on_main_process
 
 COLLECTIVE_SECONDS = 2
 ERROR_SECONDS = 1.0
