@@ -82,7 +82,9 @@ def compile_and_plan_activations(engine, arguments: ModelArguments) -> Activatio
         return None
     trained = [parameter for _, parameter in model.trainable_parameters()]
     blocks = model.qwen.visual.blocks
-    return ActivationPlan(model.text_layers, blocks, trained, engine.device, max_kept=arguments.max_kept_layers)
+    return ActivationPlan(
+        model.text_layers, trained, engine.device, max_kept=arguments.max_kept_layers, vision_blocks=blocks
+    )
 
 
 def step_engine(engine, *, step: int) -> float:

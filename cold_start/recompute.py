@@ -61,43 +61,52 @@ class _Stack:
 
 
 class ActivationPlan:
-    """Chooses, before each forward pass with a gradient, which layers recompute in the backward pass, on a GPU.
+    """Chooses, before each forward pass with a gradient, which layers recompute in the backward pass.
 
     `layers`: the text layers in order, with gradient checkpointing enabled; `vision_blocks`: the same of the vision
     tower. `trained`: the parameters that get gradients. `max_kept`: maximum number of text layers that keep
-    activations, None for as many as fit; with fewer than all, no vision block keeps any.
+    activations, None for as many as fit; with fewer than all, no vision block keeps any. Without a GPU every layer
+    recomputes.
     """
 
     def __init__(
         self,
         layers: Sequence[nn.Module],
-        vision_blocks: Sequence[nn.Module],
         trained: Sequence[nn.Parameter],
         device: torch.device,
         *,
         max_kept: int | None = None,
+        vision_blocks: Sequence[nn.Module] = (),
     ) -> None:
+        self.layers = layers
         self.trained = trained
         self.device = device
-        most = len(layers) if max_kept is None else min(max_kept, len(layers))
-        self._text = _Stack(layers, device, most=most)
-        self._vision = _Stack(vision_blocks, device, most=len(vision_blocks) if most == len(layers) else 0)
+        self.is_active = device.type == "cuda"
+        if self.is_active:
+            most = len(layers) if max_kept is None else min(max_kept, len(layers))
+            self._text = _Stack(layers, device, most=most)
+            most_blocks = len(vision_blocks) if most == len(layers) else 0
+            self._vision = _Stack(vision_blocks, device, most=most_blocks) if vision_blocks else None
 
     @property
     def num_kept(self) -> int:
         """Number of text layers that keep activations."""
-        return self._text.num_kept
+        return self._text.num_kept if self.is_active else 0
 
     @property
     def num_kept_blocks(self) -> int:
         """Number of vision blocks that keep activations."""
-        return self._vision.num_kept
+        return self._vision.num_kept if self.is_active and self._vision else 0
 
-    def prepare(self, num_tokens: int, *, num_patches: int) -> None:
+    def prepare(self, num_tokens: int, *, num_patches: int = 0) -> None:
         """Choose for a row of `num_tokens` tokens whose videos have `num_patches` patches."""
-        self._text.size, self._vision.size = num_tokens, num_patches
+        if not self.is_active:
+            return
+        self._text.size = num_tokens
         room = self._text.keep(self._count_room())
-        self._vision.keep(room if self._text.is_kept else 0.0)
+        if self._vision:
+            self._vision.size = num_patches
+            self._vision.keep(room if self._text.is_kept else 0.0)
 
     def _count_room(self) -> float:
         free, total = torch.cuda.mem_get_info(self.device)
