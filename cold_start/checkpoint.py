@@ -77,9 +77,9 @@ class RewardConfig:
             return None
         try:
             values = json.loads(file.read_text())
-        except ValueError as error:
+            config = cls(**{**values, "video": VideoBudget(**values["video"])})
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file} is damaged: {error}. Copy the checkpoint again.") from error
-        config = cls(**{**values, "video": VideoBudget(**values["video"])})
         FormatPrompt(config.format_prompt, source=str(file))
         return config
 

@@ -13,8 +13,9 @@ from arguments import ModelArguments, TrainingArguments
 from model_qwen3 import RewardModel, parameter_groups
 from recompute import ActivationPlan
 
+PRECISIONS = ("bf16", "fp16", "torch_autocast")
 SET_BY_FLAGS = {
-    "precision is set with --bf16 True or False": ("bf16", "fp16", "torch_autocast"),
+    "precision is set with --bf16 True or False": PRECISIONS,
     "it is set with the learning rate flags": ("optimizer", "scheduler"),
     "it is set with the training flags": (
         "train_batch_size",
@@ -40,8 +41,9 @@ def read_deepspeed_config(path: str, arguments: TrainingArguments) -> dict:
     for reason, names in SET_BY_FLAGS.items():
         for name in names:
             value = config.pop(name, "auto")
-            setting = value.get("enabled", value) if isinstance(value, dict) else value
-            if setting is not False and setting != "auto":
+            if isinstance(value, dict):  # DeepSpeed's precisions are off unless they say enabled
+                value = value.get("enabled", name not in PRECISIONS)
+            if value is not False and value != "auto":
                 raise ValueError(f"{path}: remove {name!r}; {reason}")
     config["train_micro_batch_size_per_gpu"] = arguments.per_device_train_batch_size
     config["gradient_accumulation_steps"] = arguments.gradient_accumulation_steps

@@ -186,7 +186,11 @@ class RunCheckpoints:
         was["base_weights"] = state.get("base_weights", self.identity["base_weights"])  # older versions lack it
         was |= {name: getattr(config, name) for name in CONFIG_FIELDS}
         now = self.identity | {name: getattr(mine, name) for name in CONFIG_FIELDS}
-        changed = "; ".join(f"{name} was {was[name]}, now it is {now[name]}" for name in now if was[name] != now[name])
+        changed = "; ".join(
+            "format_prompt is another" if name == "format_prompt" else f"{name} was {was[name]}, now it is {now[name]}"
+            for name in now
+            if was[name] != now[name]
+        )
         if changed:
             raise ValueError(
                 f"cannot resume from {folder}: {changed}. Use the data, the flags and the base model "

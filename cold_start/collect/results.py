@@ -95,7 +95,7 @@ class CotJournal:
                     self.samples[key] = Sample(**{**entry, "key": key})
                 else:
                     self._require_same(entry["identity"], json.loads(first_line)["identity"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
                 reason = f"{self.path} is not a journal of samples. Choose another --output, or add --overwrite."
                 raise ValueError(reason) from error
             end += len(line)

@@ -1,11 +1,13 @@
 """What is settled before a model is loaded: where a run resumes, and what it takes over from its base."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from arguments import DataArguments, ModelArguments, TrainingArguments
 from checkpoint import STATE_FILE, RewardConfig
+from engine import read_deepspeed_config
 from preflight import build_config, load_checked_data
 from run_folder import find_resume, list_checkpoints
 from scored_sequence import DEFAULT_FORMAT_PROMPT
@@ -54,6 +56,23 @@ def test_format_prompt_of_the_base_holds_unless_another_is_given(tmp_path, caplo
     given = DataArguments(format_prompt=str(tmp_path / "mine.jinja"))
     assert build_config(base, given).format_prompt == "{{ content }}!"
     assert f"flags override the format prompt of {tmp_path}" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"video": {"speed": 2}}', '{"video": {}, "else": 1}'])
+def test_a_damaged_reward_config_is_named(tmp_path, content):
+    (tmp_path / "reward_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"reward_config\.json is damaged"):
+        RewardConfig.find(tmp_path)
+
+
+def test_a_deepspeed_config_may_not_repeat_what_flags_set(tmp_path):
+    path, arguments = tmp_path / "zero.json", TrainingArguments(max_grad_norm=0.5)
+    path.write_text(json.dumps({"bf16": {}, "fp16": {"enabled": False}, "optimizer": "auto"}))
+    assert read_deepspeed_config(str(path), arguments)["gradient_clipping"] == 0.5
+    for name, value in (("bf16", {"enabled": True}), ("optimizer", {"type": "Adam"}), ("gradient_clipping", 0)):
+        path.write_text(json.dumps({name: value}))
+        with pytest.raises(ValueError, match=rf"zero\.json: remove '{name}'; "):
+            read_deepspeed_config(str(path), arguments)
 
 
 def test_learning_rates_that_are_not_set_follow_the_one_that_is():

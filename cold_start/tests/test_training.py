@@ -36,7 +36,7 @@ SETTINGS = {
 }
 RUN_SECONDS = 240
 LOSS_TOLERANCE = 1e-5
-WEIGHT_TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # 1% of a step: Adam makes steps of gradients that are only rounding
+WEIGHT_TOLERANCE = {"rtol": 1e-4, "atol": 5e-5}  # 5% of a step: Adam makes steps of gradients that are only rounding
 TWO_PROCESSES = {"processes": 2, "batch": 2, "accumulation": 1}
 
 
