@@ -85,6 +85,22 @@ def test_nothing_old_is_left_after_sleep(engine, folder, prompts):
     assert mean_difference(Rescorer(folder, changed_weights()), prompts, responses) < 0.03
 
 
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_fp8_stays_close_and_takes_new_weights(folder, prompts, cache):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the GPU has no FP8 attention")
+    settings = {"gpu_memory_utilization": 0.1, "max_num_seqs": 16, "quantization": "fp8", "kv_cache_dtype": cache}
+    engine = make_engine(folder, "vllm", CUDA, **settings, max_model_len=1024)
+    engine.load_weights(tiny_weights().items())
+    assert mean_difference(Rescorer(folder, tiny_weights()), prompts, engine.generate(prompts, WRITING)) < 0.1
+    engine.sleep()
+    fill_free_memory()
+    engine.wake()
+    engine.load_weights(changed_weights().items())
+    assert mean_difference(Rescorer(folder, changed_weights()), prompts, engine.generate(prompts, WRITING)) < 0.1
+    engine.close()
+
+
 def test_grouped_responses_are_as_close_to_fp32_as_single_ones(engine, folder, monkeypatch):
     """A response alone is stock attention; beside others of its prompt it is merged from two parts."""
     if torch.cuda.get_device_capability() != (9, 0):

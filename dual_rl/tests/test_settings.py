@@ -120,6 +120,7 @@ def test_all_mistakes_in_a_file_are_listed_and_the_file_named(folder, content, w
         (["worker.rollout.tensor_parallel_size=2"], "does not divide the 1 rank(s) of a node"),
         (["trainer.n_gpus_per_node=3", "worker.actor.fsdp.fsdp_size=2"], "worker.actor.fsdp.fsdp_size=2 does not"),
         (["worker.rollout.tensor_parallel_size=2", "worker.rollout.name=hf"], "name=vllm"),
+        (["worker.rollout.quantization=fp8", "trainer.n_gpus_per_node=0"], "need vllm on a GPU"),
         (["algorithm.use_kl_loss=false", "algorithm.kl_penalty=full"], "algorithm.use_kl_loss=true"),
         (["worker.actor.model.lora.rank=8", "worker.actor.model.freeze_vision_tower=false"], "lora.rank=0"),
         (["worker.actor.fsdp.enable_cpu_offload=true", "worker.actor.offload.offload_params=true"], "Leave out"),

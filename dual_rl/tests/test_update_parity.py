@@ -292,6 +292,12 @@ def test_loss_that_is_not_finite_stops_every_rank_before_the_weights_change(benc
         assert_bit_equal(outcome.weights, start)
 
 
+def test_responses_of_another_policy_stop_the_run_before_the_weights_change(bench):
+    outcome = bench.run(Case({"worker.rollout.max_log_prob_difference": 0.2}))
+    assert "worker.rollout.max_log_prob_difference=0.2" in outcome.error
+    assert_bit_equal(outcome.weights, bench.run(Case(num_updates=0)).weights)
+
+
 def test_training_state_moves_between_one_and_two_ranks(bench, folder, one_rank, two_ranks):
     saved, loaded = two_ranks.outcome("saved"), two_ranks.outcome("loaded")
     assert_bit_equal(loaded.weights, one_rank.weights)

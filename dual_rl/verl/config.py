@@ -33,6 +33,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
+QUANTIZED_CAP = 2.0
+"""Of the importance weights of quantized rollouts, where none is set."""
+
 settings = dataclass(config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 
 
@@ -171,7 +174,9 @@ class ActorConfig:
     ppo_epochs: Count = 1
     bt_weight: NonNegative = 5e-3
     importance_sampling_cap: Positive | None = None
-    """Weigh each token by trainer over rollout probability, at most this much (truncated importance sampling)."""
+    """Weigh each token by trainer over rollout probability, at most this much (truncated importance sampling).
+
+    null: no weights, except that quantized rollouts are weighed with a cap of 2."""
     ulysses_size: Count = 1
     """Ranks that share each sequence (DeepSpeed-Ulysses)."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -210,14 +215,24 @@ class RolloutConfig:
     max_num_batched_tokens: Count = 16384
     max_num_seqs: Count = 256
     enforce_eager: bool = False
-    shared_prompt_decoding: bool = False
+    shared_prompt_decoding: bool = True
     """Read a prompt's cache once for all its responses, where supported: vllm on Hopper GPUs."""
+    quantization: Literal["fp8"] | None = None
+    """fp8: the engine's language model multiplies in FP8, scaled per output channel and token. vllm on GPUs."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """fp8: half the cache, without scales. vllm on Hopper GPUs."""
     kv_cache_gib: Count | None = None
     """Memory of vLLM's KV cache; None: what gpu_memory_utilization leaves, 1 on a CPU."""
     log_prob_bound: Positive = 0.1
     """Tokens whose log-prob differs by more than this between rollout and trainer are counted and logged."""
+    max_log_prob_difference: Positive = 0.2
+    """The run stops when log-probs of rollout and trainer differ by more than this on average over a step's tokens."""
     val_override_config: ValSamplingConfig = field(default_factory=ValSamplingConfig)
     """Sampling of validation; null values are as in training."""
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.quantization is not None or self.kv_cache_dtype != "auto"
 
 
 @settings
@@ -233,6 +248,12 @@ class WorkerConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     ref: RefConfig = field(default_factory=RefConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+
+    @property
+    def importance_sampling_cap(self) -> float | None:
+        """Of truncated importance sampling; None: no weights."""
+        is_implied = self.actor.importance_sampling_cap is None and self.rollout.is_quantized
+        return QUANTIZED_CAP if is_implied else self.actor.importance_sampling_cap
 
 
 @settings

@@ -188,6 +188,8 @@ def find_problems(config: Config) -> list[str]:
          f"{trainer.ranks_per_node} rank(s) of a node, and an engine does not span nodes. Choose a divisor."),
         (rollout.name == "hf" and rollout.tensor_parallel_size > 1,
          "worker.rollout.name=hf has no tensor parallelism. Set tensor_parallel_size=1 or name=vllm."),
+        (rollout.is_quantized and (rollout.name == "hf" or trainer.n_gpus_per_node == 0),
+         "worker.rollout.quantization and kv_cache_dtype need vllm on a GPU. Leave them out."),
         (actor.model.lora.rank and not actor.model.freeze_vision_tower,
          "worker.actor.model.lora.rank > 0 trains the language model only. Set "
          "worker.actor.model.freeze_vision_tower=true, or lora.rank=0 to tune the vision tower too."),

@@ -82,7 +82,7 @@ def dual_loss(
     weights = compute_token_weights(
         owner, mode=actor.loss_avg_mode, num_tokens=counts.tokens, num_responses=counts.responses
     )
-    cap = actor.importance_sampling_cap
+    cap = config.worker.importance_sampling_cap
     policy = compute_policy_loss(
         output.log_probs,
         old_log_probs=old,

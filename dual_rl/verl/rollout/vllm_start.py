@@ -67,10 +67,14 @@ def start_llm(
         num_batched_tokens = max(num_batched_tokens, max_model_len)
     elif config.kv_cache_gib is not None:
         on_device["kv_cache_memory_bytes"] = config.kv_cache_gib * 2**30
+    if config.quantization == "fp8":  # from the weights that each hand-over brings
+        on_device["quantization"] = "fp8_per_channel"
+        on_device["quantization_config"] = {"ignore": ["re:.*visual.*"]}
     arguments: dict[str, object] = {
         "model": str(folder),
         "load_format": NO_WEIGHTS,
         "dtype": resolve_precision(config.precision, device),
+        "kv_cache_dtype": config.kv_cache_dtype,
         "seed": config.seed,
         "max_model_len": max_model_len,
         "max_num_seqs": config.max_num_seqs,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from verl.rollout.shared_prompt.kernels import Grouping, VirtualBatch, gather_queries, merge_parts
 
@@ -19,6 +20,7 @@ QUERY_TILE = 64
 MANY_REQUESTS = 96
 """From here on rows alone keep the card busy; below, each row's keys are split over up to MOST_SPLITS blocks."""
 MOST_SPLITS = 16
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class SharedPromptMetadataBuilder(flash_attn.FlashAttentionMetadataBuilder):
             num_heads_kv=self.num_heads_kv,
             headdim=self.headdim,
             cache_seqlens=batch.num_keys,
-            qkv_dtype=self.kv_cache_dtype,
+            qkv_dtype=FP8 if is_quantized_kv_cache(self.cache_config.cache_dtype) else self.kv_cache_dtype,
             cu_seqlens_q=batch.starts,
             page_size=self.block_size,
             causal=False,
@@ -102,6 +104,11 @@ class SharedPromptImpl(flash_attn.FlashAttentionImpl):
         if step is None or self.attn_type != AttentionType.DECODER:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, **scales)
         key_cache, value_cache = kv_cache.unbind(1)
+        descales = {}
+        if is_quantized_kv_cache(self.kv_cache_dtype):  # vLLM has quantized the queries, too
+            key_cache, value_cache = key_cache.view(FP8), value_cache.view(FP8)
+            by_row = len(step.batch.num_keys), self.num_kv_heads
+            descales = {f"{name}_descale": getattr(layer, f"_{name}_scale").expand(by_row) for name in "qkv"}
         parts, lse = flash_attn.flash_attn_varlen_func(
             q=gather_queries(query, step.batch),
             k=key_cache,
@@ -117,6 +124,7 @@ class SharedPromptImpl(flash_attn.FlashAttentionImpl):
             scheduler_metadata=step.schedule,
             num_splits=step.num_splits,
             fa_version=3,
+            **descales,
         )
         merge_parts(parts, lse, step.batch, output)
         return output
