@@ -1,6 +1,6 @@
 """Rollouts with a model of Qwen3-VL-8B's shape and random weights: seconds, tokens a second, time a decode step.
 
-    PYTHONPATH=. python benchmarks/rollout_8b.py --output results/rollout_h100.json shared_prompt_decoding=true
+    PYTHONPATH=. python benchmarks/rollout_8b.py --output results/rollout_h100.json quantization=fp8
     PYTHONPATH=. python benchmarks/rollout_8b.py --profile shared_prompt_decoding=false
 
 Last come fields of `RolloutConfig`. Two works over the same video prompts: `drawn`, where responses end when the

@@ -26,9 +26,10 @@ pytestmark = [
 CUDA = torch.device("cuda", 0)
 FORMATS = {
     "bf16": {},
-    "fp8": {"quantization": "fp8"},
-    "fp8 with its cache": {"quantization": "fp8", "kv_cache_dtype": "fp8"},
+    "fp8": {"quantization": "fp8", "enforce_eager": True},
+    "fp8 with its cache": {"quantization": "fp8", "kv_cache_dtype": "fp8", "enforce_eager": True},
 }
+"""Settings of the engines; the first decodes in CUDA graphs."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def prompts(folder):
 def engine(folder, request):
     if request.param != "bf16" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("FP8 was tried on Hopper cards only")
-    settings = {"gpu_memory_utilization": 0.1, "max_num_seqs": 16, "enforce_eager": True, **FORMATS[request.param]}
+    settings = {"gpu_memory_utilization": 0.1, "max_num_seqs": 16, **FORMATS[request.param]}
     made = make_engine(folder, "vllm", CUDA, **settings, max_model_len=1024)
     yield made
     made.close()
