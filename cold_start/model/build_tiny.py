@@ -1,17 +1,10 @@
 """The tiny base before training: tokenizer, processor and random weights.
 
-Architecture (Qwen3-VL's, scaled down to less than three million parameters), chat template, processor and generation
-are read from `tiny_base/`; the tokenizer is trained and the weights are initialized here. Two things make the model
-cheap on a CPU:
-
-- The tokenizer is a byte-level BPE trained on texts of the toy world: their words are one token each. Any other text
-  still encodes, byte by byte if necessary.
-- Every fixed line of the judge prompt, with its newline, is one added token: ten tokens instead of about 250. The last
-  four lines (the sentence before the example answer, and the example) are one token together, so that the tags and
-  the JSON of an answer in a chain of thought remain ordinary tokens.
-
-Like Qwen3-VL's, the embedding table is padded to a multiple of 64 rows and has spare ones, so that `<Reward>` can be
-added without resizing it.
+Architecture, chat template, processor and generation are read from `tiny_base/`. The tokenizer, a byte-level BPE, is
+trained on texts of the toy world, whose words are one token each. Every fixed line of the judge prompt, with its
+newline, is one added token: ten tokens instead of about 250. The last four lines (the sentence before the example
+answer, and the example) are one token together, so that the tags and the JSON of an answer remain ordinary tokens.
+Like Qwen3-VL's, the embedding table is padded to a multiple of 64 rows and has spare ones for `<Reward>`.
 """
 
 import copy

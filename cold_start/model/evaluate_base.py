@@ -3,10 +3,9 @@
     cd cold_start; export PYTHONPATH=.:datasets
     python model/evaluate_base.py --checkpoint model/tiny_base --log model/tiny_base_train.json
 
-Clips are H.264 files. `RewardScorer` judges them greedily and once more at temperature 1, for held-out and for
-training requests. Results go under "evaluation" into the log: shares of valid answers, of attributes that the
-reasoning names correctly, of correct sub-scores, and of pairs whose better clip the model's own sub-scores find (ties
-count one half). A prior is the share of the most frequent value, the accuracy of always answering that value.
+`RewardScorer` judges H.264 clips greedily and once more at temperature 1, for held-out and for training requests.
+Results go under "evaluation" into the log: shares of valid answers, of attributes that the reasoning names correctly,
+of correct sub-scores, and of pairs whose better clip the model's own sub-scores find (ties count one half).
 """
 
 import argparse
@@ -29,8 +28,8 @@ from toy_world.render import encode_clip, sample_nuisance
 from toy_world.scene import ATTRIBUTES, DIMENSIONS, GENERATORS, NOT_ASKED, Request, Scene
 from toy_world.texts import parse_scores, phrase, write_prompt
 
-MAX_COT_TOKENS = 320
-BATCH_SIZE = 50
+NUM_PAIRS, SEED = 200, 1
+MAX_COT_TOKENS, BATCH_SIZE = 320, 50
 
 
 class Case(NamedTuple):
@@ -71,16 +70,12 @@ def judge_cases(scorer: RewardScorer, cases: Sequence[Case], *, temperature: flo
     truth = [rules.true_scores(case.request, case.scene) for case in cases]
     perception, sub_scores = {}, {}
     for name in ATTRIBUTES:
-        shown = [getattr(case.scene, name) for case in cases]
-        right = [said[name] == value for said, value in zip(named, shown, strict=True)]
-        perception[name] = {"right": _mean(right), "prior": _share_of_most_frequent(shown)}
+        pairs = [(said[name], getattr(case.scene, name)) for said, case in zip(named, cases, strict=True)]
+        perception[name] = _share_right(pairs)
     for name in DIMENSIONS:
-        asked = [(said, true[name]) for said, true in zip(given, truth, strict=True) if true[name] != NOT_ASKED]
-        right = [said is not None and said[name] == true for said, true in asked]
-        prior = _share_of_most_frequent([true for _, true in asked])
-        sub_scores[name] = {"right_if_asked": _mean(right), "prior_if_asked": prior}
-    keys = ("right_if_asked", "prior_if_asked")
-    sub_scores["mean"] = {key: _mean([sub_scores[name][key] for name in DIMENSIONS]) for key in keys}
+        pairs = [((said or {}).get(name), true[name]) for said, true in zip(given, truth, strict=True)]
+        sub_scores[name] = _share_right([pair for pair in pairs if pair[1] != NOT_ASKED])
+    sub_scores["mean"] = {key: _mean([shares[key] for shares in sub_scores.values()]) for key in ("right", "prior")}
     return {
         "num_clips": len(cases),
         "json_valid": _mean([scores is not None for scores in given]),
@@ -121,24 +116,24 @@ def _mean(values: Sequence[float]) -> float:
     return round(float(np.mean(values)), 4)
 
 
-def _share_of_most_frequent(values: Sequence[object]) -> float:
-    return round(max(Counter(values).values()) / len(values), 4)
+def _share_right(pairs: Sequence[tuple[object, object]]) -> dict[str, float]:
+    """Of pairs (said, true): the share that agrees, and the accuracy of always saying the most frequent truth."""
+    most_frequent = max(Counter(true for _, true in pairs).values())
+    return {"right": _mean([said == true for said, true in pairs]), "prior": round(most_frequent / len(pairs), 4)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--log", type=Path, help="JSON file that gets the result under the key 'evaluation'")
-    parser.add_argument("--pairs", type=int, default=200, help="pairs of clips per set of requests")
-    parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     quiet_libraries()
-    scorer = RewardScorer.from_base(args.checkpoint, seed=args.seed)
-    evaluation = {"device": "cpu", "seed": args.seed}
+    scorer = RewardScorer.from_base(args.checkpoint)
+    evaluation = {"device": "cpu", "seed": SEED}
     for name, held_out in (("held_out", True), ("training", False)):
-        cases = make_cases(scorer, num_pairs=args.pairs, seed=args.seed, held_out=held_out)
+        cases = make_cases(scorer, num_pairs=NUM_PAIRS, seed=SEED, held_out=held_out)
         evaluation[name] = judge_cases(scorer, cases)
-        torch.manual_seed(args.seed)
+        torch.manual_seed(SEED)
         evaluation[f"{name}_sampled"] = judge_cases(scorer, cases, temperature=1.0)
     if args.log:
         log = json.loads(args.log.read_text()) if args.log.exists() else {}

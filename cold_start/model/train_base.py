@@ -36,10 +36,10 @@ from toy_data import SEEN, TextBatch, ToyClip, ToyClips, make_texts
 
 logger = logging.getLogger(__name__)
 
-WARMUP_STEPS = 200
-WEIGHT_DECAY = 0.05
-BETAS = (0.9, 0.98)
-MAX_GRAD_NORM = 1.0
+LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 2e-3, 200, 0.05, (0.9, 0.98), 1.0
+NUM_HELD_OUT = 384
+"""Clips that perception is measured on."""
+STEPS_PER_MEASUREMENT = 50
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -48,27 +48,16 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=30.0, help="time limit of the training loop")
     parser.add_argument("--steps", type=int, default=700, help="optimizer steps, if the time allows")
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--workers", type=int, default=14, help="processes that render clips")
     parser.add_argument("--pool-size", type=int, default=12_000, help="training clips, rendered before training")
-    parser.add_argument("--held-out", type=int, default=384, help="held-out clips that perception is measured on")
-    parser.add_argument("--eval-steps", type=int, default=50, help="steps between two measurements")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", type=Path, default=Path("output/tiny_base"), help="where to write the checkpoint")
+    parser.add_argument("--save", type=Path, required=True, help="where to write the checkpoint")
     return parser.parse_args(argv)
 
 
 def scale_learning_rate(step: int, progress: float) -> float:
     """Factor on the learning rate: linear warm-up by steps, then a cosine in `progress`, which is in [0, 1]."""
     return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def build_optimizer(model: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)
 
 
 def render_clips(processor, *, num_clips: int, args: argparse.Namespace, held_out: bool) -> list[ToyClip]:
@@ -115,15 +104,20 @@ def measure_perception(
 def train(model: Qwen3VLForConditionalGeneration, processor, args: argparse.Namespace) -> dict[str, object]:
     """Train until the steps are done or the time is up. Returns the curve and what it took."""
     tokenizer, rng = processor.tokenizer, np.random.default_rng([args.seed, 0])
-    held_out = render_clips(processor, num_clips=args.held_out, args=args, held_out=True)
+    held_out = render_clips(processor, num_clips=min(NUM_HELD_OUT, args.pool_size), args=args, held_out=True)
     clips = render_clips(processor, num_clips=args.pool_size, args=args, held_out=False)
-    optimizer, curve, losses, start = build_optimizer(model, args.learning_rate), [], [], time.monotonic()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS)
+    curve, losses, start = [], [], time.monotonic()
     step, is_done = 0, False
     while not is_done:
         minutes = (time.monotonic() - start) / 60
         for group in optimizer.param_groups:
             progress = max(minutes / args.minutes, step / args.steps)
-            group["lr"] = args.learning_rate * scale_learning_rate(step, progress)
+            group["lr"] = LEARNING_RATE * scale_learning_rate(step, progress)
         texts = make_texts(tokenizer, clips, rng.integers(len(clips), size=args.batch_size), rng)
         logits, targets, weights = forward(model, clips, texts)
         loss = (functional.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
@@ -134,7 +128,7 @@ def train(model: Qwen3VLForConditionalGeneration, processor, args: argparse.Name
         losses.append(loss.detach())
         step += 1
         is_done = minutes >= args.minutes or step >= args.steps
-        if is_done or step % args.eval_steps == 0:
+        if is_done or step % STEPS_PER_MEASUREMENT == 0:
             perception = measure_perception(model, held_out, tokenizer, args.batch_size)
             point = {"minutes": minutes, "loss": torch.stack(losses).mean().item(), "perception": perception}
             curve.append({"step": step, **{name: round(value, 4) for name, value in point.items()}})
@@ -146,7 +140,6 @@ def train(model: Qwen3VLForConditionalGeneration, processor, args: argparse.Name
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
-    logging.getLogger("qwen_vl_utils").setLevel(logging.WARNING)  # a line for every clip otherwise
     transformers_logging.set_verbosity_error()
     torch.set_float32_matmul_precision("high")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # worker processes are forked
@@ -155,7 +148,7 @@ def main(argv: Sequence[str]) -> None:
         "seed": args.seed,
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device,
         "batch_size": args.batch_size,
-        "learning_rate": args.learning_rate,
+        "learning_rate": LEARNING_RATE,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     processor = build_processor()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from collect.engines import Judge, Sample, SampleKey
+from collect.endpoint import Judge, Sample, SampleKey
 from collect.results import CotJournal
 from collect.selection import Judgement, choose_pair, read_judgement, read_opinions
 from cot_support import DIMENSIONS, make_cot

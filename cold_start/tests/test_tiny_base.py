@@ -90,7 +90,7 @@ def test_shipped_weights_read_training_batches_as_training_left_them():
 
 
 def test_training_runs_from_nothing_and_writes_checkpoint_and_log(tmp_path):
-    sizes = ["--steps", "2", "--batch-size", "2", "--pool-size", "3", "--held-out", "2", "--workers", "1"]
+    sizes = ["--steps", "2", "--batch-size", "2", "--pool-size", "3", "--workers", "1"]
     main([*sizes, "--device", "cpu", "--save", str(tmp_path / "base")])
     log = json.loads((tmp_path / "base_train.json").read_text())
     assert (log["num_steps"], log["num_clips"], [point["step"] for point in log["curve"]]) == (2, 3, [2])

@@ -110,7 +110,7 @@ def _draw(rng: np.random.Generator, attribute: str) -> str:
 
 
 def sample_request(rng: np.random.Generator, held_out: bool) -> Request:
-    """A request whose scene is held out or not, as asked. Motions are equally frequent in both cases."""
+    """A request whose scene is held out or not, as asked."""
     values = {name: _draw(rng, name) for name in ("motion", "camera", "place", "light", "style")}
     while True:
         scene = Scene(**values, shape=_draw(rng, "shape"), color=_draw(rng, "color"))

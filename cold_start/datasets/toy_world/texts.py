@@ -139,12 +139,12 @@ def damage_json(cot: str, rng: np.random.Generator) -> str:
 
 
 def parse_scores(cot: str) -> dict[str, Score] | None:
-    """`dimensional_scores` of the first <answer> block; None unless every dimension has 0, 1, 2 or "N/A"."""
+    """`dimensional_scores` of the <answer> block; None unless every dimension has 0, 1, 2 or "N/A"."""
     body, is_closed, _ = cot.partition("<answer>")[2].partition("</answer>")
     try:
         scores = json.loads(body)["dimensional_scores"] if is_closed else {}
-        values = [scores[name] for name in DIMENSIONS]
+        values = {name: scores[name] for name in DIMENSIONS}
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    is_usable = all(value == NOT_ASKED or (type(value) is int and value in (0, 1, 2)) for value in values)
-    return dict(zip(DIMENSIONS, values, strict=True)) if is_usable else None
+    is_usable = all(value == NOT_ASKED or (type(value) is int and value in (0, 1, 2)) for value in values.values())
+    return values if is_usable else None
