@@ -94,6 +94,12 @@ class DataArguments:
         _require_at_least(self, 1, "max_length")
 
     @property
+    def video_budget(self) -> dict[str, float | None]:
+        """Fields of VideoBudget; None where the checkpoint decides."""
+        pixels = {"min_pixels": self.min_frame_pixels, "max_pixels": self.max_frame_pixels}
+        return {"fps": self.fps, "min_frames": self.min_frames, **pixels}
+
+    @property
     def mask_probability(self) -> float:
         """Probability that training masks the CoTs of a pair."""
         return self.drop_prob if self.enable_drop else 0.0
@@ -162,12 +168,6 @@ class TrainingArguments:
             "head": self.rm_head_lr,
         }
         return {part: self.learning_rate if rate is None else rate for part, rate in own.items()}
-
-
-def validate_all(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
-    """All checks that need neither a CSV nor a device. Raises ValueError."""
-    for arguments in (model, data, training):
-        arguments.validate()
 
 
 def _require_at_least(arguments: object, least: int, *names: str) -> None:

@@ -14,8 +14,9 @@ from functools import cached_property
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from losses import PairLabels
-from preference_csv import INVALID_LABEL, PREFERENCES, PreferencePair
+from arguments import DataArguments, TrainingArguments
+from losses import AGREEMENT_LOSSES, SCORE_LOSSES, PairLabels
+from preference_csv import INVALID_LABEL, PREFERENCES, CsvNeeds, PreferencePair, load_checked_pairs
 from scored_sequence import PackedSequences, ScoredSequence, SequenceBuilder, pack_sequences
 from vision_process import VideoBudget, VideoError, VideoFrames, load_video
 
@@ -174,3 +175,17 @@ class PairDataset(Dataset):
             ),
             failures=failures,
         )
+
+
+def load_checked_data(
+    path: str, builder: SequenceBuilder, budget: VideoBudget, *, data: DataArguments, training: TrainingArguments
+) -> PairDataset:
+    """The pairs of a CSV, checked. A collective. Raises CsvError that lists the faults of all rows, on every rank."""
+    needs = CsvNeeds(
+        eval_dim=data.eval_dim,
+        scores=training.loss_type in SCORE_LOSSES,
+        agreeing_scores=training.loss_type in AGREEMENT_LOSSES,
+        cots=data.mask_probability < 1.0,
+    )
+    pairs = load_checked_pairs(path, needs, budget, builder=builder, max_length=data.max_length)
+    return PairDataset(pairs, builder, budget)

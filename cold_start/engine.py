@@ -14,15 +14,11 @@ from model_qwen3 import RewardModel, parameter_groups
 from recompute import ActivationPlan
 
 PRECISIONS = ("bf16", "fp16", "torch_autocast")
+BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 SET_BY_FLAGS = {
-    "precision is set with --bf16 True or False": PRECISIONS,
-    "it is set with the learning rate flags": ("optimizer", "scheduler"),
-    "it is set with the training flags": (
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-    ),
+    **dict.fromkeys(PRECISIONS, "precision is set with --bf16 True or False"),
+    **dict.fromkeys(("optimizer", "scheduler"), "it is set with the learning rate flags"),
+    **dict.fromkeys((*BATCH_SIZES, "gradient_clipping"), "it is set with the training flags"),
 }
 """Keys of a DeepSpeed configuration that flags decide."""
 ZERO_OF_WEIGHTS = 3
@@ -38,13 +34,12 @@ def read_deepspeed_config(path: str, arguments: TrainingArguments) -> dict:
     if not Path(path).is_file():
         raise ValueError(f"--deepspeed {path}: no such file")
     config = json.loads(Path(path).read_text())
-    for reason, names in SET_BY_FLAGS.items():
-        for name in names:
-            value = config.pop(name, "auto")
-            if isinstance(value, dict):  # DeepSpeed's precisions are off unless they say enabled
-                value = value.get("enabled", name not in PRECISIONS)
-            if value is not False and value != "auto":
-                raise ValueError(f"{path}: remove {name!r}; {reason}")
+    for name, reason in SET_BY_FLAGS.items():
+        value = config.pop(name, "auto")
+        if isinstance(value, dict):  # DeepSpeed's precisions are off unless they say enabled
+            value = value.get("enabled", name not in PRECISIONS)
+        if value is not False and value != "auto":
+            raise ValueError(f"{path}: remove {name!r}; {reason}")
     config["train_micro_batch_size_per_gpu"] = arguments.per_device_train_batch_size
     config["gradient_accumulation_steps"] = arguments.gradient_accumulation_steps
     config["gradient_clipping"] = arguments.max_grad_norm
@@ -95,21 +90,18 @@ def step_engine(engine, *, step: int) -> float:
     Raises NonFiniteError before any weight changes. ZeRO checks the norm itself and then skips the update; without
     ZeRO it is checked here.
     """
-    if engine.zero_optimization():
+    has_zero = engine.zero_optimization()
+    if has_zero:
         engine.step()
         norm = float(engine.get_global_grad_norm())
-        _require_finite(norm, step)
-        return norm
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
-    _require_finite(norm, step)
-    engine.step()
-    return norm
-
-
-def _require_finite(norm: float, step: int) -> None:
+    else:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
     if not math.isfinite(norm) or norm < 0:
         raise NonFiniteError(f"gradient norm is not finite at step {step}; lower the learning rate or check its data")
+    if not has_zero:
+        engine.step()
+    return norm
 
 
 def gather_trained_weights(engine) -> dict[str, torch.Tensor]:

@@ -68,7 +68,13 @@ class RewardTrainer:
     def train(self) -> None:
         """Run to the last step, logging, evaluating and saving on the way; the last step always saves."""
         schedule, window, is_main = self.schedule, LogWindow(self.engine.device), self.engine.global_rank == 0
-        tracker = self._build_tracker()
+        tracker = Tracker(
+            Path(self.arguments.output_dir),
+            report_to=self.arguments.report_to,
+            run_name=self.arguments.run_name,
+            config=dataclasses.asdict(self.arguments) | dataclasses.asdict(self.data_arguments),
+            start_step=self.global_step,
+        )
         bar = progress(total=schedule.num_steps, initial=self.global_step, description="train", disable=not is_main)
         for micro_batches in self._steps():
             sums, grad_norm = self.train_step(micro_batches)
@@ -76,7 +82,7 @@ class RewardTrainer:
             window.add(sums, grad_norm=grad_norm)
             bar.update()
             if schedule.is_due(self.global_step, schedule.logging_steps):
-                means = window.means()
+                means, window = window.means(), LogWindow(self.engine.device)
                 self._log(tracker, means | self._learning_rates())
                 bar.set_postfix({n: f"{means[n]:.3f}" for n in ("loss", "accuracy") if n in means}, refresh=False)
             if self.eval_data is not None and schedule.is_due(self.global_step, schedule.eval_steps):
@@ -113,7 +119,7 @@ class RewardTrainer:
         return sums, step_engine(self.engine, step=self.global_step + 1)
 
     def _count_contributing_pairs(self, micro_batches: list[PairBatch]) -> float:
-        """Pairs that the loss uses in this step, over all ranks and micro-batches."""
+        """Over all ranks and micro-batches."""
         count = sum(int(batch.labels.contributes(self.arguments.loss_type).sum()) for batch in micro_batches)
         total = torch.tensor([float(count)], device=self.engine.device)
         dist.all_reduce(total)
@@ -200,15 +206,6 @@ class RewardTrainer:
 
     def _learning_rates(self) -> dict[str, float]:
         return {f"lr/{group['name']}": group["lr"] for group in self.engine.basic_optimizer.param_groups}
-
-    def _build_tracker(self) -> Tracker:
-        return Tracker(
-            Path(self.arguments.output_dir),
-            report_to=self.arguments.report_to,
-            run_name=self.arguments.run_name,
-            config=dataclasses.asdict(self.arguments) | dataclasses.asdict(self.data_arguments),
-            start_step=self.global_step,
-        )
 
     def _log(self, tracker: Tracker, values: dict[str, float]) -> dict[str, float]:
         """Record scalars of this step; returns them with the epoch."""

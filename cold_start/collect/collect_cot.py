@@ -27,9 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from transformers import AutoProcessor
-
-from checkpoint import choose_format_prompt, choose_video_budget, fingerprint_weights
+from checkpoint import RewardConfig, fingerprint_weights, load_builder
 from collect import local_server
 from collect.endpoint import VIDEO_FORMS, Endpoint, Judge, Sample, SampleKey, VideoFailure, VideoJob
 from collect.results import ANSWER_COLUMN, CollectReport, CotJournal, Row, annotate, judge_samples
@@ -37,9 +35,9 @@ from collect.selection import read_opinions
 from descore.csv_table import CsvTable, parse_two_paths
 from descore.progress import progress
 from infer_utils.scorer import MAX_COT_TOKENS
-from model_qwen3 import add_reward_token, quiet_libraries
+from model_qwen3 import quiet_libraries
 from preference_csv import CsvNeeds, read_pairs, require_clean
-from scored_sequence import NUM_CLOSING_TOKENS, SequenceBuilder
+from scored_sequence import NUM_CLOSING_TOKENS
 from vision_process import VideoError, probe_videos
 
 logger = logging.getLogger(__name__)
@@ -201,38 +199,26 @@ def check_output(options: argparse.Namespace, rows: Sequence[Row]) -> Path:
 def build_judge(options: argparse.Namespace) -> Judge:
     """The model with training's prompts and frames. Raises ValueError if the processor cannot be loaded."""
     source = options.processor or options.model
+    changes = {name: getattr(options, name) for name in ("fps", "min_frames", "min_pixels", "max_pixels")}
+    config = RewardConfig.resolve(source, format_prompt=options.format_prompt, **changes)
     try:
-        processor = AutoProcessor.from_pretrained(source)
-        add_reward_token(processor)
-    except (OSError, ValueError, AttributeError) as error:  # of the last kind: a processor of another kind of model
+        builder = load_builder(source, config)
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: of another kind of model
         remedy = "Give the folder or hub name of a Qwen3-VL with --processor."
         raise ValueError(f"{source} has no Qwen3-VL processor: {error}\n{remedy}") from error
-    changes = {name: getattr(options, name) for name in ("fps", "min_frames", "min_pixels", "max_pixels")}
-    budget = choose_video_budget(source, **changes)
-    given = read_file(options.format_prompt, "--format_prompt")
-    builder = SequenceBuilder(processor, format_prompt=choose_format_prompt(source, given))
-    return Judge(options.model, builder, budget, **{name: getattr(options, name) for name in SAMPLING})
+    return Judge(options.model, builder, config.video, **{name: getattr(options, name) for name in SAMPLING})
 
 
 def build_endpoint(options: argparse.Namespace, judge: Judge) -> Endpoint:
     """The server; its URL is empty until one is started here."""
-    key = read_file(options.api_key_file, "--api_key_file")
     return Endpoint(
         judge,
         url=options.endpoint or "",
-        api_key=key and key.strip(),
+        api_key=Path(options.api_key_file).read_text().strip() if options.api_key_file else None,
         timeout=options.timeout,
         concurrency=options.concurrency,
         send_video=options.send_video if options.endpoint else "frames",
     )
-
-
-def read_file(path: str | None, flag: str) -> str | None:
-    """The text of a flag's file. Raises ValueError that names the flag."""
-    try:
-        return None if path is None else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag} {path} is not a readable text file: {error}") from error
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -280,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     quiet_libraries()
     try:
         report = collect(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"collect_cot: {error}\n")
         return 2
     except KeyboardInterrupt:

@@ -8,19 +8,12 @@ rewards = scorer.score(["a.mp4", "b.mp4"], prompts=["a red circle moves left"] *
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from checkpoint import (
-    LoadedReward,
-    RewardConfig,
-    build_reward_model,
-    choose_video_budget,
-    load_builder,
-    load_reward_model,
-)
+from checkpoint import LoadedReward, RewardConfig, build_reward_model, load_builder, load_reward_model
 from descore.progress import progress
 from scored_sequence import EncodedPrompt, SequenceBuilder, judge_problem, pack_sequences
 from vision_process import load_video
@@ -61,10 +54,8 @@ class RewardScorer:
     def from_base(cls, path: str | os.PathLike, *, seed: int = 0) -> "RewardScorer":
         """A base model with a fresh head, in fp32 on the CPU: the start of training, for comparison."""
         torch.manual_seed(seed)
-        builder = load_builder(path)
-        config = RewardConfig(
-            base_model=str(path), video=choose_video_budget(path), format_prompt=builder.format_prompt.text
-        )
+        config = replace(RewardConfig.resolve(path), base_model=str(path))
+        builder = load_builder(path, config)
         model = build_reward_model(str(path), builder.processor, reward_token=config.reward_token, dtype=torch.float32)
         return cls(LoadedReward(model.requires_grad_(False).eval(), builder, config))
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from checkpoint import choose_video_budget
+from checkpoint import RewardConfig
 from collect import collect_cot, endpoint
 from collect.collect_cot import build_judge, parse_options
 from collect.endpoint import encode_clip, encode_frames
@@ -43,7 +43,7 @@ from verl.reward.function import load_reward_function
 from vision_process import load_video
 
 REWARD_FILE = STAGE_DIR.parent / "dual_rl" / "examples" / "reward_function" / "r1ta_subdim_head.py"
-BUDGET = choose_video_budget(TINY_BASE)
+BUDGET = RewardConfig.resolve(TINY_BASE).video
 LABELS = ["A", "B", "same", "invalid", "A", "B"]
 
 
@@ -322,7 +322,7 @@ def test_wrong_settings_and_files_are_refused_and_none_is_destroyed(server, tmp_
     refuse(path, "out.csv", "has no model 'other', only judge", model="other")
     refuse(path, "out.csv", "and a CoT of 4090 exceed the model's 4096", max_tokens=4090)
     refuse(path, "out.csv", "with --processor", processor=STAGE_DIR / "ds_config")
-    refuse(path, "out.csv", "--api_key_file nowhere", api_key_file="nowhere")
+    refuse(path, "out.csv", "No such file or directory: 'nowhere'", api_key_file="nowhere")
     refuse(path, "out.csv", "cannot be reached", endpoint="http://127.0.0.1:9/v1")
     refuse(path, "pairs.csv", "--output is the input")
     refuse(path, "mine.csv", "collect_cot did not write it")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from arguments import DataArguments, ModelArguments, TrainingArguments
+from arguments import DataArguments, TrainingArguments
 from checkpoint import STATE_FILE, RewardConfig
+from data import load_checked_data
 from engine import read_deepspeed_config
-from preflight import build_config, load_checked_data
 from run_folder import find_resume, list_checkpoints
 from scored_sequence import DEFAULT_FORMAT_PROMPT
 from stage1_support import SMALL_BUDGET, write_pairs_csv
@@ -46,15 +46,13 @@ def test_resuming_that_would_mix_two_runs_is_refused(output, tmp_path):
 
 
 def test_format_prompt_of_the_base_holds_unless_another_is_given(tmp_path, caplog):
-    base = ModelArguments(model_name_or_path=str(tmp_path))
-    assert build_config(base, DataArguments()).format_prompt == DEFAULT_FORMAT_PROMPT
+    assert RewardConfig.resolve(tmp_path).format_prompt == DEFAULT_FORMAT_PROMPT
     RewardConfig(base_model=None, video=SMALL_BUDGET, format_prompt="So: {{ content }}").save(tmp_path)
-    assert build_config(base, DataArguments()).format_prompt == "So: {{ content }}"
+    assert RewardConfig.resolve(tmp_path).format_prompt == "So: {{ content }}"
     assert caplog.text == ""
-
     (tmp_path / "mine.jinja").write_text("{{ content }}!")
-    given = DataArguments(format_prompt=str(tmp_path / "mine.jinja"))
-    assert build_config(base, given).format_prompt == "{{ content }}!"
+    given = str(tmp_path / "mine.jinja")
+    assert RewardConfig.resolve(tmp_path, format_prompt=given).format_prompt == "{{ content }}!"
     assert f"flags override the format prompt of {tmp_path}" in caplog.text
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from arguments import DataArguments, TrainingArguments
 from checkpoint import load_builder
-from preflight import load_checked_data
+from data import load_checked_data
 from stage1_support import SMALL_BUDGET, TINY_BASE, forkserver, free_port, write_pairs_csv
 from utils import report_error, run_on_main_process
 
