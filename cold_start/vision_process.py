@@ -93,28 +93,18 @@ def probe_videos(
     """
 
     def check(path: str) -> tuple:
-        header = probe_video(path, min_frames=2)
+        header = probe_video(path, min_frames=budget.min_frames)
         for _ in range(2 * should_decode):
             load_video(path, budget)
         return dataclasses.astuple(header)
 
     def key(path: str) -> str:
         stat = os.stat(existing_file(path))
-        return digest("video", path, stat.st_size, stat.st_mtime_ns, budget if should_decode else None)
+        settings = (budget.min_frames, budget if should_decode else None)
+        return digest("video", path, stat.st_size, stat.st_mtime_ns, *settings)
 
     found = check_all(paths, check, key=key, description="videos", num_threads=num_check_threads(), is_quiet=is_quiet)
-    return {path: _with_enough_frames(path, result, budget) for path, result in found.items()}
-
-
-def _with_enough_frames(path: str, result: object, budget: VideoBudget) -> VideoHeader | VideoError:
-    if isinstance(result, VideoError):
-        return result
-    header = VideoHeader(*result)
-    try:
-        _require_frames(path, header.total_frames, budget.min_frames)
-    except VideoError as error:
-        return error
-    return header
+    return {path: value if isinstance(value, VideoError) else VideoHeader(*value) for path, value in found.items()}
 
 
 def load_video(path: str | os.PathLike, budget: VideoBudget, *, size_factor: int = 32) -> VideoFrames:
