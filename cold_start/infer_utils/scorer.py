@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import LoadedReward, RewardConfig, build_reward_model, load_builder, load_reward_model
 from descore.progress import progress
-from scored_sequence import EncodedPrompt, SequenceBuilder, judge_problem, pack_sequences
+from scored_sequence import EncodedPrompt, judge_problem, pack_sequences
 from vision_process import load_video
 
 MAX_COT_TOKENS = 4096
@@ -122,9 +122,17 @@ class RewardScorer:
         with _stock_text_attention(self.model):
             for start in progress(range(0, len(encoded), batch_size), description="writing CoTs", leave=False):
                 batch = encoded[start : start + batch_size]
-                inputs = left_padded_inputs(batch, self.builder, device=self.model.device)
+                ids = [prompt.input_ids for prompt in batch]
+                input_ids = pad_sequence(ids, True, tokenizer.pad_token_id, padding_side="left")
+                inputs = {
+                    "input_ids": input_ids,
+                    "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, padding_side="left"),
+                    "mm_token_type_ids": (input_ids == processor.video_token_id).int() * 2,
+                    "pixel_values_videos": torch.cat([prompt.pixel_values for prompt in batch]),
+                    "video_grid_thw": torch.tensor([prompt.grid_thw for prompt in batch]),
+                }
                 output = self.model.generator.generate(
-                    **inputs,
+                    **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
                     do_sample=temperature > 0,
                     **sampling,
                     max_new_tokens=max_new_tokens,
@@ -133,26 +141,10 @@ class RewardScorer:
                     eos_token_id=tokenizer.eos_token_id,
                     pad_token_id=tokenizer.pad_token_id,
                 )
-                for row in output[:, inputs["input_ids"].shape[1] :].tolist():
+                for row in output[:, input_ids.shape[1] :].tolist():
                     ids = row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
                     cots.append(Cot(tuple(ids), tokenizer.decode(ids)))
         return cots
-
-
-def left_padded_inputs(
-    encoded: Sequence[EncodedPrompt], builder: SequenceBuilder, *, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Inputs of `generate` for prompts of different lengths; token tensors are int64 [num_prompts, longest]."""
-    ids = [prompt.input_ids for prompt in encoded]
-    input_ids = pad_sequence(ids, True, builder.tokenizer.pad_token_id, padding_side="left")
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, padding_side="left"),
-        "mm_token_type_ids": (input_ids == builder.processor.video_token_id).int() * 2,
-        "pixel_values_videos": torch.cat([prompt.pixel_values for prompt in encoded]),
-        "video_grid_thw": torch.tensor([prompt.grid_thw for prompt in encoded]),
-    }
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 @contextmanager
