@@ -37,7 +37,7 @@ from cot_support import (
 from data import PairDataset, PairDraw
 from descore.answers import parse_annotation
 from preference_csv import CsvNeeds, read_pairs
-from stage1_support import STAGE_DIR, TINY_BASE, write_pairs_csv
+from stage1_support import STAGE_DIR, TINY_BASE
 from toy_world.tables import read_table
 from verl.reward.function import load_reward_function
 from vision_process import load_video
@@ -259,19 +259,6 @@ def test_prompt_of_another_length_is_reported_or_ends_the_run(server, bare_csv, 
     assert "the server's prompt of 7 tokens is not training's" in capsys.readouterr().err
 
 
-def test_files_are_sent_as_they_are_and_the_key_with_them(server, bare_csv, output, tmp_path, clips, monkeypatch):
-    key = tmp_path / "key"
-    key.write_text("secret\n")
-    monkeypatch.setenv("OPENAI_API_KEY", "for another server")
-    options = {"send_video": "file", "num_samples": 1, "temperature": 0, "seed": 3}
-    assert run_collect(bare_csv, output, server, **options) == 0
-    assert run_collect(bare_csv, tmp_path / "again.csv", server, **options, api_key_file=key) == 0
-    assert server.keys == {"Bearer EMPTY", "Bearer secret"}
-    sent = {base64.b64decode(sent_url(request).partition(",")[2]) for request in server.requests}
-    assert sent == {clip.read_bytes() for clip in clips}
-    assert {(request["temperature"], request["max_tokens"]) for request in server.requests} == {(0.0, 512)}
-
-
 def test_cots_and_answers_that_exist_stay(server, output, tmp_path, clips):
     cells = {"CoT_A": ["mine", "", make_cot([2] * 5, 4)], "CoT_B": ["mine too", "half", make_cot([1] * 5, 3)]}
     answers = ["Video 1 is better", "", ""]
@@ -306,36 +293,35 @@ def test_other_columns_come_out_as_they_went_in_and_opinions_make_the_answer(ser
 def test_wrong_settings_and_files_are_refused_and_none_is_destroyed(server, tmp_path, clips, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(endpoint, "NUM_RETRIES", 0)
-    os.symlink(clips[0], "a.mp4")
-    Path("deeper").mkdir()
     Path("mine.csv").write_text("a,b\n")
+    Path("key").write_text("secret\n")
     path = write_bare_csv(tmp_path / "pairs.csv", clips, labels=["A", "B"])
-    content = path.read_bytes()
-
-    def refuse(csv_path: Path, output: str, message: str, **options: object) -> None:
-        assert run_collect(csv_path, Path(output), server, **options) == 2
+    for output, message, options in (
+        ("out.csv", "has no model 'other', only judge", {"model": "other"}),
+        ("out.csv", "and a CoT of 4090 exceed the model's 4096", {"max_tokens": 4090}),
+        ("out.csv", "with --processor", {"processor": STAGE_DIR / "ds_config"}),
+        ("out.csv", "cannot be reached", {"endpoint": "http://127.0.0.1:9/v1"}),
+        ("pairs.csv", "--output is the input", {}),
+        ("mine.csv", "collect_cot did not write it", {}),
+    ):
+        assert run_collect(path, Path(output), server, **options) == 2
         assert message in capsys.readouterr().err
-
-    def refuse_row(message: str, output: str = "out.csv", **columns: list[str]) -> None:
-        refuse(write_bare_csv(tmp_path / "one.csv", clips, labels=["A"], **columns), output, message)
-
-    refuse(path, "out.csv", "has no model 'other', only judge", model="other")
-    refuse(path, "out.csv", "and a CoT of 4090 exceed the model's 4096", max_tokens=4090)
-    refuse(path, "out.csv", "with --processor", processor=STAGE_DIR / "ds_config")
-    refuse(path, "out.csv", "No such file or directory: 'nowhere'", api_key_file="nowhere")
-    refuse(path, "out.csv", "cannot be reached", endpoint="http://127.0.0.1:9/v1")
-    refuse(path, "pairs.csv", "--output is the input")
-    refuse(path, "mine.csv", "collect_cot did not write it")
-    refuse_row("which the video paths are relative to", "deeper/out.csv", videos=["['a.mp4', 'a.mp4']"])
-    refuse_row("row 1, video B: video not found", videos=["['a.mp4', 'b.mp4']"])
-    refuse_row("row 1, video A: problem contains the reserved token", problem=["<video><Reward>"])
-    refuse(write_pairs_csv(tmp_path / "whole.csv", clips, labels=["A"]), "out.csv", "every row has both CoTs")
+    for columns, message in (
+        ({"videos": ["['a.mp4', 'b.mp4']"]}, "row 1, video A: video not found"),
+        ({"problem": ["<video><Reward>"]}, "row 1, video A: problem contains the reserved token"),
+    ):
+        faulty = write_bare_csv(tmp_path / "one.csv", clips, labels=["A"], **columns)
+        assert run_collect(faulty, Path("out.csv"), server) == 2
+        assert message in capsys.readouterr().err
     assert Path("mine.csv").read_text() == "a,b\n"
-    assert not Path("out.csv").exists()
     assert server.requests == []
 
-    assert run_collect(path, Path("mine.csv"), server, overwrite=True) == 0
-    refuse(path, "mine.csv", "sampling (", temperature=0.5)
-    refuse(path, "mine.csv", "source ('endpoint, clip' there, 'endpoint, file' now)", send_video="file")
-    assert run_collect(path, Path("mine.csv"), server, overwrite=True, temperature=0.5) == 0
-    assert path.read_bytes() == content
+    sent_as_files = {"overwrite": True, "send_video": "file", "api_key_file": "key"}
+    assert run_collect(path, Path("mine.csv"), server, **sent_as_files) == 0
+    assert server.keys == {"Bearer secret"}
+    sent = {base64.b64decode(sent_url(request).partition(",")[2]) for request in server.requests}
+    assert sent == {clip.read_bytes() for clip in clips[:4]}
+    assert run_collect(path, Path("mine.csv"), server, temperature=0.5) == 2
+    message = capsys.readouterr().err
+    assert "sampling (" in message
+    assert "source ('endpoint, file' there, 'endpoint, clip' now)" in message

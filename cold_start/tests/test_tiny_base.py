@@ -1,14 +1,13 @@
 """The shipped tiny base: made for the judge's format, and able to judge clips that it never saw."""
 
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLForConditionalGeneration
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
-from build_tiny import REWARD_CONFIG_NAME, TINY_BUDGET, VISION_TOKENS, judge_prompt_tokens
+from build_tiny import REWARD_CONFIG_NAME, judge_prompt_tokens
 from evaluate_base import judge_cases, make_cases
 from infer_utils import RewardScorer
 from scored_sequence import judge_problem
@@ -28,33 +27,6 @@ def tokenizer():
 
 def encode(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def test_checkpoint_is_small_and_names_its_video_budget_and_special_tokens(tokenizer):
-    assert sum(path.stat().st_size for path in TINY_BASE.iterdir()) <= 8_000_000
-    assert json.loads((TINY_BASE / REWARD_CONFIG_NAME).read_text()) == {"video": asdict(TINY_BUDGET)}
-    config, generation = AutoConfig.from_pretrained(TINY_BASE), GenerationConfig.from_pretrained(TINY_BASE)
-    for name, token in VISION_TOKENS.items():
-        assert getattr(config, name) == tokenizer.convert_tokens_to_ids(token)
-    assert generation.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert len(tokenizer) < config.text_config.vocab_size  # <Reward> fits in
-    assert config.text_config.vocab_size % 64 == 0
-
-
-def test_chat_template_has_the_layout_of_qwen3_vl():
-    content = [{"type": "text", "text": "See"}, {"type": "video"}, {"type": "image"}]
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
-    processor = AutoProcessor.from_pretrained(TINY_BASE)
-    assert processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\nSee<|vision_start|><|video_pad|><|vision_end|>"
-        "<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
-@pytest.mark.parametrize("text", ["cafe\u0301, na\u00efve \u6f22\u5b57 \U0001f3ac", "\t a  b\r\n\n\x00", EXAMPLE_JSON])
-def test_tokenizer_round_trips_any_text(tokenizer, text):
-    assert tokenizer.decode(encode(tokenizer, text)) == text
 
 
 def test_fixed_lines_of_the_judge_prompt_are_tokens_and_answers_are_ordinary_text(tokenizer):

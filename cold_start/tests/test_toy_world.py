@@ -1,6 +1,5 @@
 """The toy world: what is rendered, how it is scored, what the data set promises."""
 
-import itertools
 import re
 from dataclasses import replace
 
@@ -108,35 +107,6 @@ def test_subject_moves_as_named(motion, axis, sign):
     assert np.abs(steps[:, 1 - axis]).max() < 1
     moved = abs(centroids[-1, axis] - centroids[0, axis]) / NUISANCE.width
     assert moved == pytest.approx(np.mean(render.TRAVEL_RANGE), abs=0.02)
-
-
-@pytest.mark.parametrize(
-    ("changes", "low", "high"),
-    [({"motion": "grows"}, 2.5, 4.5), ({"motion": "shrinks"}, 0.22, 0.4), ({"camera": "zooms in"}, 1.7, 2.4)],
-)
-def test_subject_grows_as_named(changes, low, high):
-    centroids, areas = subject_track(replace(SCENE, **changes))
-    assert low < areas[-1] / areas[0] < high
-    assert np.ptp(centroids, axis=0).max() < 1
-
-
-@pytest.mark.parametrize(("camera", "sign"), [("pans left", 1), ("pans right", -1)])
-def test_pan_moves_background_and_subject_together(camera, sign):
-    shown = replace(SCENE, camera=camera)
-    first, last = draw(shown, 0, 2)[:, :20, ::sign]  # rows above the subject
-    errors = {shift: np.abs(first[:, :-shift] - last[:, shift:]).mean() for shift in range(1, 40)}
-    shift = min(errors, key=errors.get)
-    assert shift == pytest.approx(np.mean(render.PAN_RANGE) * NUISANCE.width, abs=1)
-    centroids, _ = subject_track(shown)
-    assert sign * (centroids[-1, 0] - centroids[0, 0]) == pytest.approx(shift, abs=1.5)
-
-
-def test_every_color_stands_out_from_every_background_in_both_renderings():
-    for values in itertools.product(*(scene.ATTRIBUTES[name] for name in ("color", "place", "light"))):
-        shown = replace(SCENE, color=values[0], place=values[1], light=values[2])
-        for rendering in ("usual", "changed"):
-            (frame,) = draw(shown, 0, rendering=rendering)
-            assert np.linalg.norm(frame[55, 50] - frame[:20].mean(axis=(0, 1))) > 80, shown
 
 
 def test_world_is_reproducible_resumes_and_takes_more_held_out_sets(tmp_path):
