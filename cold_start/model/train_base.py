@@ -6,7 +6,7 @@
 
 Supervised training on chains of thought that describe what the clip shows. Tokens that carry information (what is
 seen, verdicts, scores) have larger weights in the loss. Training ends after `--steps` or at the time limit, with a
-learning rate of zero. The log is written beside the checkpoint, FOLDER_train.json.
+learning rate of zero. The log, FOLDER_train.json beside the checkpoint, ends with an evaluation of what is saved.
 
 The default number of steps is small on purpose: later stages should have something to improve, and from about 1,000
 steps on the model learns which (color, shape, motion) triples never occur, and mistakes held-out clips for others.
@@ -19,6 +19,7 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,12 @@ from transformers import Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from build_tiny import build_model, build_processor, save_checkpoint
+from infer_utils import RewardScorer
+from scored_sequence import judge_problem
 from toy_data import SEEN, TextBatch, ToyClip, ToyClips, make_texts
+from toy_world import scene as rules
+from toy_world.render import encode_clip, sample_nuisance
+from toy_world.texts import parse_scores, write_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +46,7 @@ LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 2e-3, 200, 0.0
 NUM_HELD_OUT = 384
 """Clips that perception is measured on."""
 STEPS_PER_MEASUREMENT = 50
+NUM_EVALUATED_PAIRS, MAX_COT_TOKENS = 200, 320
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -137,6 +144,48 @@ def train(model: Qwen3VLForConditionalGeneration, processor, args: argparse.Name
     return {"num_steps": step, "minutes": round(minutes, 2), "num_clips": len(clips), "curve": curve}
 
 
+def evaluate(checkpoint: Path, *, num_pairs: int) -> dict[str, float]:
+    """What a checkpoint can do with the code that users run: greedy judgements of two clips for each held-out request.
+
+    Shares of valid answers, of right sub-scores where they are asked for, and of pairs without a true tie whose better
+    clip the model's own sub-scores find (ties count one half).
+    """
+    scorer, rng = RewardScorer.from_base(checkpoint), np.random.default_rng(1)
+    prompts, truth = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        for _ in range(num_pairs):
+            request = rules.sample_request(rng, held_out=True)
+            problem = judge_problem(write_prompt(request, rng))
+            for _ in range(2):
+                generator = rules.choose(rng, tuple(rules.GENERATORS))
+                scene = rules.sample_clip_scene(request, rng, held_out=True, generator=generator)
+                encode_clip(path, scene, sample_nuisance(rng))
+                prompts += scorer.encode([path], problems=[problem])
+                truth.append(rules.true_scores(request, scene))
+    cots = scorer.write_cots(prompts, max_new_tokens=MAX_COT_TOKENS, repetition_penalty=1.0)
+    given = [parse_scores(cot.text) for cot in cots]
+    asked = [(said or {}, true, name) for said, true in zip(given, truth, strict=True) for name in true]
+    right = [said.get(name) == true[name] for said, true, name in asked if true[name] != rules.NOT_ASKED]
+    outcomes = []
+    for index in range(0, len(truth), 2):
+        true, own = (np.sign(_difference(*scores[index : index + 2])) for scores in (truth, given))
+        outcomes += [0.5 + true * own / 2] if true else []
+    return {
+        "json_valid": _mean([scores is not None for scores in given]),
+        "sub_scores_right": _mean(right),
+        "pair_accuracy": _mean(outcomes),
+    }
+
+
+def _difference(scores_a: dict | None, scores_b: dict | None) -> int:
+    return rules.utility(scores_a) - rules.utility(scores_b) if scores_a and scores_b else 0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(float(np.mean(values)), 4)
+
+
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
@@ -155,6 +204,8 @@ def main(argv: Sequence[str]) -> None:
     model = build_model(processor.tokenizer, seed=args.seed).to(args.device).train()
     log |= {"num_parameters": model.num_parameters(), **train(model, processor, args)}
     save_checkpoint(model, processor, args.save)
+    log["evaluation"] = evaluate(args.save, num_pairs=min(NUM_EVALUATED_PAIRS, args.pool_size))
+    logger.info("%s", log["evaluation"])
     args.save.with_name(f"{args.save.name}_train.json").write_text(json.dumps(log, indent=1) + "\n")
 
 
