@@ -35,7 +35,6 @@ from model_qwen3 import (
     RewardModel,
     add_reward_token,
     hub_name,
-    initial_reward_embedding,
     load_backbone,
     require_qwen3_vl,
 )
@@ -133,7 +132,14 @@ def save_reward_files(
     tuned = {hub_name(n): t for n, t in weights.items() if n.startswith("backbone.") and "lora_" not in n}
     save_file({**tuned, ROW_KEY: weights[ROW_KEY]}, folder / TUNED_FILE, metadata={"format": "pt"})
     if isinstance(model.backbone, PeftModel):
-        _save_adapter(folder, model.backbone, weights, processor)
+        lora = {name.removeprefix("backbone."): tensor for name, tensor in weights.items() if "lora_" in name}
+        adapter = get_peft_model_state_dict(model.backbone, state_dict=lora, save_embedding_layers=False)
+        adapter[PEFT_ROW_KEY] = weights[ROW_KEY].unsqueeze(0)
+        save_file(adapter, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        peft_config = copy.deepcopy(model.backbone.peft_config[model.backbone.active_adapter])
+        peft_config.trainable_token_indices = {EMBEDDING_MODULE: [reward_token_id(processor.tokenizer)]}
+        peft_config.inference_mode = True
+        peft_config.save_pretrained(folder)
     processor.save_pretrained(folder)
     _apply_umask(folder)
     config.save(folder)
@@ -145,17 +151,6 @@ def _apply_umask(folder: Path) -> None:
     os.umask(umask)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o666 & ~umask)
-
-
-def _save_adapter(folder: Path, backbone: PeftModel, weights: dict[str, torch.Tensor], processor) -> None:
-    lora = {name.removeprefix("backbone."): tensor for name, tensor in weights.items() if "lora_" in name}
-    adapter = get_peft_model_state_dict(backbone, state_dict=lora, save_embedding_layers=False)
-    adapter[PEFT_ROW_KEY] = weights[ROW_KEY].unsqueeze(0)
-    save_file(adapter, folder / ADAPTER_FILE, metadata={"format": "pt"})
-    config = copy.deepcopy(backbone.peft_config[backbone.active_adapter])
-    config.trainable_token_indices = {EMBEDDING_MODULE: [reward_token_id(processor.tokenizer)]}
-    config.inference_mode = True
-    config.save_pretrained(folder)
 
 
 def save_head(path: Path, weight: torch.Tensor) -> None:
@@ -228,7 +223,8 @@ def build_reward_model(path: str, processor, *, reward_token: RewardTokenMode, d
         model.reward_token = reward_token
         return model
     backbone = load_backbone(path, dtype=dtype, num_tokens=len(processor.tokenizer))
-    row = initial_reward_embedding(backbone, reward_token_id(processor.tokenizer))
+    token_id = reward_token_id(processor.tokenizer)
+    row = backbone.get_input_embeddings().weight[:token_id].float().mean(dim=0)  # of the tokens before it
     return RewardModel(backbone, reward_embedding=row, reward_token=reward_token)
 
 

@@ -136,19 +136,15 @@ class PairDataset(Dataset):
         return digest.hexdigest()[:16]
 
     def __getitem__(self, draw: PairDraw) -> EncodedPair | PairFailure:
-        pair = self.pairs[draw.index]
+        pair, builder, sequences = self.pairs[draw.index], self.builder, []
         try:
-            sequences = [
-                self._build(pair.problem, video, "" if draw.is_masked else cot)
-                for video, cot in ((pair.video_a, pair.cot_a), (pair.video_b, pair.cot_b))
-            ]
+            for video, cot in ((pair.video_a, pair.cot_a), (pair.video_b, pair.cot_b)):
+                frames = load_video(video, self.budget, size_factor=builder.size_factor)
+                cot_ids = builder.encode_cot("" if draw.is_masked else cot)
+                sequences.append(builder.build(builder.encode_prompt(pair.problem, frames), cot_ids))
         except VideoError as error:
             return PairFailure(row=pair.row, message=str(error))
         return EncodedPair(*sequences, label=pair.label, score_a=pair.score_a, score_b=pair.score_b)
-
-    def _build(self, problem: str, video: str, cot: str) -> ScoredSequence:
-        frames = load_video(video, self.budget, size_factor=self.builder.size_factor)
-        return self.builder.build(self.builder.encode_prompt(problem, frames), self.builder.encode_cot(cot))
 
     def _placeholder(self) -> EncodedPair:
         """A pair of blank clips that no loss counts."""

@@ -1,13 +1,8 @@
 """Samples chains of thought (CoTs) on an OpenAI-compatible server.
 
-Frames are sampled and resized here, by training's own function. What the server reads depends on how they are sent:
-
-- `clip`: as a small lossless clip, at the rate that spreads them over the length of the video. A server that samples 2
-  frames per second and at least 4 reads all of them. A timestamp may differ from training's in its last digit: frames
-  of a clip are evenly spaced, the sampled ones only nearly so.
-- `frames`: as PNG with their indices, in vLLM's own format. The prompt is training's, token for token. The server must
-  be vLLM, started with --trust-request-mm-kwargs.
-- `file`: as the video file, which the server samples and resizes in its own way.
+Frames are sampled and resized here, by training's own function. What the server reads depends on how they are sent: as
+a small lossless clip at the rate that spreads them over the length of the video, as PNG with their indices in vLLM's
+own format, or as the video file (see the README).
 """
 
 import asyncio
@@ -172,14 +167,14 @@ class Endpoint:
                 for key in job.keys:
                     call = client.chat.completions.create(**request, seed=self.judge.seed_of(key))
                     put(self._read(job, key, await self._request(call)))
-            except (VideoError, RequestError) as error:
+            except (VideoError, RequestError, OSError) as error:
                 put(VideoFailure(job.row, job.side, str(error)))
 
     def _build_request(self, job: VideoJob) -> dict[str, object]:
         """The arguments of a video's requests, apart from the seed."""
         judge, fields = self.judge, {}
         if self.send_video == "file":
-            url = _data_url("video/mp4", [_read_video(job.path)])
+            url = _data_url("video/mp4", [Path(job.path).read_bytes()])
         else:
             video = load_video(job.path, judge.budget, size_factor=judge.builder.size_factor)
             url, fields = encode_frames(video) if self.send_video == "frames" else (encode_clip(video), {})
@@ -240,11 +235,10 @@ def encode_frames(video: VideoFrames) -> tuple[str, dict[str, object]]:
 
     vLLM calls the type video/jpeg but reads any image format; PNG is lossless.
     """
-    pictures = []
-    for frame in _as_images(video):
-        with io.BytesIO() as file:
-            Image.fromarray(frame).save(file, "PNG")
-            pictures.append(file.getvalue())
+    files = [io.BytesIO() for _ in video.frames]
+    for frame, file in zip(_as_images(video), files, strict=True):
+        Image.fromarray(frame).save(file, "PNG")
+    pictures = [file.getvalue() for file in files]
     metadata = {
         "fps": video.source_fps,
         "frames_indices": list(video.frame_indices),
@@ -261,27 +255,20 @@ def encode_clip(video: VideoFrames) -> str:
     images = _as_images(video)
     source_rate = Fraction(video.source_fps).limit_denominator(1001)  # such as 30000 / 1001
     rate = source_rate * (len(images) - 1) / (video.frame_indices[-1] - video.frame_indices[0])
-    with io.BytesIO() as file:
-        with av.open(file, "w", format="mp4") as container:
-            stream = container.add_stream("libx264rgb", rate=rate)
-            stream.height, stream.width = images.shape[1:3]
-            stream.pix_fmt, stream.options = "rgb24", {"qp": "0"}
-            for image in images:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode(None))
-        return _data_url("video/mp4", [file.getvalue()])
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264rgb", rate=rate)
+        stream.height, stream.width = images.shape[1:3]
+        stream.pix_fmt, stream.options = "rgb24", {"qp": "0"}
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    return _data_url("video/mp4", [file.getvalue()])
 
 
 def _as_images(video: VideoFrames) -> np.ndarray:
     """uint8 [num_frames, height, width, 3]."""
     return video.frames.permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def _read_video(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise VideoError(f"video cannot be read ({error.strerror}): {path}") from error
 
 
 def _data_url(media_type: str, parts: Sequence[bytes]) -> str:

@@ -28,6 +28,7 @@ CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",  # it would compile for half a minute without a gain
 }
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_TO_END = 60
 NUM_LINES_SHOWN = 15
 
 
@@ -80,7 +81,10 @@ def serve(model: str, *, max_model_len: int) -> Iterator[str]:
             yield f"http://{address}/v1"
         finally:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def _is_healthy(address: str) -> bool:

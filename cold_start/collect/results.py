@@ -134,7 +134,6 @@ class CollectReport:
             f"{self.videos} videos, {self.samples} samples, {self.malformed.total()} malformed ({causes or '-'})",
             f"{self.rows_with_collected_cots} of {self.rows} rows got CoTs: {self.rows_agreeing} agree with their "
             f"label, {len(self.rows_disagreeing)} do not; {self.rows_with_kept_cots} keep those that they had",
-            "answers: " + ", ".join(f"{count} from {source}" for source, count in self.answers.items()),
             f"{len(self.rows_without_cots)} rows have no CoTs",
             *(f"  row {entry['row']}: {entry['reason']}" for entry in self.rows_without_cots[:NUM_ROWS_SHOWN]),
         ]

@@ -1,8 +1,7 @@
 """Training data of the tiny base: clips are rendered once, requests and texts are drawn for every batch.
 
-A clip is encoded as H.264, read back by `vision_process.load_video` and preprocessed by the checkpoint's own
-processor, as in every later use. Requests are the clip's scene with random changes: the prompt says little about what
-the clip shows, so that the model has to look.
+Clips are encoded, read back and preprocessed as in every later use. Requests are the clip's scene with random changes:
+the prompt says little about what the clip shows, so that the model has to look.
 """
 
 import tempfile

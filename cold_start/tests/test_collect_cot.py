@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -230,24 +229,6 @@ def test_damaged_video_and_failed_requests_leave_their_rows_and_busy_servers_are
     server.answer = lambda request: completion(random_cot(request))  # failures are tried again
     assert run_collect(bare_csv, output, server) == 0
     assert [entry["row"] for entry in read_report(output)["rows_without_cots"]] == [2]
-
-
-@pytest.mark.parametrize(
-    ("reply", "message"),
-    [
-        (failure(401), "Error code: 401 - no such luck. Check --endpoint, --model, --api_key_file"),
-        ((200, {"choices": []}), "is not a chat completion"),
-        (completion("2", reasoning_content="I think"), "Start it without a reasoning parser"),
-    ],
-)
-def test_server_that_cannot_be_used_ends_the_run_at_once(server, bare_csv, output, capsys, reply, message):
-    release = threading.Event()
-    server.answer = lambda request: reply if row_of(request) == 1 else release.wait(30) and completion("late")
-    begin = time.monotonic()
-    assert run_collect(bare_csv, output, server) == 2
-    assert time.monotonic() - begin < 10  # it waits for no other request
-    assert message in capsys.readouterr().err
-    release.set()
 
 
 def test_prompt_of_another_length_is_reported_or_ends_the_run(server, bare_csv, output, tmp_path, capsys):

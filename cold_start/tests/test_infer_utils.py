@@ -120,15 +120,6 @@ def test_evaluation_drops_pairs_whose_video_is_gone_up_to_a_share(call_evaluate,
     assert "no pair with a preference" in capsys.readouterr().err
 
 
-def test_evaluation_that_cannot_end_is_refused_before_scoring(call_evaluate, tmp_path):
-    message = call_evaluate(labels=["same", "invalid"], is_refused=True)
-    assert "pairs.csv has no pair with a preference. Write A or B into GSB of at least one." in message
-    (tmp_path / "notes").write_text("mine")
-    for output in (tmp_path / "notes" / "after.json", tmp_path):
-        message = call_evaluate("--output", str(output), labels=["A"], is_refused=True)
-        assert f"'{output}'" in message or f"'{output.parent}'" in message
-
-
 def test_merge_and_score_commands(tmp_path, scorer, clips, monkeypatch, capsys):
     save_merged(tmp_path / "one", LoadedReward(scorer.model, scorer.builder, scorer.config))
     monkeypatch.setattr("sys.argv", ["merge", str(tmp_path / "one"), str(tmp_path / "two"), "--dtype", "float32"])

@@ -5,7 +5,7 @@ import torch
 
 from scored_sequence import REWARD_TOKEN, judge_problem
 from stage1_support import SMALL_BUDGET
-from vision_process import VideoBudget, VideoError, load_video, num_sampled_frames, probe_video
+from vision_process import VideoBudget, VideoError, load_video, probe_video, sampled_indices
 
 
 def test_sequence_is_prompt_cot_reward_eos(builder, clips):
@@ -42,7 +42,8 @@ def test_frames_follow_the_budget_and_lengths_are_known_without_decoding(builder
         header, video = probe_video(clip), load_video(clip, SMALL_BUDGET)
         num_frames, _, height, width = video.frames.shape
         assert video.frames.dtype == torch.uint8
-        assert num_frames == num_sampled_frames(header, SMALL_BUDGET) >= SMALL_BUDGET.min_frames
+        assert video.frame_indices == sampled_indices(header, SMALL_BUDGET)
+        assert num_frames == len(video.frame_indices) >= SMALL_BUDGET.min_frames
         assert (num_frames % 2, height % 32, width % 32) == (0, 0, 0)
         assert height * width <= SMALL_BUDGET.max_pixels
         assert (video.frame_indices[0], video.frame_indices[-1]) == (0, video.total_frames - 1)

@@ -57,14 +57,6 @@ def test_scores_follow_the_stated_rules(changes, expected):
     assert swapped == scores  # a motion where stillness is asked for is as wrong as the reverse
 
 
-def test_unmentioned_dimensions_are_not_scored():
-    request = scene.Request(SCENE, frozenset({"subject", "dynamics"}))
-    scores = scene.true_scores(request, replace(SCENE, style="glowing", color="blue"))
-    assert scores == {"subject": 1, "dynamics": 2, "camera": "N/A", "environment": "N/A", "style": "N/A"}
-    assert scene.overall_score(scores) == pytest.approx(1 + 4 * (0.5 + 1) / 2)
-    assert scene.utility(scores) == 6 * 1 + 5 * 2
-
-
 def test_prompts_and_combinations_of_evaluation_do_not_occur_in_training(pairs):
     for split in pairs:
         scenes = [shown for pair in pairs[split] for shown in (pair.request.scene, *(c.scene for c in pair.clips))]

@@ -1,15 +1,9 @@
 """Prompts, and what annotators write about clips: chains of thought (CoTs) in the judge's format.
 
-A CoT has one line per dimension and ends with the scores as JSON:
+A CoT has one line per dimension and ends with the scores as JSON. Each line says what the clip shows, then what the
+prompt asks for, then the verdict: a model that writes in this order looks before it judges.
 
     Subject: the clip shows a red square, the prompt asks for a red circle; the shape is wrong, so 1.
-    ...
-    <answer>
-    {"dimensional_scores": {"subject": 1, "dynamics": 2, ...}, "overall_score": 3.50}
-    </answer>
-
-Each line says what the clip shows, then what the prompt asks for, then the verdict: a model that writes in this order
-looks before it judges.
 """
 
 import json

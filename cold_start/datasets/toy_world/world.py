@@ -3,8 +3,8 @@
 A pair is a prompt, two clips made for it, a CoT for each clip, and a label, which follows from the clips' true scores.
 Only training labels carry annotator noise. Settings, split and index determine everything about a pair.
 
-The combinations of color, shape and motion in "train" never occur in "eval". "in_domain" has other clips of training's
-combinations, and "new_rendering" has these combinations in a rendering that training never shows.
+The combinations of color, shape and motion in "train" never occur in "eval"; "in_domain" and "new_rendering" have
+training's.
 """
 
 from collections.abc import Sequence
