@@ -21,12 +21,20 @@ SET_BY_FLAGS = {
     **dict.fromkeys((*BATCH_SIZES, "gradient_clipping"), "it is set with the training flags"),
 }
 """Keys of a DeepSpeed configuration that flags decide."""
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
 ZERO_OF_WEIGHTS = 3
 """The ZeRO stage that partitions weights too."""
 
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient that is not finite; the message names the step. The weights are those of the step before."""
+
+
+def init_distributed() -> None:
+    """Join the process group. On CPUs, keep DeepSpeed from compiling an all-reduce that only its inference uses."""
+    if get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
+    deepspeed.init_distributed(verbose=False)
 
 
 def read_deepspeed_config(path: str, arguments: TrainingArguments) -> dict:

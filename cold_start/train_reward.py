@@ -11,12 +11,18 @@ from transformers import HfArgumentParser, set_seed
 from arguments import DataArguments, ModelArguments, TrainingArguments
 from checkpoint import LoadedReward, RewardConfig, build_reward_model, load_builder, require_trainable_base
 from data import load_checked_data
-from engine import NonFiniteError, build_engine, compile_and_plan_activations, read_deepspeed_config
+from engine import (
+    NonFiniteError,
+    build_engine,
+    compile_and_plan_activations,
+    init_distributed,
+    read_deepspeed_config,
+)
 from model_qwen3 import prepare_for_training
 from run_folder import RunCheckpoints, find_resume, take_over
 from trainer_qwen3 import RewardTrainer
 from training_log import Schedule, setup_logging
-from utils import end_with_launcher, init_distributed, report_error
+from utils import end_with_launcher, report_error
 
 
 def build_trainer(

@@ -13,23 +13,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import deepspeed
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
-SHARED_MEMORY_OP = "deepspeed_shm_comm"
 SECONDS_FOR_ERRORS = 3.0
 """Time for the other ranks to raise the same error."""
 SECONDS_BETWEEN_LOOKS = 0.2
 LAUNCHER_NAMES = ("deepspeed.launcher", "deepspeed/launcher", "bin/deepspeed")
 _exchanges = itertools.count()
-
-
-def init_distributed() -> None:
-    """Join the process group. On CPUs, keep DeepSpeed from compiling an all-reduce that only its inference uses."""
-    if get_accelerator().device_name() == "cpu":
-        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
-    deepspeed.init_distributed(verbose=False)
 
 
 def get_rank() -> int:

@@ -30,14 +30,13 @@ from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGene
 from arguments import DataArguments, ModelArguments, TrainingArguments
 from attention import use_packed_attention
 from data import EncodedPair, PairBatch, PairDataset
-from engine import build_engine, compile_and_plan_activations
+from engine import build_engine, compile_and_plan_activations, init_distributed
 from flash_kernels import choose_kernels
 from losses import PairLabels, compute_means, compute_pair_loss
 from model_qwen3 import RewardModel, add_reward_token, prepare_for_training
 from scored_sequence import ScoredSequence, SequenceBuilder
 from shapes import DEVICE, GIB, TERA, build_config, count_pair_flops, measure_ceilings, randomize
 from trainer_qwen3 import RewardTrainer
-from utils import init_distributed
 from vision_process import VideoBudget, VideoFrames
 
 STAGE_DIR = Path(__file__).resolve().parents[1]
