@@ -29,7 +29,7 @@ from pathlib import Path
 
 from checkpoint import RewardConfig, fingerprint_weights, load_builder
 from collect import local_server
-from collect.endpoint import VIDEO_FORMS, Endpoint, Judge, Sample, SampleKey, VideoFailure, VideoJob
+from collect.endpoint import VIDEO_FORMS, Endpoint, Sample, SampleKey, VideoFailure, VideoJob
 from collect.results import ANSWER_COLUMN, CollectReport, CotJournal, Row, annotate, judge_samples
 from collect.selection import read_opinions
 from descore.csv_table import CsvTable, parse_two_paths
@@ -50,18 +50,17 @@ def collect(options: argparse.Namespace) -> CollectReport:
     """The whole run. Raises ValueError for faults of flags, CSV or files before a model is loaded."""
     rows = read_rows(options)
     output = check_output(options, rows)
-    judge = build_judge(options)
-    endpoint = build_endpoint(options, judge)
+    endpoint = build_endpoint(options)
     max_model_len = endpoint.check() if options.endpoint else local_server.check_model(options.model)
-    jobs, failures = plan_jobs(options, rows, judge, max_model_len=max_model_len)
-    identity = describe_samples(options, rows, judge)
+    jobs, failures = plan_jobs(endpoint, rows, max_model_len=max_model_len)
+    identity = describe_samples(endpoint, rows)
     with CotJournal(output.with_suffix(JOURNAL_SUFFIX), identity, overwrite=options.overwrite) as journal:
         failures += sample_missing(endpoint, jobs, journal)
         report = CollectReport(rows=len(rows), failures=sorted(failures))
         job_of, table = {(job.row, job.side): job for job in jobs}, []
         for row in rows:
             of_sides = (job_of.get((row.pair.row, side)) for side in "AB")
-            judged = [judge_samples(job, journal, judge.builder, options.max_length, report) for job in of_sides]
+            judged = [judge_samples(job, journal, endpoint.builder, options.max_length, report) for job in of_sides]
             table.append(annotate(row, judged, options, report))
     write_csv(output, [cells for cells in table if cells is not None], columns=rows[0].cells)
     text = json.dumps(vars(report), default=asdict, indent=2) + "\n"
@@ -88,15 +87,15 @@ def read_rows(options: argparse.Namespace) -> list[Row]:
 
 
 def plan_jobs(
-    options: argparse.Namespace, rows: Sequence[Row], judge: Judge, *, max_model_len: int | None
+    endpoint: Endpoint, rows: Sequence[Row], *, max_model_len: int | None
 ) -> tuple[list[VideoJob], list[VideoFailure]]:
     """A job per video of the rows without CoTs. Raises CsvError that lists every missing file and faulty prompt.
 
     A file that exists but does not decode is a failure, not a fault of the CSV: its row is left without CoTs.
     """
-    pairs = [row.pair for row in rows if not row.keeps_cots]
+    options, pairs = endpoint.options, [row.pair for row in rows if not row.keeps_cots]
     videos = [(pair, *side) for pair in pairs for side in (("A", pair.video_a), ("B", pair.video_b))]
-    headers = probe_videos((video for _, _, video in videos), judge.budget)
+    headers = probe_videos((video for _, _, video in videos), endpoint.budget)
     jobs, failures, faults = [], [], []
     for pair, side, video in videos:
         header = headers[video]
@@ -106,7 +105,7 @@ def plan_jobs(
                 faults.append(f"row {pair.row}, video {side}: {header}. Correct the path or remove the row.")
             continue
         try:
-            num_tokens = judge.builder.count_prompt_tokens(pair.problem, header, judge.budget)
+            num_tokens = endpoint.builder.count_prompt_tokens(pair.problem, header, endpoint.budget)
             check_length(options, num_tokens, max_model_len)
         except ValueError as error:
             faults.append(f"row {pair.row}, video {side}: {error}")
@@ -144,8 +143,8 @@ def sample_missing(endpoint: Endpoint, jobs: Sequence[VideoJob], journal: CotJou
 
     with contextlib.ExitStack() as stack:
         if missing and not endpoint.url:
-            longest = max(job.num_prompt_tokens for job in missing) + endpoint.judge.max_tokens
-            url = stack.enter_context(local_server.serve(endpoint.judge.model, max_model_len=longest))
+            longest = max(job.num_prompt_tokens for job in missing) + endpoint.options.max_tokens
+            url = stack.enter_context(local_server.serve(endpoint.options.model, max_model_len=longest))
             endpoint = replace(endpoint, url=url)
         num_samples = sum(len(job.keys) for job in missing)
         bar = stack.enter_context(progress(total=num_samples, description="CoTs", unit="CoT"))
@@ -165,19 +164,19 @@ def write_csv(path: Path, table: Sequence[Mapping[str, str]], *, columns: Mappin
     os.replace(temporary, path)
 
 
-def describe_samples(options: argparse.Namespace, rows: Sequence[Row], judge: Judge) -> dict[str, object]:
+def describe_samples(endpoint: Endpoint, rows: Sequence[Row]) -> dict[str, object]:
     """What samples depend on. Selection, labels and the number of samples may change between runs."""
-    folder = Path(options.model)
+    options, folder = endpoint.options, Path(endpoint.options.model)
     is_local = options.endpoint is None and folder.is_dir()
     digest = hashlib.blake2b(digest_size=8)
     for row in rows:
-        digest.update(repr((row.cells["videos"], judge.builder.render(row.pair.problem))).encode())
+        digest.update(repr((row.cells["videos"], endpoint.builder.render(row.pair.problem))).encode())
     return {
         "model": folder.resolve().name if is_local else options.model,
         "weights": fingerprint_weights(folder) if is_local else None,
         "source": f"endpoint, {options.send_video}" if options.endpoint else "vllm",
         "sampling": {name: getattr(options, name) for name in SAMPLING},
-        "budget": asdict(judge.budget),
+        "budget": asdict(endpoint.budget),
         "data": digest.hexdigest(),
     }
 
@@ -196,8 +195,8 @@ def check_output(options: argparse.Namespace, rows: Sequence[Row]) -> Path:
     return output
 
 
-def build_judge(options: argparse.Namespace) -> Judge:
-    """The model with training's prompts and frames. Raises ValueError if the processor cannot be loaded."""
+def build_endpoint(options: argparse.Namespace) -> Endpoint:
+    """The server, with training's prompts and frames. Raises ValueError if the processor cannot be loaded."""
     source = options.processor or options.model
     changes = {name: getattr(options, name) for name in ("fps", "min_frames", "min_pixels", "max_pixels")}
     config = RewardConfig.resolve(source, format_prompt=options.format_prompt, **changes)
@@ -206,19 +205,8 @@ def build_judge(options: argparse.Namespace) -> Judge:
     except (OSError, ValueError, AttributeError) as error:  # AttributeError: of another kind of model
         remedy = "Give the folder or hub name of a Qwen3-VL with --processor."
         raise ValueError(f"{source} has no Qwen3-VL processor: {error}\n{remedy}") from error
-    return Judge(options.model, builder, config.video, **{name: getattr(options, name) for name in SAMPLING})
-
-
-def build_endpoint(options: argparse.Namespace, judge: Judge) -> Endpoint:
-    """The server; its URL is empty until one is started here."""
-    return Endpoint(
-        judge,
-        url=options.endpoint or "",
-        api_key=Path(options.api_key_file).read_text().strip() if options.api_key_file else None,
-        timeout=options.timeout,
-        concurrency=options.concurrency,
-        send_video=options.send_video if options.endpoint else "frames",
-    )
+    send_video = options.send_video if options.endpoint else "frames"
+    return Endpoint(options, builder, config.video, url=options.endpoint or "", send_video=send_video)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import io
 import json
+from argparse import Namespace
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -81,44 +82,29 @@ class VideoJob:
     keys: tuple[SampleKey, ...]
 
 
-@dataclass(frozen=True)
-class Judge:
-    """The model that writes CoTs, what it is shown, and how its CoTs are sampled.
-
-    `model`: a folder, a hub name, or a server's name for it. `max_tokens`: of one CoT, its EOS included.
-    """
-
-    model: str
-    builder: SequenceBuilder
-    budget: VideoBudget
-    temperature: float
-    top_p: float
-    max_tokens: int
-    seed: int
-
-    def seed_of(self, key: SampleKey) -> int:
-        """A seed from 0 to 2**31 - 1, which every server accepts. It depends on the run's seed and the key only."""
-        text = f"{self.seed}/{key.row}/{key.side}/{key.number}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest()) >> 1
+def seed_of(seed: int, key: SampleKey) -> int:
+    """A seed from 0 to 2**31 - 1, which every server accepts. It depends on the run's seed and the key only."""
+    text = f"{seed}/{key.row}/{key.side}/{key.number}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest()) >> 1
 
 
 class RequestError(ValueError):
     """The server refused one request, or failed to answer it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Endpoint:
-    """A server. `url`: up to /v1. `timeout`: seconds that a reply may take, retries included.
+    """A server, up to /v1, and what it is asked; the URL is empty until one is started here.
 
-    `concurrency`: videos at a time. `send_video`: see this module. The server's own chat template applies, and its own
-    values of settings that a request does not name, such as top_k.
+    `options`: the command line, with the model's name and the sampling. `builder`, `budget`: training's prompts and
+    frames. The server's own chat template applies, and its own values of settings that a request does not name, such
+    as top_k.
     """
 
-    judge: Judge
+    options: Namespace
+    builder: SequenceBuilder
+    budget: VideoBudget
     url: str
-    api_key: str | None
-    timeout: float
-    concurrency: int
     send_video: VideoForm
 
     def check(self) -> int | None:
@@ -136,15 +122,16 @@ class Endpoint:
             limits = {model["id"]: model.get("max_model_len") for model in reply["data"]}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.url}/models is not a list of models. Check --endpoint.") from error
-        if self.judge.model not in limits:
-            raise ValueError(f"{self.url} has no model {self.judge.model!r}, only {', '.join(limits)}. Check --model.")
-        return limits[self.judge.model]
+        model = self.options.model
+        if model not in limits:
+            raise ValueError(f"{self.url} has no model {model!r}, only {', '.join(limits)}. Check --model.")
+        return limits[model]
 
     def generate(self, jobs: Sequence[VideoJob], put: Callable[[Sample | VideoFailure], None]) -> None:
         """Give `put` the samples of all jobs, each as soon as it exists. Raises ValueError if the run cannot go on."""
 
         async def answer_all() -> None:
-            slots = asyncio.Semaphore(self.concurrency)
+            slots = asyncio.Semaphore(self.options.concurrency)
             async with self._connect() as client, asyncio.TaskGroup() as group:
                 for job in jobs:
                     group.create_task(self._answer(client, job, slots, put))
@@ -155,8 +142,8 @@ class Endpoint:
             raise errors.exceptions[0] from None
 
     def _connect(self) -> openai.AsyncOpenAI:
-        timeout = openai.Timeout(self.timeout, connect=CONNECT_SECONDS)
-        key = self.api_key or NO_KEY
+        timeout, key_file = openai.Timeout(self.options.timeout, connect=CONNECT_SECONDS), self.options.api_key_file
+        key = Path(key_file).read_text().strip() if key_file else NO_KEY
         return openai.AsyncOpenAI(base_url=self.url, api_key=key, max_retries=NUM_RETRIES, timeout=timeout)
 
     async def _answer(self, client: openai.AsyncOpenAI, job: VideoJob, slots: asyncio.Semaphore, put) -> None:
@@ -165,37 +152,37 @@ class Endpoint:
             try:
                 request = await asyncio.to_thread(self._build_request, job)
                 for key in job.keys:
-                    call = client.chat.completions.create(**request, seed=self.judge.seed_of(key))
+                    call = client.chat.completions.create(**request, seed=seed_of(self.options.seed, key))
                     put(self._read(job, key, await self._request(call)))
             except (VideoError, RequestError, OSError) as error:
                 put(VideoFailure(job.row, job.side, str(error)))
 
     def _build_request(self, job: VideoJob) -> dict[str, object]:
         """The arguments of a video's requests, apart from the seed."""
-        judge, fields = self.judge, {}
+        options, fields = self.options, {}
         if self.send_video == "file":
             url = _data_url("video/mp4", [Path(job.path).read_bytes()])
         else:
-            video = load_video(job.path, judge.budget, size_factor=judge.builder.size_factor)
+            video = load_video(job.path, self.budget, size_factor=self.builder.size_factor)
             url, fields = encode_frames(video) if self.send_video == "frames" else (encode_clip(video), {})
         block = {"type": "video_url", "video_url": {"url": url}}
-        blocks = [block if b["type"] == "video" else b for b in judge.builder.user_blocks(job.problem)]
+        blocks = [block if b["type"] == "video" else b for b in self.builder.user_blocks(job.problem)]
         return {
-            "model": judge.model,
+            "model": options.model,
             "messages": [{"role": "user", "content": blocks}],
-            "temperature": judge.temperature,
-            "top_p": judge.top_p,
-            "max_tokens": judge.max_tokens,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "max_tokens": options.max_tokens,
             "extra_body": fields,
         }
 
     async def _request(self, call: Awaitable):
         """A reply. Raises RequestError, and ValueError for errors that every other request would meet too."""
         try:
-            async with asyncio.timeout(self.timeout):
+            async with asyncio.timeout(self.options.timeout):
                 return await call
         except TimeoutError as error:
-            raise RequestError(f"no reply within {self.timeout:g} s") from error
+            raise RequestError(f"no reply within {self.options.timeout:g} s") from error
         except openai.APIStatusError as error:
             message = " ".join(str(error).split())[:MESSAGE_LENGTH]
             if error.status_code in STOPPING_STATUSES or TRUST_FLAG in message:

@@ -5,19 +5,22 @@
     python model/train_base.py --device cpu --minutes 60 --workers 1 --batch-size 16 --save model/tiny_base
 
 Supervised training on chains of thought that describe what the clip shows. Tokens that carry information (what is
-seen, verdicts, scores) have larger weights in the loss. Training ends after `--steps` or at the time limit, with a
-learning rate of zero. The log, FOLDER_train.json beside the checkpoint, ends with an evaluation of what is saved.
+seen, verdicts, scores) have larger weights in the loss. Tokenizer, processor and architecture are those of
+`tiny_base/`; the weights begin at random. Training ends after `--steps` or at the time limit, with a learning rate of
+zero. The log, FOLDER_train.json beside the checkpoint, ends with an evaluation of what is saved.
 
 The default number of steps is small on purpose: later stages should have something to improve, and from about 1,000
 steps on the model learns which (color, shape, motion) triples never occur, and mistakes held-out clips for others.
 """
 
 import argparse
+import copy
 import json
 import logging
 import math
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -29,13 +32,13 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from build_tiny import build_model, build_processor, save_checkpoint
+from checkpoint import CONFIG_FILE
 from infer_utils import RewardScorer
 from scored_sequence import judge_problem
-from toy_data import SEEN, TextBatch, ToyClip, ToyClips, make_texts
+from toy_data import SEEN, TINY_BASE, TextBatch, ToyClip, ToyClips, make_texts
 from toy_world import scene as rules
 from toy_world.render import encode_clip, sample_nuisance
 from toy_world.texts import parse_scores, write_prompt
@@ -200,10 +203,15 @@ def main(argv: Sequence[str]) -> None:
         "learning_rate": LEARNING_RATE,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    processor = build_processor()
-    model = build_model(processor.tokenizer, seed=args.seed).to(args.device).train()
+    processor = AutoProcessor.from_pretrained(TINY_BASE)
+    torch.manual_seed(args.seed)
+    model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(TINY_BASE, dtype=torch.float32))
+    model.generation_config = GenerationConfig.from_pretrained(TINY_BASE)
+    model.to(args.device).train()
     log |= {"num_parameters": model.num_parameters(), **train(model, processor, args)}
-    save_checkpoint(model, processor, args.save)
+    copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(args.save)
+    processor.save_pretrained(args.save)
+    shutil.copy(TINY_BASE / CONFIG_FILE, args.save)  # the video budget
     log["evaluation"] = evaluate(args.save, num_pairs=min(NUM_EVALUATED_PAIRS, args.pool_size))
     logger.info("%s", log["evaluation"])
     args.save.with_name(f"{args.save.name}_train.json").write_text(json.dumps(log, indent=1) + "\n")

@@ -18,7 +18,7 @@ from PIL import Image
 
 from checkpoint import RewardConfig
 from collect import collect_cot, endpoint
-from collect.collect_cot import build_judge, parse_options
+from collect.collect_cot import build_endpoint, parse_options
 from collect.endpoint import encode_clip, encode_frames
 from cot_support import (
     DIMENSIONS,
@@ -113,8 +113,8 @@ def test_rows_get_cots_and_answers_that_both_stages_take(server, bare_csv, outpu
     written = {random_cot(request) for request in server.requests}
     assert all(row[name] in written for row in rows for name in ("CoT_A", "CoT_B"))
 
-    judge = build_judge(parse_options(flags(output, Path("x.csv"), server)))
-    dataset = PairDataset(read_pairs(output, CsvNeeds()), judge.builder, judge.budget)
+    builder = build_endpoint(parse_options(flags(output, Path("x.csv"), server))).builder
+    dataset = PairDataset(read_pairs(output, CsvNeeds()), builder, BUDGET)
     cot_ids = dataset.builder.encode_cot(rows[0]["CoT_A"])
     assert dataset[PairDraw(0, is_masked=False)].sequence_a.input_ids.tolist()[-len(cot_ids) - 2 : -2] == cot_ids
 
