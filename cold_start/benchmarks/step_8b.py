@@ -126,7 +126,7 @@ class Ours:
             data_arguments=DataArguments(),
             schedule=None,
             checkpoints=None,
-            activations=compile_and_plan_activations(engine, ModelArguments(max_kept_layers=options.max_kept_layers)),
+            activations=compile_and_plan_activations(engine, ModelArguments()),
         )
 
     def collate(self, pairs: list[EncodedPair]) -> list[PairBatch]:
@@ -274,14 +274,10 @@ PARTS = {"check": run_check, "ours": run_ours, "original": run_original}
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--layers", type=int, help="text layers; default: 36, with --tiny 2")
-    parser.add_argument("--repeats", type=int, help="timed steps; default: 5, with --tiny 1")
-    parser.add_argument("--max_kept_layers", type=int, help="layers that keep activations; 0: the least memory")
     parser.add_argument("--tiny", action="store_true", help="a small model and short sequences, to try the script")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
-    options.layers = options.layers or (2 if options.tiny else 36)
-    options.repeats = options.repeats or (1 if options.tiny else 5)
+    options.layers, options.repeats = (2, 1) if options.tiny else (36, 5)
     options.sizes = TINY_SIZES if options.tiny else SIZES
     return options
 

@@ -154,14 +154,17 @@ class Endpoint:
                 for key in job.keys:
                     call = client.chat.completions.create(**request, seed=seed_of(self.options.seed, key))
                     put(self._read(job, key, await self._request(call)))
-            except (VideoError, RequestError, OSError) as error:
+            except (VideoError, RequestError) as error:
                 put(VideoFailure(job.row, job.side, str(error)))
 
     def _build_request(self, job: VideoJob) -> dict[str, object]:
         """The arguments of a video's requests, apart from the seed."""
         options, fields = self.options, {}
         if self.send_video == "file":
-            url = _data_url("video/mp4", [Path(job.path).read_bytes()])
+            try:
+                url = _data_url("video/mp4", [Path(job.path).read_bytes()])
+            except OSError as error:
+                raise VideoError(f"video cannot be read ({error.strerror}): {job.path}") from error
         else:
             video = load_video(job.path, self.budget, size_factor=self.builder.size_factor)
             url, fields = encode_frames(video) if self.send_video == "frames" else (encode_clip(video), {})

@@ -66,8 +66,8 @@ def bench_rows(pair: Pair) -> dict[str, list[Row]]:
     groups = {name: _label_of(pair, group) for name, group in BENCH_GROUPS.items()}
     is_asked = pair.request.mentioned.__contains__
     by_dimension = {f"GSB_{name}": _label_of(pair, (name,)) if is_asked(name) else "invalid" for name in DIMENSIONS}
-    genai_columns = ("left_video_path", "right_video_path", "left_model", "right_model", "prompt")
-    genai = dict(zip(genai_columns, two_sided.values(), strict=True))
+    genai = {"left_video_path": path_a, "right_video_path": path_b}
+    genai |= {"left_model": clip_a.generator, "right_model": clip_b.generator, "prompt": pair.prompt}
     single = [{"video_path": video_path(c), "prompt": pair.prompt, "video_fps": c.nuisance.fps} for c in pair.clips]
     return {
         "tabench": [{"video_A": path_a, "video_B": path_b, "prompt": pair.prompt, "answer": pair.true_label}],
@@ -89,7 +89,7 @@ def build_tables(pairs: dict[str, Sequence[Pair]], judge_problem: Callable[[str]
         if of_split:
             tables[f"{split}.csv"] = [training_row(*item) for item in of_split]
             tables[f"{split}_rl.csv"] = [rl_row(*item) for item in of_split]
-    for pair in pairs["eval"]:
+    for pair in pairs.get("eval", ()):
         for name, rows in bench_rows(pair).items():
             tables.setdefault(f"bench_{name}.csv", []).extend(rows)
     if pairs.keys() & HELD_OUT_SETS.keys() > {"eval"}:
