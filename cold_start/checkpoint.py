@@ -1,14 +1,6 @@
-"""Files of a stage 1 checkpoint: writing them, and loading them into a model that scores.
+"""Files of a stage 1 checkpoint ("What comes out" in the README): writing them, and loading them to score or to train.
 
-    checkpoint-N/
-        adapter_model.safetensors  adapter_config.json   LoRA and the <Reward> row, in PEFT's own layout
-        tuned_weights.safetensors                        every other tuned weight, under its Hugging Face name
-        rm_head.pth                                      {"rm_head.weight": fp32 [1, hidden]}
-        reward_config.json                               base model, reward mode, video budget, format prompt
-        tokenizer, image and video preprocessors, chat template
-        trainer_state.json  deepspeed/                   for resuming
-
-A merged model holds Hugging Face weights instead of the first two files and is loaded by the same function.
+A merged model holds Hugging Face weights instead of adapter and tuned weights and is loaded by the same function.
 """
 
 import copy

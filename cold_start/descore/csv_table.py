@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import itertools
 import math
 import os
 import re
@@ -78,7 +79,7 @@ class CsvTable:
     def rows(self) -> Iterator[CsvRow]:
         """Rows as wide as the header line; others are added to `problems`. Blank lines are skipped."""
         number = 0
-        for line, cells in self._read(skip=1):
+        for line, cells in itertools.islice(self._read(), 1, None):
             number += 1
             row = CsvRow(number, line, dict(zip(self.columns, cells, strict=False)))
             if len(cells) == len(self.columns):
@@ -103,16 +104,15 @@ class CsvTable:
         if self.problems:
             raise CsvError(self.path, self.problems)
 
-    def _read(self, *, skip: int = 0) -> Iterator[tuple[int, list[str]]]:
-        """First line and cells of each record that is not blank, after the first `skip`."""
+    def _read(self) -> Iterator[tuple[int, list[str]]]:
+        """First line and cells of each record that is not blank."""
         with open(self.path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.reader(self._text_lines(file), strict=True)
             line = 1
             try:
                 for cells in reader:
-                    if cells and not skip:
+                    if cells:
                         yield line, cells
-                    skip -= bool(cells and skip)
                     line = reader.line_num + 1
             except csv.Error as error:
                 message = f"line {line}: the CSV cannot be read from here on: {error}; check its quotes"
