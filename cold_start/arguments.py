@@ -15,12 +15,9 @@ RewardTokenMode = Literal["special", "last", "mean"]
 class ModelArguments:
     """The model, and which of its weights are trained."""
 
-    model_name_or_path: str = HfArg(
-        default="Qwen/Qwen3-VL-8B-Instruct", help="any Qwen3-VL checkpoint: a folder or a hub name"
-    )
+    model_name_or_path: str = HfArg(default="Qwen/Qwen3-VL-8B-Instruct", help="any Qwen3-VL: a folder or a hub name")
     reward_token: RewardTokenMode = HfArg(  # noqa: RUF009
-        default="special",
-        help="where the reward is read: at <Reward>, at the last token, or as the mean over the sequence",
+        default="special", help="read the reward at <Reward>, at the last token, or as the mean over the sequence"
     )
     lora_enable: bool = HfArg(default=True, help="train the language model with LoRA; False trains all of its weights")
     lora_r: int = HfArg(default=64, help="LoRA rank")
@@ -30,15 +27,11 @@ class ModelArguments:
     freeze_vision_tower: bool = HfArg(default=False, help="freeze the vision tower")
     tune_merger: bool = HfArg(default=True, help="train the vision-language mergers")
     vision_lora: bool = HfArg(default=False, help="train a frozen vision tower with LoRA")
-    gradient_checkpointing: bool = HfArg(
-        default=True, help="recompute the activations that do not fit into the device's memory"
-    )
+    gradient_checkpointing: bool = HfArg(default=True, help="recompute activations that do not fit into memory")
     max_kept_layers: int | None = HfArg(
         default=None, help="most layers that may keep activations on a GPU; default: as many as fit, 0: least memory"
     )
-    torch_compile: bool = HfArg(
-        default=True, help="compile the layers on GPUs; the first step takes a minute or two longer"
-    )
+    torch_compile: bool = HfArg(default=True, help="compile the layers on GPUs; the first step takes a minute or two")
 
     def validate(self) -> None:
         """Raise ValueError for values out of range and for settings that contradict each other."""
@@ -64,24 +57,14 @@ class DataArguments:
     format_prompt: str | None = HfArg(
         default=None, help="Jinja file that wraps each problem (variable `content`); default: the checkpoint's"
     )
-    fps: float | None = HfArg(default=None, help="sampled frames per second; default: the checkpoint's budget, or 2")
-    min_frames: int | None = HfArg(
-        default=None, help="minimum number of frames per clip; default: the checkpoint's budget, or 4"
-    )
-    min_frame_pixels: int | None = HfArg(
-        default=None, help="minimum number of pixels per frame; default: the checkpoint's budget, or 4096"
-    )
-    max_frame_pixels: int | None = HfArg(
-        default=None, help="maximum number of pixels per frame; default: the checkpoint's budget, or 200704"
-    )
-    max_length: int = HfArg(
-        default=8192, help="maximum number of tokens per sequence (prompt, video, CoT); longer rows are errors"
-    )
+    fps: float | None = HfArg(default=None, help="sampled frames per second; default: the checkpoint's, or 2")
+    min_frames: int | None = HfArg(default=None, help="fewest frames per clip; default: the checkpoint's, or 4")
+    min_frame_pixels: int | None = HfArg(default=None, help="fewest pixels per frame; default likewise, or 4096")
+    max_frame_pixels: int | None = HfArg(default=None, help="most pixels per frame; default likewise, or 200704")
+    max_length: int = HfArg(default=8192, help="most tokens per sequence (prompt, video, CoT); longer rows are errors")
     enable_drop: bool = HfArg(default=True, help="mask the CoTs of a pair at random during training")
     drop_prob: float = HfArg(default=0.5, help="probability of masking")
-    max_dropped_share: float = HfArg(
-        default=0.01, help="fraction of a CSV's pairs that may be dropped because a video no longer decodes"
-    )
+    max_dropped_share: float = HfArg(default=0.01, help="share of pairs that may be dropped: videos do not decode")
     dataloader_num_workers: int = HfArg(default=2, help="processes that decode videos ahead of training")
 
     def validate(self) -> None:
@@ -92,6 +75,12 @@ class DataArguments:
         if self.format_prompt is not None and not os.path.isfile(self.format_prompt):
             raise ValueError(f"--format_prompt {self.format_prompt}: file not found")
         _require_at_least(self, 1, "max_length")
+
+    @property
+    def video_budget(self) -> dict[str, float | None]:
+        """Fields of VideoBudget; None where the checkpoint decides."""
+        pixels = {"min_pixels": self.min_frame_pixels, "max_pixels": self.max_frame_pixels}
+        return {"fps": self.fps, "min_frames": self.min_frames, **pixels}
 
     @property
     def mask_probability(self) -> float:
@@ -113,25 +102,19 @@ class TrainingArguments:
     learning_rate: float = HfArg(default=2e-6, help="learning rate of everything without one of its own below")
     merger_lr: float | None = HfArg(default=None, help="learning rate of the mergers; default: --learning_rate")
     vision_lr: float | None = HfArg(default=None, help="learning rate of the vision tower; default: --learning_rate")
-    special_token_lr: float | None = HfArg(
-        default=None, help="learning rate of the <Reward> row; default: --learning_rate"
-    )
-    rm_head_lr: float | None = HfArg(default=None, help="learning rate of the reward head; default: --learning_rate")
+    special_token_lr: float | None = HfArg(default=None, help="of the <Reward> row; default: --learning_rate")
+    rm_head_lr: float | None = HfArg(default=None, help="of the reward head; default: --learning_rate")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay of matrices")
     lr_scheduler_type: str = HfArg(default="constant_with_warmup", help="any scheduler name of transformers")
     warmup_ratio: float = HfArg(default=0.05, help="fraction of the steps that warm up the learning rate")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping over all trained weights together")
-    bf16: bool = HfArg(
-        default=True, help="frozen weights and matrix products in bf16, trained weights in fp32; False: all fp32"
-    )
+    bf16: bool = HfArg(default=True, help="frozen weights and matrix products in bf16, trained weights in fp32")
     deepspeed: str = HfArg(default="ds_config/zero2.json", help="DeepSpeed configuration")
     logging_epochs: float = HfArg(default=0.01, help="log every this fraction of an epoch")
     eval_epochs: float = HfArg(default=0.25, help="evaluate every this fraction of an epoch")
     save_epochs: float = HfArg(default=0.5, help="save every this fraction of an epoch")
     save_total_limit: int | None = HfArg(default=None, help="keep only this many of the newest checkpoints")
-    save_only_model: bool = HfArg(
-        default=False, help="leave out the optimizer state: smaller, but training cannot resume"
-    )
+    save_only_model: bool = HfArg(default=False, help="leave out the optimizer state: training cannot resume")
     save_full_model: bool = HfArg(default=False, help="also write a merged Hugging Face model into each checkpoint")
     resume_from_checkpoint: str | None = HfArg(default=None, help="a checkpoint-N folder, or `latest` in --output_dir")
     report_to: Literal["tensorboard", "wandb", "none"] = HfArg(default="tensorboard", help="where curves are logged")
@@ -162,12 +145,6 @@ class TrainingArguments:
             "head": self.rm_head_lr,
         }
         return {part: self.learning_rate if rate is None else rate for part, rate in own.items()}
-
-
-def validate_all(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
-    """All checks that need neither a CSV nor a device. Raises ValueError."""
-    for arguments in (model, data, training):
-        arguments.validate()
 
 
 def _require_at_least(arguments: object, least: int, *names: str) -> None:

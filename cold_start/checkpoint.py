@@ -1,14 +1,6 @@
-"""Files of a stage 1 checkpoint: writing them, and loading them into a model that scores.
+"""Files of a stage 1 checkpoint ("What comes out" in the README): writing them, and loading them to score or to train.
 
-    checkpoint-N/
-        adapter_model.safetensors  adapter_config.json   LoRA and the <Reward> row, in PEFT's own layout
-        tuned_weights.safetensors                        every other tuned weight, under its Hugging Face name
-        rm_head.pth                                      {"rm_head.weight": fp32 [1, hidden]}
-        reward_config.json                               base model, reward mode, video budget, format prompt
-        tokenizer, image and video preprocessors, chat template
-        trainer_state.json  deepspeed/                   for resuming
-
-A merged model holds Hugging Face weights instead of the first two files and is loaded by the same function.
+A merged model holds Hugging Face weights instead of adapter and tuned weights and is loaded by the same function.
 """
 
 import copy
@@ -35,7 +27,6 @@ from model_qwen3 import (
     RewardModel,
     add_reward_token,
     hub_name,
-    initial_reward_embedding,
     load_backbone,
     require_qwen3_vl,
 )
@@ -91,36 +82,29 @@ class RewardConfig:
             raise ValueError(f"{folder} is not a reward checkpoint: it holds no {CONFIG_FILE}")
         return config
 
+    @classmethod
+    def resolve(cls, path: str | Path, *, format_prompt: str | None = None, **changes: float | None) -> "RewardConfig":
+        """The config for a model: its own, else the default, with what flags change. Warns if they override its own.
 
-def choose_video_budget(path: str | Path, **changes: float | None) -> VideoBudget:
-    """The video budget for a model: its own, else the default, with those `changes` that are not None.
-
-    Warns if they override its own.
-    """
-    config = RewardConfig.find(path)
-    stored = config.video if config else VideoBudget()
-    budget = stored.replace(**changes)
-    if config and budget != stored:
-        logger.warning("flags override the video budget of %s: %s becomes %s", path, stored, budget)
-    return budget
-
-
-def choose_format_prompt(path: str | Path, given: str | None = None) -> str:
-    """The format prompt for a model: `given`, else its own, else the default. Warns if `given` overrides its own."""
-    config = RewardConfig.find(path)
-    if given is None:
-        return config.format_prompt if config else DEFAULT_FORMAT_PROMPT
-    FormatPrompt(given, source="--format_prompt")
-    if config and config.format_prompt != given:
-        logger.warning("flags override the format prompt of %s: %r becomes %r", path, config.format_prompt, given)
-    return given
+        `format_prompt`: a Jinja file. `changes`: to the video budget; None leaves a field as it is.
+        """
+        own = cls.find(path)
+        config = own or cls()
+        text = config.format_prompt if format_prompt is None else Path(format_prompt).read_text(encoding="utf-8")
+        FormatPrompt(text, source="--format_prompt")
+        resolved = dataclasses.replace(config, video=config.video.replace(**changes), format_prompt=text)
+        for name, what in (("video", "video budget"), ("format_prompt", "format prompt")) if own else ():
+            was, now = getattr(own, name), getattr(resolved, name)
+            if was != now:
+                logger.warning("flags override the %s of %s: %r becomes %r", what, path, was, now)
+        return resolved
 
 
-def load_builder(path: str | Path) -> SequenceBuilder:
-    """What builds sequences for a model: its own processor, with `<Reward>` added, and its own format prompt."""
+def load_builder(path: str | Path, config: RewardConfig | None = None) -> SequenceBuilder:
+    """A model's own processor, with `<Reward>` added, and a format prompt, by default its own too."""
     processor = AutoProcessor.from_pretrained(path)
     add_reward_token(processor)
-    return SequenceBuilder(processor, format_prompt=choose_format_prompt(path))
+    return SequenceBuilder(processor, format_prompt=(config or RewardConfig.resolve(path)).format_prompt)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -140,7 +124,14 @@ def save_reward_files(
     tuned = {hub_name(n): t for n, t in weights.items() if n.startswith("backbone.") and "lora_" not in n}
     save_file({**tuned, ROW_KEY: weights[ROW_KEY]}, folder / TUNED_FILE, metadata={"format": "pt"})
     if isinstance(model.backbone, PeftModel):
-        _save_adapter(folder, model.backbone, weights, processor)
+        lora = {name.removeprefix("backbone."): tensor for name, tensor in weights.items() if "lora_" in name}
+        adapter = get_peft_model_state_dict(model.backbone, state_dict=lora, save_embedding_layers=False)
+        adapter[PEFT_ROW_KEY] = weights[ROW_KEY].unsqueeze(0)
+        save_file(adapter, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        peft_config = copy.deepcopy(model.backbone.peft_config[model.backbone.active_adapter])
+        peft_config.trainable_token_indices = {EMBEDDING_MODULE: [reward_token_id(processor.tokenizer)]}
+        peft_config.inference_mode = True
+        peft_config.save_pretrained(folder)
     processor.save_pretrained(folder)
     _apply_umask(folder)
     config.save(folder)
@@ -154,17 +145,6 @@ def _apply_umask(folder: Path) -> None:
         path.chmod(0o666 & ~umask)
 
 
-def _save_adapter(folder: Path, backbone: PeftModel, weights: dict[str, torch.Tensor], processor) -> None:
-    lora = {name.removeprefix("backbone."): tensor for name, tensor in weights.items() if "lora_" in name}
-    adapter = get_peft_model_state_dict(backbone, state_dict=lora, save_embedding_layers=False)
-    adapter[PEFT_ROW_KEY] = weights[ROW_KEY].unsqueeze(0)
-    save_file(adapter, folder / ADAPTER_FILE, metadata={"format": "pt"})
-    config = copy.deepcopy(backbone.peft_config[backbone.active_adapter])
-    config.trainable_token_indices = {EMBEDDING_MODULE: [reward_token_id(processor.tokenizer)]}
-    config.inference_mode = True
-    config.save_pretrained(folder)
-
-
 def save_head(path: Path, weight: torch.Tensor) -> None:
     """Write a head as `{"rm_head.weight": fp32 [1, hidden]}`."""
     torch.save({HEAD_KEY: weight.detach().float().cpu().clone()}, path)
@@ -172,10 +152,10 @@ def save_head(path: Path, weight: torch.Tensor) -> None:
 
 def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
     """Read a head, fp32 [1, hidden_size], in any of the three known layouts. Raises ValueError otherwise."""
-    if not os.path.isfile(path):
-        raise ValueError(f"no reward head at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"no reward head at {path}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{path}: no head that torch can load: {reason}; copy the checkpoint again") from error
@@ -183,10 +163,7 @@ def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
     tables = [table for table in candidates if isinstance(table, Mapping)]
     weights = [table[key] for table in tables for key in HEAD_KEYS if isinstance(table.get(key), torch.Tensor)]
     if not weights:
-        found = ", ".join(map(str, state)) if tables else f"a {type(state).__name__}"
-        raise ValueError(
-            f"{path}: no {' or '.join(HEAD_KEYS)} in it, only {found}. Save it as {{'{HEAD_KEY}': weight}}."
-        )
+        raise ValueError(f"{path}: no {' or '.join(HEAD_KEYS)} in it. Save it as {{'{HEAD_KEY}': weight}}.")
     if weights[0].shape != (1, hidden_size):
         raise ValueError(f"{path}: head of shape {tuple(weights[0].shape)}, not (1, {hidden_size}) as needed")
     return weights[0].float()
@@ -238,7 +215,8 @@ def build_reward_model(path: str, processor, *, reward_token: RewardTokenMode, d
         model.reward_token = reward_token
         return model
     backbone = load_backbone(path, dtype=dtype, num_tokens=len(processor.tokenizer))
-    row = initial_reward_embedding(backbone, reward_token_id(processor.tokenizer))
+    token_id = reward_token_id(processor.tokenizer)
+    row = backbone.get_input_embeddings().weight[:token_id].float().mean(dim=0)  # of the tokens before it
     return RewardModel(backbone, reward_embedding=row, reward_token=reward_token)
 
 
@@ -249,7 +227,7 @@ def load_reward_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> LoadedReward:
-    """Load `checkpoint-N/` or a merged model; adapter and tuned weights are merged into the backbone.
+    """Load `checkpoint-N/` or a merged model. Adapter and tuned weights are merged into the backbone.
 
     `base_model` overrides the path of the base model. Raises ValueError that names what is missing.
     """
@@ -257,7 +235,9 @@ def load_reward_model(
     if not (folder / HEAD_FILE).is_file():
         raise ValueError(f"{folder} is not a reward checkpoint: it holds no {HEAD_FILE}")
     config = RewardConfig.load(folder)
-    source = str(folder) if config.base_model is None else _find_base(base_model or config.base_model, folder)
+    source = str(folder) if config.base_model is None else base_model or config.base_model
+    if os.path.isabs(source) and not os.path.isdir(source):
+        raise ValueError(f"{folder} was trained from {source}, which is gone; give its path with --base_model")
     processor = AutoProcessor.from_pretrained(folder)
     token_id = reward_token_id(processor.tokenizer)
     backbone = load_backbone(source, dtype=dtype, num_tokens=len(processor.tokenizer))
@@ -269,7 +249,9 @@ def load_reward_model(
         row = tuned.pop(ROW_KEY)
         with torch.no_grad():
             rows[token_id] = row.to(rows.dtype)
-        _load_tuned(backbone, tuned, folder / TUNED_FILE)
+        unknown = backbone.load_state_dict(tuned, strict=False).unexpected_keys
+        if unknown:
+            raise ValueError(f"{folder / TUNED_FILE} does not fit the base model: it has no {', '.join(unknown[:3])}")
     else:
         row = rows[token_id]
     model = RewardModel(backbone, reward_embedding=row, reward_token=config.reward_token)
@@ -290,15 +272,3 @@ def save_merged(folder: Path, loaded: LoadedReward) -> None:
     loaded.builder.processor.save_pretrained(folder)
     save_head(folder / HEAD_FILE, loaded.model.rm_head.weight)
     dataclasses.replace(loaded.config, base_model=None).save(folder)
-
-
-def _find_base(base_model: str, folder: Path) -> str:
-    if os.path.isabs(base_model) and not os.path.isdir(base_model):
-        raise ValueError(f"{folder} was trained from {base_model}, which is gone; give its path with --base_model")
-    return base_model
-
-
-def _load_tuned(backbone: torch.nn.Module, tuned: dict[str, torch.Tensor], file: Path) -> None:
-    result = backbone.load_state_dict(tuned, strict=False)
-    if result.unexpected_keys:
-        raise ValueError(f"{file} does not fit the base model: it has no {', '.join(result.unexpected_keys[:3])}")

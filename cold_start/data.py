@@ -14,8 +14,9 @@ from functools import cached_property
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from losses import PairLabels
-from preference_csv import INVALID_LABEL, PREFERENCES, PreferencePair
+from arguments import DataArguments, TrainingArguments
+from losses import AGREEMENT_LOSSES, SCORE_LOSSES, PairLabels
+from preference_csv import INVALID_LABEL, PREFERENCES, CsvNeeds, PreferencePair, load_checked_pairs
 from scored_sequence import PackedSequences, ScoredSequence, SequenceBuilder, pack_sequences
 from vision_process import VideoBudget, VideoError, VideoFrames, load_video
 
@@ -135,19 +136,15 @@ class PairDataset(Dataset):
         return digest.hexdigest()[:16]
 
     def __getitem__(self, draw: PairDraw) -> EncodedPair | PairFailure:
-        pair = self.pairs[draw.index]
+        pair, builder, sequences = self.pairs[draw.index], self.builder, []
         try:
-            sequences = [
-                self._build(pair.problem, video, "" if draw.is_masked else cot)
-                for video, cot in ((pair.video_a, pair.cot_a), (pair.video_b, pair.cot_b))
-            ]
+            for video, cot in ((pair.video_a, pair.cot_a), (pair.video_b, pair.cot_b)):
+                frames = load_video(video, self.budget, size_factor=builder.size_factor)
+                cot_ids = builder.encode_cot("" if draw.is_masked else cot)
+                sequences.append(builder.build(builder.encode_prompt(pair.problem, frames), cot_ids))
         except VideoError as error:
             return PairFailure(row=pair.row, message=str(error))
         return EncodedPair(*sequences, label=pair.label, score_a=pair.score_a, score_b=pair.score_b)
-
-    def _build(self, problem: str, video: str, cot: str) -> ScoredSequence:
-        frames = load_video(video, self.budget, size_factor=self.builder.size_factor)
-        return self.builder.build(self.builder.encode_prompt(problem, frames), self.builder.encode_cot(cot))
 
     def _placeholder(self) -> EncodedPair:
         """A pair of blank clips that no loss counts."""
@@ -174,3 +171,17 @@ class PairDataset(Dataset):
             ),
             failures=failures,
         )
+
+
+def load_checked_data(
+    path: str, builder: SequenceBuilder, budget: VideoBudget, *, data: DataArguments, training: TrainingArguments
+) -> PairDataset:
+    """The pairs of a CSV, checked. A collective. Raises CsvError that lists the faults of all rows, on every rank."""
+    needs = CsvNeeds(
+        eval_dim=data.eval_dim,
+        scores=training.loss_type in SCORE_LOSSES,
+        agreeing_scores=training.loss_type in AGREEMENT_LOSSES,
+        cots=data.mask_probability < 1.0,
+    )
+    pairs = load_checked_pairs(path, needs, budget, builder=builder, max_length=data.max_length)
+    return PairDataset(pairs, builder, budget)

@@ -14,17 +14,14 @@ from model_qwen3 import RewardModel, parameter_groups
 from recompute import ActivationPlan
 
 PRECISIONS = ("bf16", "fp16", "torch_autocast")
+BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 SET_BY_FLAGS = {
-    "precision is set with --bf16 True or False": PRECISIONS,
-    "it is set with the learning rate flags": ("optimizer", "scheduler"),
-    "it is set with the training flags": (
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-    ),
+    **dict.fromkeys(PRECISIONS, "precision is set with --bf16 True or False"),
+    **dict.fromkeys(("optimizer", "scheduler"), "it is set with the learning rate flags"),
+    **dict.fromkeys((*BATCH_SIZES, "gradient_clipping"), "it is set with the training flags"),
 }
 """Keys of a DeepSpeed configuration that flags decide."""
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
 ZERO_OF_WEIGHTS = 3
 """The ZeRO stage that partitions weights too."""
 
@@ -33,18 +30,24 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient that is not finite; the message names the step. The weights are those of the step before."""
 
 
+def init_distributed() -> None:
+    """Join the process group. On CPUs, keep DeepSpeed from compiling an all-reduce that only its inference uses."""
+    if get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
+    deepspeed.init_distributed(verbose=False)
+
+
 def read_deepspeed_config(path: str, arguments: TrainingArguments) -> dict:
     """The user's JSON with batch sizes and clipping filled in. Raises ValueError for keys that flags decide."""
     if not Path(path).is_file():
         raise ValueError(f"--deepspeed {path}: no such file")
     config = json.loads(Path(path).read_text())
-    for reason, names in SET_BY_FLAGS.items():
-        for name in names:
-            value = config.pop(name, "auto")
-            if isinstance(value, dict):  # DeepSpeed's precisions are off unless they say enabled
-                value = value.get("enabled", name not in PRECISIONS)
-            if value is not False and value != "auto":
-                raise ValueError(f"{path}: remove {name!r}; {reason}")
+    for name, reason in SET_BY_FLAGS.items():
+        value = config.pop(name, "auto")
+        if isinstance(value, dict):  # DeepSpeed's precisions are off unless they say enabled
+            value = value.get("enabled", name not in PRECISIONS)
+        if value is not False and value != "auto":
+            raise ValueError(f"{path}: remove {name!r}; {reason}")
     config["train_micro_batch_size_per_gpu"] = arguments.per_device_train_batch_size
     config["gradient_accumulation_steps"] = arguments.gradient_accumulation_steps
     config["gradient_clipping"] = arguments.max_grad_norm
@@ -95,21 +98,18 @@ def step_engine(engine, *, step: int) -> float:
     Raises NonFiniteError before any weight changes. ZeRO checks the norm itself and then skips the update; without
     ZeRO it is checked here.
     """
-    if engine.zero_optimization():
+    has_zero = engine.zero_optimization()
+    if has_zero:
         engine.step()
         norm = float(engine.get_global_grad_norm())
-        _require_finite(norm, step)
-        return norm
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
-    _require_finite(norm, step)
-    engine.step()
-    return norm
-
-
-def _require_finite(norm: float, step: int) -> None:
+    else:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
     if not math.isfinite(norm) or norm < 0:
         raise NonFiniteError(f"gradient norm is not finite at step {step}; lower the learning rate or check its data")
+    if not has_zero:
+        engine.step()
+    return norm
 
 
 def gather_trained_weights(engine) -> dict[str, torch.Tensor]:

@@ -114,9 +114,8 @@ class RewardModel(nn.Module):
             **self._vision_layout(batch.video_grid_thw),
         )
         video_embeddings = vision.pooler_output.to(embeddings.dtype).unsqueeze(0)
-        embeddings = embeddings.index_copy(
-            1, batch.video_positions, video_embeddings
-        )  # not a view, see compile_layers
+        # The result is not a view, see compile_layers.
+        embeddings = embeddings.index_copy(1, batch.video_positions, video_embeddings)
         output = qwen.language_model(
             inputs_embeds=embeddings,
             position_ids=batch.position_ids.unsqueeze(1),
@@ -212,11 +211,6 @@ def load_backbone(path: str, *, dtype: torch.dtype, num_tokens: int) -> Qwen3VLF
     if backbone.get_input_embeddings().num_embeddings < num_tokens:
         backbone.resize_token_embeddings(num_tokens, pad_to_multiple_of=EMBEDDING_ROWS_MULTIPLE, mean_resizing=False)
     return backbone
-
-
-def initial_reward_embedding(backbone: Qwen3VLForConditionalGeneration, token_id: int) -> torch.Tensor:
-    """Initial value of the `<Reward>` row, fp32 [hidden]: the mean embedding of the tokens before it."""
-    return backbone.get_input_embeddings().weight[:token_id].float().mean(dim=0)
 
 
 def prepare_for_training(

@@ -1,5 +1,6 @@
 """The preference CSV: reading it, and every check that needs no model."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +8,9 @@ from pathlib import Path
 
 from descore.answers import parse_label
 from descore.checked import check_all, digest
-from descore.csv_table import CsvError, CsvRow, CsvTable, parse_two_paths, parse_two_seconds, shorten
+from descore.csv_table import CsvError, CsvRow, CsvTable, parse_two_paths, parse_two_seconds, row_of, shorten
 from scored_sequence import NUM_CLOSING_TOKENS, SequenceBuilder, judge_problem
+from utils import exchange, get_rank, get_world_size
 from vision_process import VideoBudget, VideoHeader, probe_videos
 
 PREFERENCES = {"A": 1, "B": -1, "same": 0}
@@ -51,9 +53,34 @@ class CsvNeeds:
 
 
 def read_pairs(path: str | Path, needs: CsvNeeds) -> list[PreferencePair]:
-    """Read and check a preference CSV (without opening videos). Raises CsvError that lists every fault."""
-    pairs, problems = scan_rows(path, needs)
+    """Read and check a preference CSV, without opening videos. Raises CsvError that lists every fault."""
+    pairs, problems = _scan_rows(path, needs)
     require_clean(path, problems)
+    return pairs
+
+
+def load_checked_pairs(
+    path: str | Path,
+    needs: CsvNeeds,
+    budget: VideoBudget,
+    *,
+    builder: SequenceBuilder | None,
+    max_length: int,
+    should_decode: bool = False,
+) -> list[PreferencePair]:
+    """Read a CSV and check rows, videos and, with a `builder`, texts and lengths. A collective.
+
+    Each rank opens the videos of its share of the rows: their first frame, or with `should_decode` all frames that
+    training would use. Raises CsvError that lists the faults of all rows, on every rank.
+    """
+    pairs, problems = _scan_rows(path, needs)
+    rank = get_rank()
+    mine = pairs[rank :: get_world_size()]
+    headers, of_mine = _scan_videos(mine, budget, should_decode=should_decode, is_quiet=rank != 0)
+    if builder is not None:
+        of_mine += _scan_sequences(mine, headers, builder, budget, max_length=max_length, is_quiet=rank != 0)
+    problems += [problem for answer in exchange(json.dumps(of_mine)) for problem in json.loads(answer)]
+    require_clean(path, sorted(problems, key=row_of))
     return pairs
 
 
@@ -63,18 +90,16 @@ def require_clean(path: str | Path, problems: Sequence[str]) -> None:
         raise CsvError(path, problems)
 
 
-def scan_rows(path: str | Path, needs: CsvNeeds) -> tuple[list[PreferencePair], list[str]]:
+def _scan_rows(path: str | Path, needs: CsvNeeds) -> tuple[list[PreferencePair], list[str]]:
     """The valid rows of a CSV and the faults of the others. Raises CsvError when the file itself cannot be read."""
     table = CsvTable(path)
     required = ["videos", needs.eval_dim]
     required += ["CoT_A", "CoT_B"] if needs.cots else []
     required += [f"MOS_{side}_{needs.eval_dim}" for side in "AB"] if needs.scores else []
-    if "prompt" not in table.columns:
-        required.append("problem")
+    required += [] if "prompt" in table.columns else ["problem"]
     table.require(required)
     folder = Path(path).resolve().parent
-    pairs = list(table.parse(lambda row: _parse_row(row, folder, needs)))
-    return pairs, table.problems
+    return list(table.parse(lambda row: _parse_row(row, folder, needs))), table.problems
 
 
 def _parse_row(row: CsvRow, folder: Path, needs: CsvNeeds) -> PreferencePair:
@@ -93,12 +118,15 @@ def _parse_row(row: CsvRow, folder: Path, needs: CsvNeeds) -> PreferencePair:
             f"{needs.eval_dim} is {label!r} and its scores {scores[0]:g} and {scores[1]:g} say the opposite, which "
             "--loss_type scaled cannot learn from; correct them, remove the row or choose another loss"
         )
+    problem, prompt = (cells.get(column, "").strip() for column in ("problem", "prompt"))
+    if not problem and not prompt:
+        raise ValueError("problem is empty; write the instruction of the judge, or a prompt for the built-in one")
     durations = cells.get("durations", "")
     return PreferencePair(
         row=row.number,
         video_a=str(folder / video_a),
         video_b=str(folder / video_b),
-        problem=_parse_problem(cells),
+        problem=problem or judge_problem(prompt),
         cot_a=cots[0],
         cot_b=cots[1],
         label=label,
@@ -106,14 +134,6 @@ def _parse_row(row: CsvRow, folder: Path, needs: CsvNeeds) -> PreferencePair:
         score_b=scores[1],
         durations=parse_two_seconds(durations, "durations") if durations.strip() else None,
     )
-
-
-def _parse_problem(cells: dict[str, str]) -> str:
-    """The judge's instruction; without one, the built-in judge prompt around the text prompt."""
-    problem, prompt = (cells.get(column, "").strip() for column in ("problem", "prompt"))
-    if not problem and not prompt:
-        raise ValueError("problem is empty; write the instruction of the judge, or a prompt for the built-in one")
-    return problem or judge_problem(prompt)
 
 
 def _parse_score(text: str, side: str, needs: CsvNeeds) -> float:
@@ -131,13 +151,10 @@ def _parse_score(text: str, side: str, needs: CsvNeeds) -> float:
     return score
 
 
-def scan_videos(
-    pairs: Sequence[PreferencePair], budget: VideoBudget, *, should_decode: bool = False, is_quiet: bool = False
+def _scan_videos(
+    pairs: Sequence[PreferencePair], budget: VideoBudget, *, should_decode: bool, is_quiet: bool
 ) -> tuple[dict[str, VideoHeader], list[str]]:
-    """Open every distinct video: headers of the good ones by path, and the faults with their rows.
-
-    Decodes the first frame only, or with `should_decode` all frames that training would use.
-    """
+    """Open every distinct video: headers of the good ones by path, and the faults with their rows."""
     paths = [path for pair in pairs for path in (pair.video_a, pair.video_b)]
     found = probe_videos(paths, budget, should_decode=should_decode, is_quiet=is_quiet)
     headers = {path: header for path, header in found.items() if isinstance(header, VideoHeader)}
@@ -152,14 +169,14 @@ def scan_videos(
     return headers, problems
 
 
-def scan_sequences(
+def _scan_sequences(
     pairs: Sequence[PreferencePair],
     headers: dict[str, VideoHeader],
     builder: SequenceBuilder,
     budget: VideoBudget,
     *,
     max_length: int,
-    is_quiet: bool = False,
+    is_quiet: bool,
 ) -> list[str]:
     """Faults of texts (reserved tokens) and sequences (over `max_length`); videos without a header are skipped."""
 

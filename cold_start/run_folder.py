@@ -28,8 +28,7 @@ from utils import run_on_main_process
 logger = logging.getLogger(__name__)
 
 LATEST = "latest"
-CHECKPOINT_PREFIX = "checkpoint-"
-CHECKPOINT_NAME = re.compile(rf"{CHECKPOINT_PREFIX}(\d+)")
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 TEMPORARY_PREFIX = "tmp-checkpoint-"
 DEEPSPEED_FOLDER, DEEPSPEED_TAG = "deepspeed", "state"
 FULL_MODEL_FOLDER = "full_model"
@@ -50,12 +49,10 @@ def take_over(output_dir: str) -> None:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete `checkpoint-N` folders, oldest first."""
-    found = {}
-    for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*"):
-        match = CHECKPOINT_NAME.fullmatch(path.name)
-        if match and (path / STATE_FILE).is_file():
-            found[int(match[1])] = path
-    return [found[step] for step in sorted(found)]
+    matches = [
+        (CHECKPOINT_NAME.fullmatch(path.parent.name), path.parent) for path in output_dir.glob(f"*/{STATE_FILE}")
+    ]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
 def find_resume(arguments: TrainingArguments) -> Path | None:
@@ -77,22 +74,19 @@ def find_resume(arguments: TrainingArguments) -> Path | None:
         if not existing:
             logger.info("no checkpoint in %s yet, starting from the beginning", output_dir)
         return existing[-1] if existing else None
-    if not (Path(wanted) / STATE_FILE).is_file():
+    checkpoint = Path(wanted)
+    if not (checkpoint / STATE_FILE).is_file():
         raise ValueError(f"--resume_from_checkpoint {wanted} is not a checkpoint-N folder with {STATE_FILE} in it.")
-    _require_last(Path(wanted), existing, output_dir)
-    return Path(wanted)
-
-
-def _require_last(wanted: Path, existing: list[Path], output_dir: Path) -> None:
-    """Raise ValueError if the folder holds checkpoints that come after `wanted` or belong to another run."""
     paths = [path.resolve() for path in existing]
-    others = existing[paths.index(wanted.resolve()) + 1 :] if wanted.resolve() in paths else existing
+    is_here = checkpoint.resolve() in paths
+    others = existing[paths.index(checkpoint.resolve()) + 1 :] if is_here else existing
     if others:
         names = ", ".join(path.name for path in others)
         raise ValueError(
             f"{output_dir} already holds {names}, which --resume_from_checkpoint {wanted} would mix with another run. "
             f"Remove {names}, or choose another --output_dir (OUTPUT_DIR)."
         )
+    return checkpoint
 
 
 class RunCheckpoints:
@@ -131,7 +125,7 @@ class RunCheckpoints:
 
     def save(self, step: int, *, epoch: float, log_history: list[dict]) -> None:
         """Write `checkpoint-N/` under a temporary name, then rename it: it is complete or absent. A collective."""
-        folder = self.output_dir / f"{CHECKPOINT_PREFIX}{step}"
+        folder = self.output_dir / f"checkpoint-{step}"
         temporary = self.output_dir / f"{TEMPORARY_PREFIX}{step}"
         weights = gather_trained_weights(self.engine)
         state = {"global_step": step, "epoch": epoch, **self.identity, "log_history": log_history}
@@ -149,7 +143,8 @@ class RunCheckpoints:
             state_folder = temporary / DEEPSPEED_FOLDER
             options = {"tag": DEEPSPEED_TAG, "save_latest": False, "exclude_frozen_parameters": True}
             self.engine.save_checkpoint(str(state_folder), **options)
-            torch.save(_get_random_state(), state_folder / self._random_state_name)
+            cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+            torch.save({"cpu": torch.get_rng_state(), **cuda}, state_folder / self._random_state_name)
         dist.barrier()
         if self.engine.global_rank == 0:
             temporary.rename(folder)
@@ -176,7 +171,10 @@ class RunCheckpoints:
             raise ValueError(
                 f"{state_folder} holds no complete DeepSpeed state. Remove {folder} and resume from the one before it."
             )
-        _set_random_state(torch.load(state_folder / self._random_state_name, weights_only=True))
+        random_state = torch.load(state_folder / self._random_state_name, weights_only=True)
+        torch.set_rng_state(random_state["cpu"])
+        if "cuda" in random_state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random_state["cuda"])
         logger.info("resumed from %s", folder)
         return state["global_step"], state["log_history"]
 
@@ -200,14 +198,3 @@ class RunCheckpoints:
     @property
     def _random_state_name(self) -> str:
         return f"random_state_{self.engine.global_rank}.pt"
-
-
-def _get_random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -18,7 +18,7 @@ from transformers.video_utils import VideoMetadata
 
 from descore.checked import digest
 from descore.format_prompt import FormatPrompt
-from vision_process import VideoBudget, VideoFrames, VideoHeader, budgeted_size, num_sampled_frames
+from vision_process import VideoBudget, VideoFrames, VideoHeader, budgeted_size, sampled_indices
 
 REWARD_TOKEN = "<Reward>"
 VIDEO_PLACEHOLDER = "<video>"
@@ -190,13 +190,11 @@ class SequenceBuilder:
 
     def count_prompt_tokens(self, problem: str, header: VideoHeader, budget: VideoBudget) -> int:
         """Length of `encode_prompt(...).input_ids` for a clip with this header, without decoding it."""
-        video_processor = self.processor.video_processor
-        num_frames = num_sampled_frames(header, budget)
+        video_processor, indices = self.processor.video_processor, sampled_indices(header, budget)
         height, width = budgeted_size(header.height, header.width, budget, size_factor=self.size_factor)
         patch_size, frames_per_group = video_processor.patch_size, video_processor.temporal_patch_size
-        grid_thw = torch.tensor([[num_frames // frames_per_group, height // patch_size, width // patch_size]])
-        indices = torch.linspace(0, header.total_frames - 1, num_frames).round().long().tolist()
-        metadata = VideoMetadata(total_num_frames=header.total_frames, fps=header.fps, frames_indices=indices)
+        grid_thw = torch.tensor([[len(indices) // frames_per_group, height // patch_size, width // patch_size]])
+        metadata = VideoMetadata(total_num_frames=header.total_frames, fps=header.fps, frames_indices=list(indices))
         placeholder = self.processor.replace_video_token({"video_grid_thw": grid_thw, "video_metadata": [metadata]}, 0)
         text = self.render(problem).replace(self.processor.video_token, placeholder, 1)
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])

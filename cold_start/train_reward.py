@@ -1,21 +1,28 @@
 """Stage 1, discriminative cold start: trains a reward model on preference pairs. `bash train.sh` launches it."""
 
+import os
 import sys
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from transformers import AutoProcessor, HfArgumentParser, set_seed
+from transformers import HfArgumentParser, set_seed
 
-from arguments import DataArguments, ModelArguments, TrainingArguments, validate_all
-from checkpoint import LoadedReward, build_reward_model, require_trainable_base
-from engine import NonFiniteError, build_engine, compile_and_plan_activations, read_deepspeed_config
-from model_qwen3 import add_reward_token, prepare_for_training
-from preflight import build_config, load_checked_data
+from arguments import DataArguments, ModelArguments, TrainingArguments
+from checkpoint import LoadedReward, RewardConfig, build_reward_model, load_builder, require_trainable_base
+from data import load_checked_data
+from engine import (
+    NonFiniteError,
+    build_engine,
+    compile_and_plan_activations,
+    init_distributed,
+    read_deepspeed_config,
+)
+from model_qwen3 import prepare_for_training
 from run_folder import RunCheckpoints, find_resume, take_over
-from scored_sequence import SequenceBuilder
 from trainer_qwen3 import RewardTrainer
 from training_log import Schedule, setup_logging
-from utils import end_with_launcher, init_distributed, report_error
+from utils import end_with_launcher, report_error
 
 
 def build_trainer(
@@ -28,17 +35,20 @@ def build_trainer(
     resume_from = find_resume(arguments)
     base = model_arguments.model_name_or_path
     require_trainable_base(base)
-    processor = AutoProcessor.from_pretrained(base)
-    add_reward_token(processor)
-    config = build_config(model_arguments, data_arguments)
-    builder = SequenceBuilder(processor, format_prompt=config.format_prompt)
+    config = RewardConfig.resolve(base, format_prompt=data_arguments.format_prompt, **data_arguments.video_budget)
+    config = replace(
+        config,
+        base_model=os.path.abspath(base) if os.path.isdir(base) else base,
+        reward_token=model_arguments.reward_token,
+    )
+    builder = load_builder(base, config)
     train_data, eval_data = (
         load_checked_data(path, builder, config.video, data=data_arguments, training=arguments) if path else None
         for path in (data_arguments.meta_data, data_arguments.meta_data_test)
     )
 
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    model = build_reward_model(base, processor, reward_token=config.reward_token, dtype=dtype)
+    model = build_reward_model(base, builder.processor, reward_token=config.reward_token, dtype=dtype)
     prepare_for_training(model, model_arguments, autocast_dtype=torch.bfloat16 if arguments.bf16 else None)
     schedule = Schedule.build(len(train_data), arguments.pairs_per_step(dist.get_world_size()), arguments)
     engine = build_engine(model, arguments, num_steps=schedule.num_steps)
@@ -64,7 +74,8 @@ def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
     try:
         arguments = parser.parse_args_into_dataclasses()
-        validate_all(*arguments)
+        for group in arguments:
+            group.validate()
         end_with_launcher()
         init_distributed()
         setup_logging()

@@ -21,7 +21,7 @@ from data import MicroBatchSampler, PairBatch, PairDataset, PairDraw, PairFailur
 from descore.csv_table import list_problems
 from descore.progress import progress
 from engine import NonFiniteError, step_engine
-from losses import NUM_SUMS, PairLabels, compute_means, compute_pair_loss, compute_pair_sums
+from losses import NUM_SUMS, compute_means, compute_pair_loss, compute_pair_sums
 from recompute import ActivationPlan
 from run_folder import RunCheckpoints
 from training_log import LogWindow, Schedule, Tracker
@@ -68,7 +68,13 @@ class RewardTrainer:
     def train(self) -> None:
         """Run to the last step, logging, evaluating and saving on the way; the last step always saves."""
         schedule, window, is_main = self.schedule, LogWindow(self.engine.device), self.engine.global_rank == 0
-        tracker = self._build_tracker()
+        tracker = Tracker(
+            Path(self.arguments.output_dir),
+            report_to=self.arguments.report_to,
+            run_name=self.arguments.run_name,
+            config=dataclasses.asdict(self.arguments) | dataclasses.asdict(self.data_arguments),
+            start_step=self.global_step,
+        )
         bar = progress(total=schedule.num_steps, initial=self.global_step, description="train", disable=not is_main)
         for micro_batches in self._steps():
             sums, grad_norm = self.train_step(micro_batches)
@@ -76,7 +82,7 @@ class RewardTrainer:
             window.add(sums, grad_norm=grad_norm)
             bar.update()
             if schedule.is_due(self.global_step, schedule.logging_steps):
-                means = window.means()
+                means, window = window.means(), LogWindow(self.engine.device)
                 self._log(tracker, means | self._learning_rates())
                 bar.set_postfix({n: f"{means[n]:.3f}" for n in ("loss", "accuracy") if n in means}, refresh=False)
             if self.eval_data is not None and schedule.is_due(self.global_step, schedule.eval_steps):
@@ -97,37 +103,37 @@ class RewardTrainer:
         Raises on every rank, before any weight changes: NonFiniteError, or ValueError when too many pairs were
         dropped.
         """
-        loss_type = self.arguments.loss_type
         num_pairs = self._count_contributing_pairs(micro_batches)
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.engine.device)
         for batch in micro_batches:
-            rewards_a, rewards_b, labels = self._compute_rewards(batch)
-            loss_sum = compute_pair_loss(rewards_a, rewards_b, labels, loss_type=loss_type)
+            loss_sum, of_batch = self._compute_loss(batch)
             # DeepSpeed averages gradients over ranks; the global count already accounts for all of them.
             loss = loss_sum * self.engine.world_size / max(num_pairs, 1.0)
             self.engine.backward(loss, scale_wrt_gas=False)
             if batch is not micro_batches[-1]:
                 self.engine.step()  # counts the micro-batch; only the last one's moves weights
-            sums += compute_pair_sums(loss_sum, rewards_a, rewards_b, labels, loss_type=loss_type)
+            sums += of_batch
         sums = self._reduce_and_check(sums, self.dropped_train.note(micro_batches))
         return sums, step_engine(self.engine, step=self.global_step + 1)
 
     def _count_contributing_pairs(self, micro_batches: list[PairBatch]) -> float:
-        """Pairs that the loss uses in this step, over all ranks and micro-batches."""
+        """Over all ranks and micro-batches."""
         count = sum(int(batch.labels.contributes(self.arguments.loss_type).sum()) for batch in micro_batches)
         total = torch.tensor([float(count)], device=self.engine.device)
         dist.all_reduce(total)
         return float(total)
 
-    def _compute_rewards(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor, PairLabels]:
-        """One packed forward: rewards of the A and the B videos, float32 [P], and the labels on their device."""
-        device, packed = self.engine.device, batch.packed
+    def _compute_loss(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """One packed forward: the sum of the pairs' losses, and their `compute_pair_sums`."""
+        device, packed, loss_type = self.engine.device, batch.packed, self.arguments.loss_type
         if self.activations is not None and torch.is_grad_enabled():
             self.activations.prepare(packed.input_ids.numel(), num_patches=len(packed.pixel_values))
         labels = batch.labels.to(device)
         rewards = self.engine(packed.to(device))
-        a_and_b = (positions.to(device, non_blocking=True) for positions in (batch.a_sequences, batch.b_sequences))
-        return *(rewards[positions] for positions in a_and_b), labels
+        a_and_b = (batch.a_sequences, batch.b_sequences)
+        pairs = (*(rewards[positions.to(device, non_blocking=True)] for positions in a_and_b), labels)
+        loss_sum = compute_pair_loss(*pairs, loss_type=loss_type)
+        return loss_sum, compute_pair_sums(loss_sum, *pairs, loss_type=loss_type)
 
     def _reduce_and_check(self, sums: torch.Tensor, num_dropped: int) -> torch.Tensor:
         """Sums over ranks. Raises NonFiniteError, or ValueError when too many pairs were dropped, on every rank."""
@@ -144,16 +150,14 @@ class RewardTrainer:
         """Loss and pair metrics on the held-out pairs, with the CSV's CoTs (`eval/`) and with them masked."""
         was_training = self.engine.training
         self.engine.eval()
-        loss_type, is_quiet = self.arguments.loss_type, self.engine.global_rank != 0
+        is_quiet = self.engine.global_rank != 0
         metrics: dict[str, float] = {}
         for prefix, is_masked in (("eval", False), ("eval_masked", True)):
             sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.engine.device)
             batches = self._loader(self.eval_data, self._eval_batches(is_masked))
             for batch in progress(batches, description=prefix, leave=False, disable=is_quiet):
                 self.dropped_eval.note([batch])
-                rewards_a, rewards_b, labels = self._compute_rewards(batch)
-                loss_sum = compute_pair_loss(rewards_a, rewards_b, labels, loss_type=loss_type)
-                sums += compute_pair_sums(loss_sum, rewards_a, rewards_b, labels, loss_type=loss_type)
+                sums += self._compute_loss(batch)[1]
             dist.all_reduce(sums)
             metrics |= {f"{prefix}/{name}": value for name, value in compute_means(sums).items()}
         self.dropped_eval.require_few()
@@ -200,15 +204,6 @@ class RewardTrainer:
 
     def _learning_rates(self) -> dict[str, float]:
         return {f"lr/{group['name']}": group["lr"] for group in self.engine.basic_optimizer.param_groups}
-
-    def _build_tracker(self) -> Tracker:
-        return Tracker(
-            Path(self.arguments.output_dir),
-            report_to=self.arguments.report_to,
-            run_name=self.arguments.run_name,
-            config=dataclasses.asdict(self.arguments) | dataclasses.asdict(self.data_arguments),
-            start_step=self.global_step,
-        )
 
     def _log(self, tracker: Tracker, values: dict[str, float]) -> dict[str, float]:
         """Record scalars of this step; returns them with the epoch."""

@@ -55,11 +55,7 @@ class LogWindow:
     """Sums since the last log line, turned into means over pairs and steps."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
         self.grad_norms: list[float] = []
         self.seconds = 0.0
         self.restart_clock()
@@ -76,12 +72,11 @@ class LogWindow:
         self.restart_clock()
 
     def means(self) -> dict[str, float]:
-        """Means since the last call; starts a new window."""
+        """Means over the window."""
         values = compute_means(self.sums)
         values["grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
         values["seconds_per_step"] = self.seconds / len(self.grad_norms)
         values["pairs_per_second"] = float(self.sums[1]) / self.seconds
-        self._reset()
         return values
 
 
@@ -118,10 +113,8 @@ class Tracker:
 
     def close(self) -> None:
         """Flush and close everything."""
-        if self._file is not None:
-            self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for log in filter(None, (self._file, self._writer)):
+            log.close()
         if self._run is not None:
             self._run.finish()
 

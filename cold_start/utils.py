@@ -3,6 +3,7 @@
 Without a process group, rank 0 is the only one.
 """
 
+import contextlib
 import itertools
 import os
 import select
@@ -10,26 +11,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
-import deepspeed
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
-SHARED_MEMORY_OP = "deepspeed_shm_comm"
-SECONDS_FOR_ERRORS = 10.0
-"""Time to wait for other ranks that may have raised the same error."""
+SECONDS_FOR_ERRORS = 3.0
+"""Time for the other ranks to raise the same error."""
 SECONDS_BETWEEN_LOOKS = 0.2
 LAUNCHER_NAMES = ("deepspeed.launcher", "deepspeed/launcher", "bin/deepspeed")
 _exchanges = itertools.count()
-
-
-def init_distributed() -> None:
-    """Join the process group. On CPUs, keep DeepSpeed from compiling an all-reduce that only its inference uses."""
-    if get_accelerator().device_name() == "cpu":
-        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OP] = False
-    deepspeed.init_distributed(verbose=False)
 
 
 def get_rank() -> int:
@@ -69,28 +59,15 @@ def run_on_main_process(work: Callable[[], None]) -> None:
 
 
 def report_error(error: Exception, *, seconds: float = SECONDS_FOR_ERRORS) -> None:
-    """Write an error to stderr, with its rank unless that is 0. An error that several ranks raise is written once.
-
-    Waits at most `seconds`: ranks without an error are waiting in a collective and will not answer.
-    """
-    rank, message, wait = get_rank(), str(error), timedelta(seconds=seconds)
-    if rank == 0:
-        sys.stderr.write(f"error: {message}\n")
-    if get_world_size() == 1:
-        return
-    store, shown = dist.distributed_c10d._get_default_store(), None
-    try:
-        if rank == 0:  # the store closes when this process ends
-            store.set("error", message)
-            store.wait([f"error read by {other}" for other in range(1, get_world_size())], wait)
-        else:
-            store.wait(["error"], wait)
-            shown = store.get("error").decode()
-            store.set(f"error read by {rank}", "")
-    except dist.DistError:  # the other ranks have no error, or are gone
-        pass
-    if rank != 0 and shown != message:
-        sys.stderr.write(f"error on rank {rank}: {message}\n")
+    """Write an error to stderr, once if several ranks raise it: the first of them writes."""
+    is_first = True
+    if get_world_size() > 1:
+        with contextlib.suppress(dist.DistError):  # rank 0 is gone, and with it the store
+            is_first = dist.distributed_c10d._get_default_store().add(f"error: {error}", 1) == 1
+    if is_first:
+        sys.stderr.write(f"error: {error}\n")
+    if get_world_size() > 1 and get_rank() == 0:
+        time.sleep(seconds)  # the store closes when this process ends
 
 
 def end_with_launcher() -> None:

@@ -25,11 +25,8 @@ from descore.decoder import VideoError, VideoHeader, existing_file, open_video
 class VideoBudget:
     """How a clip becomes frames. Travels with the checkpoint in `reward_config.json`.
 
-    Frames are taken uniformly at `fps` per second of the clip, an even number of them, at least `min_frames`. A frame
-    has between `min_pixels` and `max_pixels` pixels, both sides multiples of patch size x merge size (32 for
-    Qwen3-VL).
-
-    Example: a clip of 126 frames at 24 per second is 5.25 s long; at fps 2 that is 10 frames.
+    Frames are taken uniformly at `fps` per second of the clip, an even number of them, at least `min_frames`; sides
+    are multiples of patch size x merge size (32). Example: of 126 frames at 24 per second (5.25 s) fps 2 takes 10.
     """
 
     fps: float = 2.0
@@ -93,28 +90,18 @@ def probe_videos(
     """
 
     def check(path: str) -> tuple:
-        header = probe_video(path, min_frames=2)
+        header = probe_video(path, min_frames=budget.min_frames)
         for _ in range(2 * should_decode):
             load_video(path, budget)
         return dataclasses.astuple(header)
 
     def key(path: str) -> str:
         stat = os.stat(existing_file(path))
-        return digest("video", path, stat.st_size, stat.st_mtime_ns, budget if should_decode else None)
+        settings = (budget.min_frames, budget if should_decode else None)
+        return digest("video", path, stat.st_size, stat.st_mtime_ns, *settings)
 
     found = check_all(paths, check, key=key, description="videos", num_threads=num_check_threads(), is_quiet=is_quiet)
-    return {path: _with_enough_frames(path, result, budget) for path, result in found.items()}
-
-
-def _with_enough_frames(path: str, result: object, budget: VideoBudget) -> VideoHeader | VideoError:
-    if isinstance(result, VideoError):
-        return result
-    header = VideoHeader(*result)
-    try:
-        _require_frames(path, header.total_frames, budget.min_frames)
-    except VideoError as error:
-        return error
-    return header
+    return {path: value if isinstance(value, VideoError) else VideoHeader(*value) for path, value in found.items()}
 
 
 def load_video(path: str | os.PathLike, budget: VideoBudget, *, size_factor: int = 32) -> VideoFrames:
@@ -127,7 +114,7 @@ def load_video(path: str | os.PathLike, budget: VideoBudget, *, size_factor: int
     with open_video(path) as video:
         header = video.header
         _require_frames(video.path, header.total_frames, budget.min_frames)
-        indices = _sampled_indices(header, budget)
+        indices = sampled_indices(header, budget)
         try:
             blocks = [
                 resize_frames(torch.from_numpy(block).permute(0, 3, 1, 2), budget, size_factor=size_factor)
@@ -161,7 +148,7 @@ def sample_frames(
     total, _, height, width = clip.shape
     header = VideoHeader(width=width, height=height, total_frames=total, fps=fps)
     _require_frames("the clip in memory", total, budget.min_frames)
-    indices = _sampled_indices(header, budget)
+    indices = sampled_indices(header, budget)
     return VideoFrames(resize_frames(clip[list(indices)], budget, size_factor=size_factor), fps, indices, total)
 
 
@@ -176,10 +163,11 @@ def budgeted_size(height: int, width: int, budget: VideoBudget, *, size_factor: 
     return smart_resize(height, width, size_factor, min_pixels=budget.min_pixels, max_pixels=budget.max_pixels)
 
 
-def num_sampled_frames(header: VideoHeader, budget: VideoBudget) -> int:
-    """How many frames `load_video` takes from a clip with this header (an even number)."""
+def sampled_indices(header: VideoHeader, budget: VideoBudget) -> tuple[int, ...]:
+    """Which frames `load_video` takes from a clip with this header: an even number, evenly spread."""
     wanted = max(header.duration * budget.fps, budget.min_frames)
-    return int(min(wanted, budget.max_frames, header.total_frames)) // 2 * 2
+    num_frames = int(min(wanted, budget.max_frames, header.total_frames)) // 2 * 2
+    return tuple(torch.linspace(0, header.total_frames - 1, num_frames).round().long().tolist())
 
 
 _checksums: dict[int, int] = {}
@@ -195,12 +183,6 @@ def _require_same_as_before(path: str, loaded: VideoFrames) -> None:
     checksum = zlib.crc32(np.ascontiguousarray(loaded.frames))
     if _checksums.setdefault(hash(key), checksum) != checksum:
         raise VideoError(f"video gives other frames each time it is decoded (damaged?); encode it again: {path}")
-
-
-def _sampled_indices(header: VideoHeader, budget: VideoBudget) -> tuple[int, ...]:
-    return tuple(
-        torch.linspace(0, header.total_frames - 1, num_sampled_frames(header, budget)).round().long().tolist()
-    )
 
 
 def _require_frames(path: str, total_frames: int, min_frames: int) -> None:

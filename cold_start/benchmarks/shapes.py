@@ -13,6 +13,7 @@ GIB = 2**30
 TERA = 1e12
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WEIGHT_STD = 0.02
+TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 TEXT = {
     "hidden_size": 4096,
     "intermediate_size": 12288,
@@ -63,11 +64,8 @@ def build_config(ids: Qwen3VLConfig, *, layers: int, is_tiny: bool) -> Qwen3VLCo
     return Qwen3VLConfig(
         text_config={**(TINY_TEXT if is_tiny else TEXT), "num_hidden_layers": layers},
         vision_config=TINY_VISION if is_tiny else VISION,
-        image_token_id=ids.image_token_id,
-        video_token_id=ids.video_token_id,
-        vision_start_token_id=ids.vision_start_token_id,
-        vision_end_token_id=ids.vision_end_token_id,
         tie_word_embeddings=False,
+        **{name: getattr(ids, name) for name in TOKEN_IDS},
     )
 
 

@@ -14,14 +14,14 @@ pair at a time, four per step. Each runs in a process of its own. `--tiny` tries
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -30,14 +30,13 @@ from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGene
 from arguments import DataArguments, ModelArguments, TrainingArguments
 from attention import use_packed_attention
 from data import EncodedPair, PairBatch, PairDataset
-from engine import build_engine, compile_and_plan_activations
+from engine import build_engine, compile_and_plan_activations, init_distributed
 from flash_kernels import choose_kernels
 from losses import PairLabels, compute_means, compute_pair_loss
 from model_qwen3 import RewardModel, add_reward_token, prepare_for_training
 from scored_sequence import ScoredSequence, SequenceBuilder
 from shapes import DEVICE, GIB, TERA, build_config, count_pair_flops, measure_ceilings, randomize
 from trainer_qwen3 import RewardTrainer
-from utils import init_distributed
 from vision_process import VideoBudget, VideoFrames
 
 STAGE_DIR = Path(__file__).resolve().parents[1]
@@ -127,7 +126,7 @@ class Ours:
             data_arguments=DataArguments(),
             schedule=None,
             checkpoints=None,
-            activations=compile_and_plan_activations(engine, ModelArguments(max_kept_layers=options.max_kept_layers)),
+            activations=compile_and_plan_activations(engine, ModelArguments()),
         )
 
     def collate(self, pairs: list[EncodedPair]) -> list[PairBatch]:
@@ -191,23 +190,13 @@ class Original:
 def time_steps(step, *, warmup: int, repeats: int) -> list[float]:
     """Seconds of each repetition, with the device idle before and after it."""
     seconds = []
-    for number in range(warmup + repeats):
-        _synchronize()
+    for _ in range(warmup + repeats):
         start = time.perf_counter()
         step()
-        _synchronize()
-        if number >= warmup:
-            seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-def _name_attention(head_dim: int) -> str:
-    return choose_kernels(torch.empty(1, head_dim, device=DEVICE)).__name__ if DEVICE == "cuda" else "SDPA"
-
-
-def _synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds[warmup:]
 
 
 def _peak_gib() -> float:
@@ -225,7 +214,8 @@ def run_ours(options: argparse.Namespace) -> dict:
     median = statistics.median(seconds)
     config = ours.model.generator.config
     needed = sum(count_pair_flops(pair, config, lora_rank=ModelArguments().lora_r) for pair in pairs)
-    plan, ceilings = ours.trainer.activations, measure_ceilings()
+    plan, head_dim = ours.trainer.activations, config.text_config.head_dim
+    attention = choose_kernels(torch.empty(1, head_dim, device=DEVICE)).__name__ if DEVICE == "cuda" else "SDPA"
     return {
         "loss": loss,
         "first_step_seconds": first_step,
@@ -235,10 +225,9 @@ def run_ours(options: argparse.Namespace) -> dict:
         "needed_tflops_per_second": needed / TERA / median,
         "kept_layers": plan.num_kept if plan else None,
         "kept_vision_blocks": plan.num_kept_blocks if plan else None,
-        "text_attention": _name_attention(config.text_config.head_dim),
+        "text_attention": attention,
         "peak_memory_gib": _peak_gib(),
-        "allocation_retries": torch.cuda.memory_stats()["num_alloc_retries"] if DEVICE == "cuda" else 0,
-        "ceilings": ceilings,
+        "ceilings": measure_ceilings(),
     }
 
 
@@ -285,26 +274,21 @@ PARTS = {"check": run_check, "ours": run_ours, "original": run_original}
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--layers", type=int, help="text layers; default: 36, with --tiny 2")
-    parser.add_argument("--repeats", type=int, help="timed steps; default: 5, with --tiny 1")
-    parser.add_argument("--max_kept_layers", type=int, help="layers that keep activations; 0: the least memory")
     parser.add_argument("--tiny", action="store_true", help="a small model and short sequences, to try the script")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--one_part", choices=PARTS, help="run this part in this process")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "descore_step_8b")
     options = parser.parse_args()
-    options.layers = options.layers or (2 if options.tiny else 36)
-    options.repeats = options.repeats or (1 if options.tiny else 5)
+    options.layers, options.repeats = (2, 1) if options.tiny else (36, 5)
     options.sizes = TINY_SIZES if options.tiny else SIZES
     return options
 
 
+def run_part(part: str, options: argparse.Namespace, connection: Connection) -> None:
+    connection.send(PARTS[part](options))
+    os._exit(0)  # worker processes of torch.compile would delay the exit
+
+
 def main() -> None:
     options = parse_arguments()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    if options.one_part:
-        (options.folder / f"{options.one_part}.json").write_text(json.dumps(PARTS[options.one_part](options)))
-        os._exit(0)  # worker processes of torch.compile would delay the exit
     shape = "a tiny Qwen3-VL" if options.tiny else "Qwen3-VL-8B's shape"
     result = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
@@ -312,15 +296,15 @@ def main() -> None:
         "model": f"{shape} ({options.layers} text layers), LoRA, tuned vision tower, bf16, random weights",
         "pairs_per_step": PAIRS_PER_STEP,
     }
+    context = multiprocessing.get_context("spawn")
     for part in options.parts:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one_part", part], check=True)
-        sys.stderr.write(f"{part}: {time.perf_counter() - start:.0f} s, start and warmup included\n")
-        result[part] = json.loads((options.folder / f"{part}.json").read_text())
+        mine, theirs = context.Pipe()
+        context.Process(target=run_part, args=(part, options, theirs)).start()
+        theirs.close()
+        result[part] = mine.recv()
         if {"ours", "original"} <= result.keys():
             result["speedup"] = result["original"]["seconds"] / result["ours"]["seconds"]
         if options.output:  # after every part, so that an interrupted run leaves a result
-            options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(result, indent=2) + "\n")
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
 

@@ -10,62 +10,57 @@ Several CoTs are sampled per video. A well-formed pair that agrees with the labe
     with_cots.samples.jsonl   every CoT that was sampled
     with_cots.report.json     counts, rows without CoTs and why
 
-How a row is processed: `read_rows` parses it; `plan_jobs` makes a job per video; an engine (`engines`: vLLM in this
-process, `endpoint`: a server) samples CoTs into the journal; `annotate` in `results` fills the row by the rules of
-`selection`.
+How a row is processed: `read_rows` parses it; `plan_jobs` makes a job per video; `endpoint` samples CoTs into the
+journal, on the user's server or on one that `local_server` starts; `annotate` in `results` fills the row by the rules
+of `selection`.
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
 import logging
-import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from transformers import AutoProcessor
-
-from checkpoint import choose_format_prompt, choose_video_budget, fingerprint_weights
-from collect.endpoint import VIDEO_FORMS, EndpointEngine
-from collect.engines import Judge, Sample, SampleKey, VideoFailure, VideoJob, VllmEngine
+from checkpoint import RewardConfig, fingerprint_weights, load_builder
+from collect import local_server
+from collect.endpoint import VIDEO_FORMS, Endpoint, Sample, SampleKey, VideoFailure, VideoJob
 from collect.results import ANSWER_COLUMN, CollectReport, CotJournal, Row, annotate, judge_samples
 from collect.selection import read_opinions
 from descore.csv_table import CsvTable, parse_two_paths
 from descore.progress import progress
 from infer_utils.scorer import MAX_COT_TOKENS
-from model_qwen3 import add_reward_token, quiet_libraries
+from model_qwen3 import quiet_libraries
 from preference_csv import CsvNeeds, read_pairs, require_clean
-from scored_sequence import NUM_CLOSING_TOKENS, SequenceBuilder
+from scored_sequence import NUM_CLOSING_TOKENS
 from vision_process import VideoError, probe_videos
 
 logger = logging.getLogger(__name__)
 
 JOURNAL_SUFFIX, REPORT_SUFFIX = ".samples.jsonl", ".report.json"
 SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
-VLLM_FLAGS = ("tensor_parallel_size", "gpu_memory_utilization", "max_num_seqs")
-ENDPOINT_FLAGS = ("api_key_file", "send_video", "concurrency", "timeout")
-Engine = VllmEngine | EndpointEngine
 
 
 def collect(options: argparse.Namespace) -> CollectReport:
     """The whole run. Raises ValueError for faults of flags, CSV or files before a model is loaded."""
     rows = read_rows(options)
     output = check_output(options, rows)
-    judge = build_judge(options)
-    engine = build_engine(options, judge)
-    jobs, failures = plan_jobs(options, rows, judge, max_model_len=engine.check())
-    identity = describe_samples(options, rows, judge, source=engine.source)
+    endpoint = build_endpoint(options)
+    max_model_len = endpoint.check() if options.endpoint else local_server.check_model(options.model)
+    jobs, failures = plan_jobs(endpoint, rows, max_model_len=max_model_len)
+    identity = describe_samples(endpoint, rows)
     with CotJournal(output.with_suffix(JOURNAL_SUFFIX), identity, overwrite=options.overwrite) as journal:
-        failures += sample_missing(engine, jobs, journal)
+        failures += sample_missing(endpoint, jobs, journal)
         report = CollectReport(rows=len(rows), failures=sorted(failures))
         job_of, table = {(job.row, job.side): job for job in jobs}, []
         for row in rows:
             of_sides = (job_of.get((row.pair.row, side)) for side in "AB")
-            judged = [judge_samples(job, journal, judge.builder, options.max_length, report) for job in of_sides]
+            judged = [judge_samples(job, journal, endpoint.builder, options.max_length, report) for job in of_sides]
             table.append(annotate(row, judged, options, report))
     write_csv(output, [cells for cells in table if cells is not None], columns=rows[0].cells)
     text = json.dumps(vars(report), default=asdict, indent=2) + "\n"
@@ -83,8 +78,8 @@ def read_rows(options: argparse.Namespace) -> list[Row]:
             opinions = read_opinions(table_row.cells, pair.problem)
         except ValueError as error:
             faults.append(f"row {pair.row}: {error}")
-            continue
-        rows.append(Row(pair, table_row.cells, opinions, keeps_cots=has_cots and not options.replace_cots))
+        else:
+            rows.append(Row(pair, table_row.cells, opinions, keeps_cots=has_cots and not options.replace_cots))
     require_clean(options.csv, faults)
     if all(row.keeps_cots for row in rows):
         raise ValueError(f"{options.csv}: every row has both CoTs. Add --replace_cots to sample new ones.")
@@ -92,25 +87,25 @@ def read_rows(options: argparse.Namespace) -> list[Row]:
 
 
 def plan_jobs(
-    options: argparse.Namespace, rows: Sequence[Row], judge: Judge, *, max_model_len: int | None
+    endpoint: Endpoint, rows: Sequence[Row], *, max_model_len: int | None
 ) -> tuple[list[VideoJob], list[VideoFailure]]:
     """A job per video of the rows without CoTs. Raises CsvError that lists every missing file and faulty prompt.
 
     A file that exists but does not decode is a failure, not a fault of the CSV: its row is left without CoTs.
     """
-    pairs = [row.pair for row in rows if not row.keeps_cots]
-    videos = [(p, side, video) for p in pairs for side, video in (("A", p.video_a), ("B", p.video_b))]
-    missing = [f"row {p.row}: video not found: {video}" for p, _, video in videos if not Path(video).is_file()]
-    require_clean(options.csv, [f"{fault}. Correct the path or remove the row." for fault in missing])
-    headers = probe_videos((video for _, _, video in videos), judge.budget)
+    options, pairs = endpoint.options, [row.pair for row in rows if not row.keeps_cots]
+    videos = [(pair, *side) for pair in pairs for side in (("A", pair.video_a), ("B", pair.video_b))]
+    headers = probe_videos((video for _, _, video in videos), endpoint.budget)
     jobs, failures, faults = [], [], []
     for pair, side, video in videos:
         header = headers[video]
         if isinstance(header, VideoError):
             failures.append(VideoFailure(pair.row, side, str(header)))
+            if not Path(video).is_file():
+                faults.append(f"row {pair.row}, video {side}: {header}. Correct the path or remove the row.")
             continue
         try:
-            num_tokens = judge.builder.count_prompt_tokens(pair.problem, header, judge.budget)
+            num_tokens = endpoint.builder.count_prompt_tokens(pair.problem, header, endpoint.budget)
             check_length(options, num_tokens, max_model_len)
         except ValueError as error:
             faults.append(f"row {pair.row}, video {side}: {error}")
@@ -128,19 +123,15 @@ def check_length(options: argparse.Namespace, num_tokens: int, max_model_len: in
     if num_tokens + NUM_CLOSING_TOKENS >= options.max_length:
         raise ValueError(f"{prompt} leaves no room for a CoT under --max_length {options.max_length}.")
     if max_model_len is not None and num_tokens + options.max_tokens > max_model_len:
-        raise ValueError(
-            f"{prompt} and a CoT of {options.max_tokens} exceed the {max_model_len} that the model takes. Lower "
-            "--max_tokens, --fps or --max_pixels, or remove the row."
-        )
+        remedy = "Lower --max_tokens, --fps or --max_pixels, or remove the row."
+        raise ValueError(f"{prompt} and a CoT of {options.max_tokens} exceed the model's {max_model_len}. {remedy}")
 
 
-def sample_missing(engine: Engine, jobs: Sequence[VideoJob], journal: CotJournal) -> list[VideoFailure]:
-    """Sample into the journal what it lacks; returns the videos that failed."""
+def sample_missing(endpoint: Endpoint, jobs: Sequence[VideoJob], journal: CotJournal) -> list[VideoFailure]:
+    """Sample into the journal what it lacks; returns the videos that failed. Without a URL, a server is started."""
     missing = [replace(job, keys=tuple(key for key in job.keys if key not in journal.samples)) for job in jobs]
     missing = [job for job in missing if job.keys]
     failures: list[VideoFailure] = []
-    if not missing:
-        return failures
 
     def put(result: Sample | VideoFailure) -> None:
         bar.update()
@@ -150,8 +141,14 @@ def sample_missing(engine: Engine, jobs: Sequence[VideoJob], journal: CotJournal
             failures.append(result)
             logger.warning("row %d, video %s: %s", result.row, result.video, result.error)
 
-    with progress(total=sum(len(job.keys) for job in missing), description="CoTs", unit="CoT") as bar:
-        engine.generate(missing, put)
+    with contextlib.ExitStack() as stack:
+        if missing and not endpoint.url:
+            longest = max(job.num_prompt_tokens for job in missing) + endpoint.options.max_tokens
+            url = stack.enter_context(local_server.serve(endpoint.options.model, max_model_len=longest))
+            endpoint = replace(endpoint, url=url)
+        num_samples = sum(len(job.keys) for job in missing)
+        bar = stack.enter_context(progress(total=num_samples, description="CoTs", unit="CoT"))
+        endpoint.generate(missing, put)
     return failures
 
 
@@ -167,21 +164,19 @@ def write_csv(path: Path, table: Sequence[Mapping[str, str]], *, columns: Mappin
     os.replace(temporary, path)
 
 
-def describe_samples(
-    options: argparse.Namespace, rows: Sequence[Row], judge: Judge, *, source: str
-) -> dict[str, object]:
+def describe_samples(endpoint: Endpoint, rows: Sequence[Row]) -> dict[str, object]:
     """What samples depend on. Selection, labels and the number of samples may change between runs."""
-    folder = Path(options.model)
+    options, folder = endpoint.options, Path(endpoint.options.model)
     is_local = options.endpoint is None and folder.is_dir()
     digest = hashlib.blake2b(digest_size=8)
     for row in rows:
-        digest.update(repr((row.cells["videos"], judge.builder.render(row.pair.problem))).encode())
+        digest.update(repr((row.cells["videos"], endpoint.builder.render(row.pair.problem))).encode())
     return {
         "model": folder.resolve().name if is_local else options.model,
         "weights": fingerprint_weights(folder) if is_local else None,
-        "source": source,
+        "source": f"endpoint, {options.send_video}" if options.endpoint else "vllm",
         "sampling": {name: getattr(options, name) for name in SAMPLING},
-        "budget": asdict(judge.budget),
+        "budget": asdict(endpoint.budget),
         "data": digest.hexdigest(),
     }
 
@@ -190,12 +185,8 @@ def check_output(options: argparse.Namespace, rows: Sequence[Row]) -> Path:
     """The output's path. Raises ValueError where writing would destroy a file, or break relative video paths."""
     source, output = Path(options.csv).resolve(), Path(options.output).resolve()
     name = f"--output {options.output}"
-    if output.suffix != ".csv":
-        raise ValueError(f"{name} does not end in .csv. Choose a name that does.")
     if output == source:
         raise ValueError("--output is the input. Choose another name.")
-    if not output.parent.is_dir():
-        raise ValueError(f"{name} is in a folder that does not exist. Make it, or choose another.")
     if output.exists() and not output.with_suffix(JOURNAL_SUFFIX).exists() and not options.overwrite:
         raise ValueError(f"{name} exists, and collect_cot did not write it. Choose another name, or add --overwrite.")
     has_relative = any(not os.path.isabs(v) for row in rows for v in parse_two_paths(row.cells["videos"], "videos"))
@@ -204,47 +195,23 @@ def check_output(options: argparse.Namespace, rows: Sequence[Row]) -> Path:
     return output
 
 
-def build_judge(options: argparse.Namespace) -> Judge:
-    """The model with training's prompts and frames. Raises ValueError if the processor cannot be loaded."""
+def build_endpoint(options: argparse.Namespace) -> Endpoint:
+    """The server, with training's prompts and frames. Raises ValueError if the processor cannot be loaded."""
     source = options.processor or options.model
-    remedy = "Give the folder or hub name of a Qwen3-VL with --processor."
-    try:
-        processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{source} has no processor ({reason}). {remedy}") from error
-    if not hasattr(processor, "video_processor"):
-        raise ValueError(f"{source} has a {type(processor).__name__}, not a Qwen3-VL processor. {remedy}")
-    add_reward_token(processor)
     changes = {name: getattr(options, name) for name in ("fps", "min_frames", "min_pixels", "max_pixels")}
-    budget = choose_video_budget(source, **changes)
-    given = read_file(options.format_prompt, "--format_prompt")
-    builder = SequenceBuilder(processor, format_prompt=choose_format_prompt(source, given))
-    return Judge(options.model, builder, budget, **{name: getattr(options, name) for name in SAMPLING})
-
-
-def build_engine(options: argparse.Namespace, judge: Judge) -> Engine:
-    """The engine, not started."""
-    names = VLLM_FLAGS if options.endpoint is None else ENDPOINT_FLAGS
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.endpoint is None:
-        return VllmEngine(judge, **given)
-    key = read_file(given.pop("api_key_file", None), "--api_key_file")
-    return EndpointEngine(judge, options.endpoint, api_key=key and key.strip(), **given)
-
-
-def read_file(path: str | None, flag: str) -> str | None:
-    """The text of a flag's file. Raises ValueError that names the flag."""
+    config = RewardConfig.resolve(source, format_prompt=options.format_prompt, **changes)
     try:
-        return None if path is None else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag} {path} is not a readable text file: {error}") from error
+        builder = load_builder(source, config)
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: of another kind of model
+        remedy = "Give the folder or hub name of a Qwen3-VL with --processor."
+        raise ValueError(f"{source} has no Qwen3-VL processor: {error}\n{remedy}") from error
+    send_video = options.send_video if options.endpoint else "frames"
+    return Endpoint(options, builder, config.video, url=options.endpoint or "", send_video=send_video)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. A wrong one ends the process with status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    count, share, seconds = number(int, 1), number(float, 0.001, 1), number(float, 0.001)
     add = parser.add_argument
     add("csv", help="preference CSV: videos, GSB, problem or prompt; see datasets/train/README.md")
     add("--output", required=True, help="CSV to write, in the folder that the input's video paths are relative to")
@@ -252,19 +219,14 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--eval_dim", default="GSB", help="label column")
     add("--overwrite", action="store_true", help="start again where another run wrote --output")
     add = parser.add_argument_group("sampling").add_argument
-    add("--num_samples", type=count, default=4, help="CoTs per video; a later run with more keeps the first ones")
-    add("--temperature", type=number(float, 0), default=0.7)
-    add("--top_p", type=share, default=0.95)
-    add("--max_tokens", type=count, default=MAX_COT_TOKENS, help="longest CoT; CoTs that are cut off are not used")
+    add("--num_samples", type=int, default=4, help="CoTs per video; a later run with more keeps the first ones")
+    add("--temperature", type=float, default=0.7)
+    add("--top_p", type=float, default=0.95)
+    add("--max_tokens", type=int, default=MAX_COT_TOKENS, help="longest CoT; CoTs that are cut off are not used")
     add("--seed", type=int, default=0)
     add = parser.add_argument_group("selection").add_argument
     add("--require_agreement", action="store_true", help="leave rows without CoTs where none agree with the label")
-    add(
-        "--tie_margin",
-        type=number(float, 0),
-        default=0.25,
-        help="largest difference of overall scores under the label same",
-    )
+    add("--tie_margin", type=float, default=0.25, help="largest difference of overall scores under the label same")
     add("--drop_incomplete", action="store_true", help="leave rows without CoTs out of the output")
     add("--replace_cots", action="store_true", help="sample again for rows that have both CoTs")
     add("--replace_answers", action="store_true", help="overwrite existing answers for stage 2")
@@ -275,36 +237,14 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--min_frames", type=int, help="fewest frames of a clip; default likewise, or 4")
     add("--min_pixels", "--min_frame_pixels", type=int, help="fewest pixels of a frame; default likewise, or 4096")
     add("--max_pixels", "--max_frame_pixels", type=int, help="most pixels of a frame; default likewise, or 200704")
-    add("--max_length", type=count, default=8192, help="tokens of the longest sequence; longer CoTs are not used")
-    add = parser.add_argument_group("vLLM in this process (without --endpoint)").add_argument
-    add("--tensor_parallel_size", type=count, help="GPUs that share the model; default: 1")
-    add("--gpu_memory_utilization", type=share, help="share of a GPU's memory; default: 0.9")
-    add("--max_num_seqs", type=count, help="concurrent samples; default: 64")
+    add("--max_length", type=int, default=8192, help="tokens of the longest sequence; longer CoTs are not used")
     add = parser.add_argument_group("server").add_argument
-    add("--endpoint", metavar="URL", help="http://host:port/v1 of any OpenAI-compatible server")
+    add("--endpoint", metavar="URL", help="http://host:port/v1 of any OpenAI-compatible server; default: vLLM here")
     add("--api_key_file", help="file that holds the server's key")
-    add("--send_video", choices=VIDEO_FORMS, help="form of the videos, see the README; default: clip")
-    add("--concurrency", type=count, help="concurrent requests; default: 16")
-    add("--timeout", type=seconds, help="seconds that a reply may take; default: 600")
-    options = parser.parse_args(arguments)
-    if options.temperature == 0 and options.num_samples > 1:
-        parser.error("--temperature 0 gives the same CoT every time. Add --num_samples 1, or raise it.")
-    cause = "needs --endpoint" if options.endpoint is None else "has no effect with --endpoint; set it on the server"
-    for name in ENDPOINT_FLAGS if options.endpoint is None else VLLM_FLAGS:
-        if getattr(options, name) is not None:
-            parser.error(f"--{name} {cause}")
-    return options
-
-
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """A flag's type: numbers within bounds."""
-
-    def parse(text: str) -> float:
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
-
-    return parse
+    add("--send_video", choices=VIDEO_FORMS, default="clip", help="form of the videos for --endpoint, see the README")
+    add("--concurrency", type=int, default=32, help="videos at a time")
+    add("--timeout", type=float, default=600.0, help="seconds that a reply may take")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -314,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     quiet_libraries()
     try:
         report = collect(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"collect_cot: {error}\n")
         return 2
     except KeyboardInterrupt:

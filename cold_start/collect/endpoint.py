@@ -1,33 +1,30 @@
-"""The engine that samples chains of thought (CoTs) on an OpenAI-compatible server.
+"""Samples chains of thought (CoTs) on an OpenAI-compatible server.
 
-Frames are sampled and resized here, by training's own function. What the server reads depends on how they are sent:
-
-- `clip`: as a small lossless clip, at the rate that spreads them over the length of the video. A server that samples 2
-  frames per second and at least 4 reads all of them. A timestamp may differ from training's in its last digit: frames
-  of a clip are evenly spaced, the sampled ones only nearly so.
-- `frames`: as PNG with their indices, in vLLM's own format. The prompt is training's, token for token. The server must
-  be vLLM, started with --trust-request-mm-kwargs.
-- `file`: as the video file, which the server samples and resizes in its own way.
+Frames are sampled and resized here, by training's own function. What the server reads depends on how they are sent: as
+a small lossless clip at the rate that spreads them over the length of the video, as PNG with their indices in vLLM's
+own format, or as the video file (see the README).
 """
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
-from collections.abc import Awaitable, Sequence
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, get_args
-from urllib.parse import urlsplit
+from typing import Literal, NamedTuple, get_args
 
 import av
+import numpy as np
 import openai
 from openai.types.chat import ChatCompletion
 from PIL import Image
 
-from collect.engines import Judge, Put, Sample, SampleKey, VideoFailure, VideoJob, as_images
-from vision_process import VideoError, VideoFrames
+from scored_sequence import SequenceBuilder
+from vision_process import VideoBudget, VideoError, VideoFrames, load_video
 
 VideoForm = Literal["clip", "frames", "file"]
 VIDEO_FORMS: tuple[VideoForm, ...] = get_args(VideoForm)
@@ -38,40 +35,77 @@ MESSAGE_LENGTH = 300
 NO_KEY = "EMPTY"
 """The usual key for a vLLM that needs none. With None the client would send the user's OPENAI_API_KEY."""
 TRUST_FLAG = "--trust-request-mm-kwargs"
-WRONG_KEY = "The server does not accept the key. Give the right one with --api_key_file."
-NOT_FOUND = "The server has no such model or address. Check --model, and that --endpoint ends in /v1."
-BUSY = "The server stays busy. Run the same command again later."
-STOPPING_STATUSES = {401: WRONG_KEY, 403: WRONG_KEY, 404: NOT_FOUND, 429: BUSY, 502: BUSY, 503: BUSY, 504: BUSY}
-"""Statuses that end the run, because every other request would get them too, and what to do about them."""
+STOPPING_STATUSES = (401, 403, 404, 429, 502, 503, 504)
+"""Wrong key, wrong model or a server that stays busy: every other request would get them too."""
+
+
+class SampleKey(NamedTuple):
+    """Which sample: `row` of the CSV from 1, `side` A or B, and its number from 0."""
+
+    row: int
+    side: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A CoT as the model wrote it, without EOS.
+
+    `is_finished`: it ended by itself, not at the length limit. `num_prompt_tokens`: what the server read before it,
+    None if the server does not say.
+    """
+
+    key: SampleKey
+    text: str
+    is_finished: bool
+    num_prompt_tokens: int | None
+
+
+@dataclass(frozen=True, order=True)
+class VideoFailure:
+    """A video, A or B of a row, for which sampling failed, at once or after some samples."""
+
+    row: int
+    video: str
+    error: str
+
+
+@dataclass(frozen=True)
+class VideoJob:
+    """A video, and the samples to draw. `num_prompt_tokens`: of training's prompt, the video included."""
+
+    row: int
+    side: str
+    path: str
+    problem: str
+    num_prompt_tokens: int
+    keys: tuple[SampleKey, ...]
+
+
+def seed_of(seed: int, key: SampleKey) -> int:
+    """A seed from 0 to 2**31 - 1, which every server accepts. It depends on the run's seed and the key only."""
+    text = f"{seed}/{key.row}/{key.side}/{key.number}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest()) >> 1
 
 
 class RequestError(ValueError):
     """The server refused one request, or failed to answer it."""
 
 
-@dataclass
-class EndpointEngine:
-    """A server. `url`: up to /v1. `timeout`: seconds that a reply may take, retries included.
+@dataclass(frozen=True)
+class Endpoint:
+    """A server, up to /v1, and what it is asked; the URL is empty until one is started here.
 
-    `concurrency`: videos at a time. `send_video`: see this module. The server's own chat template applies, and its own
-    values of settings that a request does not name, such as top_k.
+    `options`: the command line, with the model's name and the sampling. `builder`, `budget`: training's prompts and
+    frames. The server's own chat template applies, and its own values of settings that a request does not name, such
+    as top_k.
     """
 
-    judge: Judge
+    options: Namespace
+    builder: SequenceBuilder
+    budget: VideoBudget
     url: str
-    api_key: str | None = None
-    timeout: float = 600.0
-    concurrency: int = 16
-    send_video: VideoForm = "clip"
-
-    def __post_init__(self) -> None:
-        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
-            raise ValueError(f"--endpoint {self.url} is not a URL. Give http://host:port/v1.")
-
-    @property
-    def source(self) -> str:
-        """Where samples come from. A journal never mixes two sources."""
-        return f"endpoint, {self.send_video}"
+    send_video: VideoForm
 
     def check(self) -> int | None:
         """The most tokens of a prompt and its CoT; None if the server does not say.
@@ -85,19 +119,19 @@ class EndpointEngine:
 
         reply = asyncio.run(list_models())
         try:
-            models = {model["id"]: model for model in reply["data"]}
-        except (KeyError, TypeError) as error:
+            limits = {model["id"]: model.get("max_model_len") for model in reply["data"]}
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.url}/models is not a list of models. Check --endpoint.") from error
-        if self.judge.model not in models:
-            raise ValueError(f"{self.url} has no model {self.judge.model!r}, only {', '.join(models)}. Check --model.")
-        limit = models[self.judge.model].get("max_model_len")  # of vLLM
-        return limit if isinstance(limit, int) else None
+        model = self.options.model
+        if model not in limits:
+            raise ValueError(f"{self.url} has no model {model!r}, only {', '.join(limits)}. Check --model.")
+        return limits[model]
 
-    def generate(self, jobs: Sequence[VideoJob], put: Put) -> None:
-        """Draw the samples of all jobs. Raises ValueError at once if the run cannot continue."""
+    def generate(self, jobs: Sequence[VideoJob], put: Callable[[Sample | VideoFailure], None]) -> None:
+        """Give `put` the samples of all jobs, each as soon as it exists. Raises ValueError if the run cannot go on."""
 
         async def answer_all() -> None:
-            slots = asyncio.Semaphore(self.concurrency)
+            slots = asyncio.Semaphore(self.options.concurrency)
             async with self._connect() as client, asyncio.TaskGroup() as group:
                 for job in jobs:
                     group.create_task(self._answer(client, job, slots, put))
@@ -108,54 +142,55 @@ class EndpointEngine:
             raise errors.exceptions[0] from None
 
     def _connect(self) -> openai.AsyncOpenAI:
-        timeout = openai.Timeout(self.timeout, connect=CONNECT_SECONDS)
-        key = self.api_key or NO_KEY
+        timeout, key_file = openai.Timeout(self.options.timeout, connect=CONNECT_SECONDS), self.options.api_key_file
+        key = Path(key_file).read_text().strip() if key_file else NO_KEY
         return openai.AsyncOpenAI(base_url=self.url, api_key=key, max_retries=NUM_RETRIES, timeout=timeout)
 
-    async def _answer(self, client: openai.AsyncOpenAI, job: VideoJob, slots: asyncio.Semaphore, put: Put) -> None:
+    async def _answer(self, client: openai.AsyncOpenAI, job: VideoJob, slots: asyncio.Semaphore, put) -> None:
         """All samples of a video, one after another: after the first, the server has cached prompt and video."""
         async with slots:
             try:
                 request = await asyncio.to_thread(self._build_request, job)
                 for key in job.keys:
-                    call = client.chat.completions.create(**request, seed=self.judge.seed_of(key))
+                    call = client.chat.completions.create(**request, seed=seed_of(self.options.seed, key))
                     put(self._read(job, key, await self._request(call)))
             except (VideoError, RequestError) as error:
                 put(VideoFailure(job.row, job.side, str(error)))
 
     def _build_request(self, job: VideoJob) -> dict[str, object]:
         """The arguments of a video's requests, apart from the seed."""
-        fields: dict[str, object] = {}
+        options, fields = self.options, {}
         if self.send_video == "file":
-            url = _data_url("video/mp4", [_read_video(job.path)])
-        elif self.send_video == "clip":
-            url = encode_clip(self.judge.load(job.path))
+            try:
+                url = _data_url("video/mp4", [Path(job.path).read_bytes()])
+            except OSError as error:
+                raise VideoError(f"video cannot be read ({error.strerror}): {job.path}") from error
         else:
-            url, fields = encode_frames(self.judge.load(job.path))
-        video = {"type": "video_url", "video_url": {"url": url}}
-        blocks = self.judge.builder.user_blocks(job.problem)
+            video = load_video(job.path, self.budget, size_factor=self.builder.size_factor)
+            url, fields = encode_frames(video) if self.send_video == "frames" else (encode_clip(video), {})
+        block = {"type": "video_url", "video_url": {"url": url}}
+        blocks = [block if b["type"] == "video" else b for b in self.builder.user_blocks(job.problem)]
         return {
-            "model": self.judge.model,
-            "messages": [{"role": "user", "content": [video if b["type"] == "video" else b for b in blocks]}],
-            "temperature": self.judge.temperature,
-            "top_p": self.judge.top_p,
-            "max_tokens": self.judge.max_tokens,
+            "model": options.model,
+            "messages": [{"role": "user", "content": blocks}],
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "max_tokens": options.max_tokens,
             "extra_body": fields,
         }
 
     async def _request(self, call: Awaitable):
         """A reply. Raises RequestError, and ValueError for errors that every other request would meet too."""
         try:
-            async with asyncio.timeout(self.timeout):
+            async with asyncio.timeout(self.options.timeout):
                 return await call
         except TimeoutError as error:
-            raise RequestError(f"no reply within {self.timeout:g} s") from error
+            raise RequestError(f"no reply within {self.options.timeout:g} s") from error
         except openai.APIStatusError as error:
             message = " ".join(str(error).split())[:MESSAGE_LENGTH]
-            if TRUST_FLAG in message:
-                raise ValueError(f"{self.url}: {message}. Or use --send_video clip.") from error
-            if error.status_code in STOPPING_STATUSES:
-                raise ValueError(f"{self.url}: {message}. {STOPPING_STATUSES[error.status_code]}") from error
+            if error.status_code in STOPPING_STATUSES or TRUST_FLAG in message:
+                remedy = "Check --endpoint, --model, --api_key_file and --send_video, or try again later."
+                raise ValueError(f"{self.url}: {message}. {remedy}") from error
             raise RequestError(message) from error
         except json.JSONDecodeError as error:
             raise ValueError(f"{self.url}: the reply is not JSON. Check --endpoint.") from error
@@ -190,11 +225,10 @@ def encode_frames(video: VideoFrames) -> tuple[str, dict[str, object]]:
 
     vLLM calls the type video/jpeg but reads any image format; PNG is lossless.
     """
-    pictures = []
-    for frame in as_images(video):
-        with io.BytesIO() as file:
-            Image.fromarray(frame).save(file, "PNG")
-            pictures.append(file.getvalue())
+    files = [io.BytesIO() for _ in video.frames]
+    for frame, file in zip(_as_images(video), files, strict=True):
+        Image.fromarray(frame).save(file, "PNG")
+    pictures = [file.getvalue() for file in files]
     metadata = {
         "fps": video.source_fps,
         "frames_indices": list(video.frame_indices),
@@ -208,25 +242,23 @@ def encode_frames(video: VideoFrames) -> tuple[str, dict[str, object]]:
 
 def encode_clip(video: VideoFrames) -> str:
     """The frames as a lossless clip, H.264 in RGB. Example: 10 frames over 125 / 24 s have a rate of 1.728."""
-    images = as_images(video)
+    images = _as_images(video)
     source_rate = Fraction(video.source_fps).limit_denominator(1001)  # such as 30000 / 1001
     rate = source_rate * (len(images) - 1) / (video.frame_indices[-1] - video.frame_indices[0])
-    with io.BytesIO() as file:
-        with av.open(file, "w", format="mp4") as container:
-            stream = container.add_stream("libx264rgb", rate=rate)
-            stream.height, stream.width = images.shape[1:3]
-            stream.pix_fmt, stream.options = "rgb24", {"qp": "0"}
-            for image in images:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode(None))
-        return _data_url("video/mp4", [file.getvalue()])
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264rgb", rate=rate)
+        stream.height, stream.width = images.shape[1:3]
+        stream.pix_fmt, stream.options = "rgb24", {"qp": "0"}
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    return _data_url("video/mp4", [file.getvalue()])
 
 
-def _read_video(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise VideoError(f"video cannot be read ({error.strerror}): {path}") from error
+def _as_images(video: VideoFrames) -> np.ndarray:
+    """uint8 [num_frames, height, width, 3]."""
+    return video.frames.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _data_url(media_type: str, parts: Sequence[bytes]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from collect.engines import Sample, SampleKey, VideoFailure, VideoJob
+from collect.endpoint import Sample, SampleKey, VideoFailure, VideoJob
 from collect.selection import Judged, Judgement, Scores, build_answer, choose_pair, read_judgement
 from preference_csv import PreferencePair
 from scored_sequence import NUM_CLOSING_TOKENS, SequenceBuilder
@@ -52,7 +52,7 @@ class CotJournal:
             self._lock()
             if overwrite:
                 self._file.truncate(0)
-            self._load(json.dumps({"identity": identity}).encode() + b"\n")
+            self._load(identity)
         except ValueError:
             self._file.close()
             raise
@@ -67,10 +67,10 @@ class CotJournal:
         """Record a sample."""
         assert sample.key not in self.samples, f"{sample.key} was sampled twice"
         self.samples[sample.key] = sample
-        self._write(json.dumps(vars(sample)).encode() + b"\n")
+        self._write(vars(sample))
 
-    def _write(self, line: bytes) -> None:
-        self._file.write(line)
+    def _write(self, entry: Mapping[str, object]) -> None:
+        self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()
 
     def _lock(self) -> None:
@@ -81,36 +81,28 @@ class CotJournal:
         except OSError as error:  # some network file systems have no locks
             logger.warning("%s cannot be locked (%s). Do not start a second run with it.", self.path, error)
 
-    def _load(self, first_line: bytes) -> None:
-        """Read the recorded samples; a new journal gets `first_line`."""
-        end = 0
+    def _load(self, identity: Mapping[str, object]) -> None:
+        """Read the recorded samples and cut off a torn line; a new journal gets its first line."""
         self._file.seek(0)
-        for line in self._file:
-            if not line.endswith(b"\n") and (end or first_line.startswith(line)):
-                break  # torn
-            try:
-                entry = json.loads(line)
-                if end:
-                    key = SampleKey(*entry["key"])
-                    self.samples[key] = Sample(**{**entry, "key": key})
-                else:
-                    self._require_same(entry["identity"], json.loads(first_line)["identity"])
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-                reason = f"{self.path} is not a journal of samples. Choose another --output, or add --overwrite."
-                raise ValueError(reason) from error
-            end += len(line)
-        self._file.truncate(end)
-        if not end:
-            self._write(first_line)
-
-    def _require_same(self, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
-        changed = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+        *lines, torn = self._file.read().split(b"\n")
+        try:
+            if not lines and not json.dumps({"identity": identity}).encode().startswith(torn):
+                raise TypeError("not the beginning of a first line")
+            found = json.loads(lines[0])["identity"] if lines else None
+            for entry in map(json.loads, lines[1:]):
+                sample = Sample(**{**entry, "key": SampleKey(*entry["key"])})
+                self.samples[sample.key] = sample
+            changed = [name for name in {**found, **identity} if found.get(name) != identity[name]] if lines else []
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            reason = f"{self.path} is not a journal of samples. Choose another --output, or add --overwrite."
+            raise ValueError(reason) from error
         if changed:
-            each = ", ".join(f"{name} ({found.get(name)!r} there, {wanted.get(name)!r} now)" for name in changed)
-            raise ValueError(
-                f"{self.path} holds samples of another run. These differ: {each}. Choose another --output, or add "
-                "--overwrite."
-            )
+            each = ", ".join(f"{name} ({found.get(name)!r} there, {identity[name]!r} now)" for name in changed)
+            remedy = "Choose another --output, or add --overwrite."
+            raise ValueError(f"{self.path} holds samples of another run. These differ: {each}. {remedy}")
+        self._file.truncate(self._file.tell() - len(torn))
+        if not lines:
+            self._write({"identity": identity})
 
 
 @dataclass
@@ -142,7 +134,6 @@ class CollectReport:
             f"{self.videos} videos, {self.samples} samples, {self.malformed.total()} malformed ({causes or '-'})",
             f"{self.rows_with_collected_cots} of {self.rows} rows got CoTs: {self.rows_agreeing} agree with their "
             f"label, {len(self.rows_disagreeing)} do not; {self.rows_with_kept_cots} keep those that they had",
-            "answers: " + ", ".join(f"{count} from {source}" for source, count in self.answers.items()),
             f"{len(self.rows_without_cots)} rows have no CoTs",
             *(f"  row {entry['row']}: {entry['reason']}" for entry in self.rows_without_cots[:NUM_ROWS_SHOWN]),
         ]
@@ -187,11 +178,11 @@ def annotate(row: Row, judged: Sequence[Judged], options: Namespace, report: Col
     `judged`: the samples of A and of B, ignored where the row's own CoTs stay. `options`: the command line.
     """
     pair = row.pair
-    cots = (pair.cot_a, pair.cot_b) if row.keeps_cots else ("", "")
+    cots, fault = ("", ""), ""
     if row.keeps_cots:
+        cots = (pair.cot_a, pair.cot_b)
         judged = [[read_judgement(cot, pair.problem)] for cot in cots]  # of any form
     choice = choose_pair(*judged, label=pair.label, tie_margin=options.tie_margin)
-    fault = ""
     if row.keeps_cots:
         report.rows_with_kept_cots += 1
     elif choice is None:
@@ -221,8 +212,7 @@ def _explain(row: int, judged: Sequence[Judged], failures: Sequence[VideoFailure
     for side, found in zip("AB", judged, strict=True):
         if not any(isinstance(judgement, Judgement) for judgement in found):
             counts = ", ".join(f"{count} {cause}" for cause, count in Counter(found).items())
-            cause = f"none of {len(found)} CoTs is well-formed: {counts}" if found else "no CoTs"
-            causes.append(f"video {side}: {cause}")
+            causes.append(f"video {side}: none of {len(found)} CoTs is well-formed: {counts}")
     return "; ".join(errors or causes)  # an error says more
 
 

@@ -11,12 +11,10 @@ writes into the output folder
 `--in_domain_pairs` and `--new_rendering_pairs` add two held-out sets: other clips of training's combinations in the
 usual and in a changed rendering. bench_held_out.csv then holds all held-out pairs, with their set in the column `set`.
 
-Training labels carry annotator noise, in `gsb_result` as well as in `GSB`; evaluation labels carry none. Prompts and
-(color, shape, motion) triples of evaluation do not occur in training. See toy_world/scene.py for the scoring rules,
-toy_world/world.py for the sampling of pairs, train/README.md and eval/README.md for the columns.
-
-The same arguments give the same files. The same command resumes an interrupted run; clips made with other settings, or
-by another version of this code, are removed first. `--example --output train` makes the example in train/.
+See toy_world/scene.py for the scoring rules, toy_world/world.py for the sampling of pairs, train/README.md and
+eval/README.md for the columns. The same arguments give the same files. The same command resumes an interrupted run;
+clips made with other settings, or by another version of this code, are removed first. `--example --output train` makes
+the example in train/.
 """
 
 import argparse
@@ -38,43 +36,33 @@ from toy_world.render import encode_clip
 from toy_world.tables import build_tables, training_row, write_table
 from toy_world.world import SPLITS, Clip, Pair, WorldConfig, measure_rates, sample_pair
 
-MANIFEST = "manifest.json"
 FORMAT_NAME = "toy_world"
-CLIPS_PER_TASK = 8
 EXAMPLE_LABELS = ("A", "B", "same", "A")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    defaults = WorldConfig()
     parser = argparse.ArgumentParser(description="Make the toy world data set.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     for split, count in zip(SPLITS, (600, 200, 0, 0), strict=True):
         parser.add_argument(f"--{split}_pairs", type=int, default=count)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that render")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--tie_share", type=float, default=defaults.tie_share, help="share of ties")
-    parser.add_argument("--label_noise", type=float, default=defaults.label_noise, help="share of changed labels")
+    parser.add_argument("--seed", type=int, default=WorldConfig.seed)
     parser.add_argument("--example", action="store_true", help="only write example.csv with four pairs of small clips")
-    parsed = parser.parse_args(arguments)
-    if min(parsed.train_pairs, parsed.eval_pairs, parsed.workers) < 1:
-        parser.error("--train_pairs, --eval_pairs and --workers must be at least 1")
-    return parsed
+    return parser.parse_args(arguments)
 
 
 def make_world(
     output: Path, config: WorldConfig, *, num_pairs: dict[str, int], workers: int, judge_problem: Callable[[str], str]
 ) -> dict[str, object]:
-    """Write `num_pairs` by split and return the manifest. Raises ValueError for unusable settings or folders."""
-    config.validate()
+    """Write `num_pairs` by split and return the manifest. Raises ValueError if the folder holds anything else."""
     pairs = {split: [sample_pair(config, split, i) for i in range(count)] for split, count in num_pairs.items()}
     clips = [clip for of_split in pairs.values() for pair in of_split for clip in pair.clips]
     manifest = {"format": FORMAT_NAME, "settings_hash": hash_settings(config), "complete": False}
-    prepare_output(output, manifest, clips)
-    videos = output / "videos"
-    missing = [clip for clip in clips if not (videos / clip.name).is_file()]
+    prepare_output(output, manifest, {clip.name for clip in clips})
+    missing = [clip for clip in clips if not (output / "videos" / clip.name).is_file()]
     context = multiprocessing.get_context("spawn")  # the encoder's libraries do not always survive a fork
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        done = pool.map(partial(render_clip, videos), missing, chunksize=CLIPS_PER_TASK)
+        done = pool.map(partial(render_clip, output / "videos"), missing, chunksize=8)
         list(tqdm(done, total=len(missing), desc="render", unit="clip", disable=None))
     for name, rows in build_tables(pairs, judge_problem).items():
         write_table(output / name, rows)
@@ -84,7 +72,6 @@ def make_world(
         "measured": {split: measure_rates(of_split) for split, of_split in pairs.items()},
         "num_pairs": num_pairs,
         "num_clips": len(clips),
-        "video_bytes": sum((videos / clip.name).stat().st_size for clip in clips),
     }
     write_manifest(output, manifest)
     return manifest
@@ -92,36 +79,29 @@ def make_world(
 
 def hash_settings(config: WorldConfig) -> str:
     """A digest of everything that clips depend on: settings, the code of toy_world, the encoder's version."""
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-    digest.update(importlib.metadata.version("av").encode())
+    digest = hashlib.sha256(json.dumps(asdict(config)).encode() + importlib.metadata.version("av").encode())
     for path in sorted((Path(__file__).resolve().parent / "toy_world").glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def prepare_output(output: Path, manifest: dict[str, object], clips: Sequence[Clip]) -> None:
-    """Make the folder; remove clips that have other settings or are not in `clips`.
-
-    Raises ValueError if the folder holds anything but a toy world.
-    """
-    path = output / MANIFEST
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def prepare_output(output: Path, manifest: dict[str, object], names: set[str]) -> None:
+    """Make the folder; remove clips that have other settings or are not among `names`."""
+    path = output / "manifest.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
     if found.get("format") != FORMAT_NAME and output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty and is not a toy world. Choose another --output.")
-    is_same = found.get("settings_hash") == manifest["settings_hash"]
-    keep = {clip.name for clip in clips} if is_same else set()
     (output / "videos").mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        for clip in (output / "videos").glob(f"{split}_?????_?.mp4*"):
-            if clip.name not in keep:
-                clip.unlink()
+    for clip in (output / "videos").glob("*_?????_?.mp4*"):
+        if found.get("settings_hash") != manifest["settings_hash"] or clip.name not in names:
+            clip.unlink()
     write_manifest(output, manifest)
 
 
 def write_manifest(output: Path, manifest: dict[str, object]) -> None:
-    temporary = output / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, output / MANIFEST)
+    temporary = output / "manifest.json.tmp"
+    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+    os.replace(temporary, output / "manifest.json")
 
 
 def render_clip(folder: Path, clip: Clip) -> None:
@@ -157,7 +137,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from scored_sequence import judge_problem  # the stage's own, so that data and training use one prompt
 
-    config = WorldConfig(seed=options.seed, tie_share=options.tie_share, label_noise=options.label_noise)
+    config = WorldConfig(seed=options.seed)
     if options.example:
         return write_example(options.output, config, judge_problem)
     counts = {split: getattr(options, f"{split}_pairs") for split in SPLITS}

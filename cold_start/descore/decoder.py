@@ -55,10 +55,8 @@ class OpenVideo:
         self.header = VideoHeader(*decoder.ask(path, path))
         self._shape = (self.header.height, self.header.width, 3)
         if self.header.width * self.header.height > MAX_FRAME_PIXELS:
-            size = f"{self.header.width} x {self.header.height}"
-            raise VideoError(
-                f"video frames of {size} pixels are over {MAX_FRAME_PIXELS} pixels; scale it down: {path}"
-            )
+            size = f"{self.header.width} x {self.header.height} pixels"
+            raise VideoError(f"video frames of {size} are over {MAX_FRAME_PIXELS} pixels; scale it down: {path}")
 
     def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """The frames of these indices in blocks, uint8 [block, height, width, 3]. Raises VideoError."""

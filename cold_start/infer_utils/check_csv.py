@@ -6,10 +6,11 @@ or too short, and with --model also reserved tokens and sequences over --max_len
 
 import argparse
 import sys
+from collections import Counter
 
-from checkpoint import choose_video_budget, load_builder
+from checkpoint import RewardConfig, load_builder
 from model_qwen3 import quiet_libraries
-from preference_csv import CsvError, CsvNeeds, require_clean, scan_rows, scan_sequences, scan_videos
+from preference_csv import CsvError, CsvNeeds, load_checked_pairs
 from vision_process import VideoBudget
 
 
@@ -21,17 +22,15 @@ def check(options: argparse.Namespace) -> str:
         agreeing_scores=options.needs_agreeing_scores,
         cots=not options.no_cots,
     )
-    pairs, problems = scan_rows(options.csv, needs)
-    budget = choose_video_budget(options.model) if options.model else VideoBudget()
-    headers, video_problems = scan_videos(pairs, budget, should_decode=options.decode)
-    problems += video_problems
-    if options.model:
-        builder = load_builder(options.model)
-        problems += scan_sequences(pairs, headers, builder, budget, max_length=options.max_length)
-    require_clean(options.csv, problems)
-    labels = [pair.label for pair in pairs]
-    counts = ", ".join(f"{labels.count(label)} {label}" for label in dict.fromkeys(sorted(labels)))
-    return f"{options.csv}: {len(pairs)} pairs ({counts}), {len(headers)} videos, no fault"
+    budget = RewardConfig.resolve(options.model).video if options.model else VideoBudget()
+    builder = load_builder(options.model) if options.model else None
+    pairs = load_checked_pairs(
+        options.csv, needs, budget, builder=builder, max_length=options.max_length, should_decode=options.decode
+    )
+    labels = Counter(pair.label for pair in pairs)
+    counts = ", ".join(f"{labels[label]} {label}" for label in sorted(labels))
+    num_videos = len({video for pair in pairs for video in (pair.video_a, pair.video_b)})
+    return f"{options.csv}: {len(pairs)} pairs ({counts}), {num_videos} videos, no fault"
 
 
 def main() -> int:

@@ -12,7 +12,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from checkpoint import is_reward_checkpoint, write_json
@@ -28,16 +27,6 @@ CHUNK_PAIRS = 32
 MAX_DROPPED_SHARE = 0.01
 """Of the pairs, as in training."""
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95% interval
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of non-tied pairs whose chosen video has the higher reward, with its 95% Wilson interval."""
-
-    accuracy: float
-    low: float
-    high: float
-    num_pairs: int
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -61,15 +50,12 @@ def score_pairs(
         for pair in pairs[start : start + CHUNK_PAIRS]:
             try:
                 encoded += scorer.encode([pair.video_a, pair.video_b], problems=[pair.problem] * 2)
+                chunk.append(pair)
             except VideoError as error:
                 dropped.append(f"row {pair.row}: {error}")
-            else:
-                chunk.append(pair)
         if len(dropped) > MAX_DROPPED_SHARE * len(pairs):
-            raise VideoError(
-                f"more than {MAX_DROPPED_SHARE:.0%} of {len(pairs)} pairs could not be loaded; replace the files or "
-                f"remove the rows:\n{list_problems(dropped)}"
-            )
+            share = f"more than {MAX_DROPPED_SHARE:.0%} of {len(pairs)} pairs could not be loaded"
+            raise VideoError(f"{share}; replace the files or remove the rows:\n{list_problems(dropped)}")
         cots = {"csv": [cot for pair in chunk for cot in (pair.cot_a, pair.cot_b)], "masked": None}
         if "own" in modes:
             cots["own"] = scorer.write_cots(encoded, max_new_tokens=max_new_tokens)
@@ -82,14 +68,15 @@ def score_pairs(
     return records
 
 
-def summarise(records: Sequence[dict], modes: Sequence[str]) -> dict[str, Accuracy]:
-    """Accuracy by mode over the pairs with a preference, of which there must be one."""
+def summarise(records: Sequence[dict], modes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """By mode: the share of pairs with a preference whose chosen video has the higher reward, its 95% interval from
+    `low` to `high`, and their number. Empty without such pairs."""
     decided = [record for record in records if PREFERENCES.get(record["label"], 0) != 0]
     accuracies = {}
-    for mode in modes:
+    for mode in modes if decided else ():
         correct = sum((r[mode][0] - r[mode][1]) * PREFERENCES[r["label"]] > 0 for r in decided)
-        interval = wilson_interval(correct, len(decided))
-        accuracies[mode] = Accuracy(correct / len(decided), *interval, len(decided))
+        low, high = wilson_interval(correct, len(decided))
+        accuracies[mode] = {"accuracy": correct / len(decided), "low": low, "high": high, "num_pairs": len(decided)}
     return accuracies
 
 
@@ -98,47 +85,30 @@ def format_table(results: dict[str, dict]) -> str:
     modes = [mode for mode in MODES if all(mode in result["accuracy"] for result in results.values())]
     lines = ["held-out pair accuracy " + "".join(f"{name:>26}" for name in results)]
     for mode in modes:
-        cells = [Accuracy(**result["accuracy"][mode]) for result in results.values()]
-        row = "".join(f"{f'{c.accuracy:.3f}  [{c.low:.3f}, {c.high:.3f}]':>26}" for c in cells)
+        cells = [result["accuracy"][mode] for result in results.values()]
+        row = "".join(f"{'{accuracy:.3f}  [{low:.3f}, {high:.3f}]'.format(**cell):>26}" for cell in cells)
         lines.append(f"{MODES[mode]:<23}{row}")
-    lines.append(f"{cells[0].num_pairs} pairs with a preference; 95% intervals; chance is 0.5")
+    lines.append(f"{cells[0]['num_pairs']} pairs with a preference; 95% intervals; chance is 0.5")
     return "\n".join(lines)
-
-
-def require_preference(labels: Sequence[str], options: argparse.Namespace) -> None:
-    """Raise ValueError unless a label prefers a video."""
-    if not any(PREFERENCES.get(label, 0) for label in labels):
-        raise ValueError(
-            f"{options.data} has no pair with a preference. Write A or B into {options.eval_dim} of at least one."
-        )
 
 
 def evaluate(options: argparse.Namespace) -> dict:
     """Score the CSV and return what is written to the JSON file. Raises ValueError."""
     pairs = read_pairs(options.data, CsvNeeds(eval_dim=options.eval_dim, cots="csv" in options.modes))
-    require_preference([pair.label for pair in pairs], options)
-    if options.output:
-        check_output(Path(options.output))
+    no_preference = (
+        f"{options.data} has no pair with a preference. Write A or B into {options.eval_dim} of at least one."
+    )
+    if not any(PREFERENCES.get(pair.label, 0) for pair in pairs):
+        raise ValueError(no_preference)
     if is_reward_checkpoint(options.checkpoint):
         scorer = RewardScorer.from_pretrained(options.checkpoint, base_model=options.base_model)
     else:
         scorer = RewardScorer.from_base(options.checkpoint)
     records = score_pairs(scorer, pairs, options.modes, max_new_tokens=options.max_new_tokens)
-    require_preference([record["label"] for record in records], options)
-    accuracy = {mode: asdict(value) for mode, value in summarise(records, options.modes).items()}
+    accuracy = summarise(records, options.modes)
+    if not accuracy:
+        raise ValueError(no_preference)
     return {"checkpoint": options.checkpoint, "data": options.data, "accuracy": accuracy, "pairs": records}
-
-
-def check_output(path: Path) -> None:
-    """Make the folder of `path`. Raises ValueError if no file can be written there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
-        path.open("a").close()
-        if is_new:
-            path.unlink()
-    except OSError as error:
-        raise ValueError(f"--output {path} cannot be written: {error.strerror}. Choose another path.") from error
 
 
 def main() -> None:
@@ -157,8 +127,11 @@ def main() -> None:
         results = {Path(path).stem: json.loads(Path(path).read_text()) for path in options.compare}
     elif options.checkpoint and options.data:
         try:
+            if options.output:  # before anything is scored
+                Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+                Path(options.output).open("a").close()
             results = {Path(options.checkpoint).name: evaluate(options)}
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             parser.error(str(error))
         if options.output:
             write_json(Path(options.output), next(iter(results.values())))

@@ -8,21 +8,14 @@ rewards = scorer.score(["a.mp4", "b.mp4"], prompts=["a red circle moves left"] *
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from checkpoint import (
-    LoadedReward,
-    RewardConfig,
-    build_reward_model,
-    choose_video_budget,
-    load_builder,
-    load_reward_model,
-)
+from checkpoint import LoadedReward, RewardConfig, build_reward_model, load_builder, load_reward_model
 from descore.progress import progress
-from scored_sequence import EncodedPrompt, SequenceBuilder, judge_problem, pack_sequences
+from scored_sequence import EncodedPrompt, judge_problem, pack_sequences
 from vision_process import load_video
 
 MAX_COT_TOKENS = 4096
@@ -61,10 +54,8 @@ class RewardScorer:
     def from_base(cls, path: str | os.PathLike, *, seed: int = 0) -> "RewardScorer":
         """A base model with a fresh head, in fp32 on the CPU: the start of training, for comparison."""
         torch.manual_seed(seed)
-        builder = load_builder(path)
-        config = RewardConfig(
-            base_model=str(path), video=choose_video_budget(path), format_prompt=builder.format_prompt.text
-        )
+        config = replace(RewardConfig.resolve(path), base_model=str(path))
+        builder = load_builder(path, config)
         model = build_reward_model(str(path), builder.processor, reward_token=config.reward_token, dtype=torch.float32)
         return cls(LoadedReward(model.requires_grad_(False).eval(), builder, config))
 
@@ -131,9 +122,17 @@ class RewardScorer:
         with _stock_text_attention(self.model):
             for start in progress(range(0, len(encoded), batch_size), description="writing CoTs", leave=False):
                 batch = encoded[start : start + batch_size]
-                inputs = left_padded_inputs(batch, self.builder, device=self.model.device)
+                ids = [prompt.input_ids for prompt in batch]
+                input_ids = pad_sequence(ids, True, tokenizer.pad_token_id, padding_side="left")
+                inputs = {
+                    "input_ids": input_ids,
+                    "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, padding_side="left"),
+                    "mm_token_type_ids": (input_ids == processor.video_token_id).int() * 2,
+                    "pixel_values_videos": torch.cat([prompt.pixel_values for prompt in batch]),
+                    "video_grid_thw": torch.tensor([prompt.grid_thw for prompt in batch]),
+                }
                 output = self.model.generator.generate(
-                    **inputs,
+                    **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
                     do_sample=temperature > 0,
                     **sampling,
                     max_new_tokens=max_new_tokens,
@@ -142,26 +141,10 @@ class RewardScorer:
                     eos_token_id=tokenizer.eos_token_id,
                     pad_token_id=tokenizer.pad_token_id,
                 )
-                for row in output[:, inputs["input_ids"].shape[1] :].tolist():
+                for row in output[:, input_ids.shape[1] :].tolist():
                     ids = row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
                     cots.append(Cot(tuple(ids), tokenizer.decode(ids)))
         return cots
-
-
-def left_padded_inputs(
-    encoded: Sequence[EncodedPrompt], builder: SequenceBuilder, *, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Inputs of `generate` for prompts of different lengths; token tensors are int64 [num_prompts, longest]."""
-    ids = [prompt.input_ids for prompt in encoded]
-    input_ids = pad_sequence(ids, True, builder.tokenizer.pad_token_id, padding_side="left")
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, padding_side="left"),
-        "mm_token_type_ids": (input_ids == builder.processor.video_token_id).int() * 2,
-        "pixel_values_videos": torch.cat([prompt.pixel_values for prompt in encoded]),
-        "video_grid_thw": torch.tensor([prompt.grid_thw for prompt in encoded]),
-    }
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 @contextmanager

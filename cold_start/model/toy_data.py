@@ -1,8 +1,7 @@
 """Training data of the tiny base: clips are rendered once, requests and texts are drawn for every batch.
 
-A clip is encoded as H.264, read back by `vision_process.load_video` and preprocessed by the checkpoint's own
-processor, as in every later use. Requests are the clip's scene with random changes: the prompt says little about what
-the clip shows, so that the model has to look.
+Clips are encoded, read back and preprocessed as in every later use. Requests are the clip's scene with random changes:
+the prompt says little about what the clip shows, so that the model has to look.
 """
 
 import tempfile
@@ -15,13 +14,15 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from build_tiny import TINY_BUDGET
+from checkpoint import RewardConfig
 from scored_sequence import VIDEO_PLACEHOLDER, judge_problem
 from toy_world.render import encode_clip, sample_nuisance
 from toy_world.scene import ATTRIBUTES, DIMENSIONS, Request, Scene, is_held_out, sample_clip_scene, sample_request
 from toy_world.texts import misperceive, phrase, write_cot, write_prompt
 from vision_process import load_video
 
+TINY_BASE = Path(__file__).resolve().parent / "tiny_base"
+TINY_BUDGET = RewardConfig.load(TINY_BASE).video
 # Weights of tokens in the loss: what the clip shows, verdicts and scores, the text around them.
 SEEN, DECISION, PLAIN = 4.0, 2.0, 0.2
 TRIPLE = ("color", "shape", "motion")

@@ -14,8 +14,6 @@ from arguments import ModelArguments
 from checkpoint import (
     RewardConfig,
     build_reward_model,
-    choose_format_prompt,
-    choose_video_budget,
     load_head,
     load_reward_model,
     require_trainable_base,
@@ -144,15 +142,16 @@ def test_unusable_heads_are_errors_never_a_random_head(tmp_path):
 
 
 def test_a_format_prompt_cannot_run_code(small_base, trained, tmp_path):
-    trace, folder = tmp_path / "trace", tmp_path / "checkpoint-1"
+    trace, folder, mine = tmp_path / "trace", tmp_path / "checkpoint-1", tmp_path / "mine.jinja"
     template = f"{{{{ cycler.__init__.__globals__.os.system('touch {trace}') }}}}"
+    mine.write_text(template)
     shutil.copytree(trained[1] / "checkpoint-1", folder)
     RewardConfig(base_model=str(small_base), video=SMALL_BUDGET, format_prompt=template).save(folder)
-    for load in (load_reward_model, choose_video_budget, choose_format_prompt):
+    for load in (load_reward_model, RewardConfig.resolve):
         with pytest.raises(ValueError, match=r"checkpoint-1/reward_config\.json: the format prompt does not render"):
             load(folder)
     with pytest.raises(ValueError, match="--format_prompt: the format prompt does not render"):
-        choose_format_prompt(str(small_base), template)
+        RewardConfig.resolve(small_base, format_prompt=mine)
     assert not trace.exists()
 
 
@@ -168,10 +167,10 @@ def test_incomplete_checkpoints_are_named(small_base, trained, tmp_path):
 
 
 def test_video_budget_of_the_model_holds_unless_flags_override_it(trained, tmp_path, caplog):
-    assert choose_video_budget(tmp_path, fps=None) == VideoBudget()
-    assert choose_video_budget(trained[1] / "merged", fps=None) == SMALL_BUDGET
+    assert RewardConfig.resolve(tmp_path, fps=None).video == VideoBudget()
+    assert RewardConfig.resolve(trained[1] / "merged", fps=None).video == SMALL_BUDGET
     assert caplog.text == ""
-    assert choose_video_budget(trained[1] / "merged", fps=3.0) == SMALL_BUDGET.replace(fps=3.0)
+    assert RewardConfig.resolve(trained[1] / "merged", fps=3.0).video == SMALL_BUDGET.replace(fps=3.0)
     assert "flags override the video budget" in caplog.text
 
 

@@ -5,12 +5,9 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from checkpoint import RewardConfig, choose_video_budget
+from checkpoint import RewardConfig
 from collect import collect_cot, endpoint
-from collect.collect_cot import build_judge, parse_options
+from collect.collect_cot import build_endpoint, parse_options
 from collect.endpoint import encode_clip, encode_frames
 from cot_support import (
     DIMENSIONS,
@@ -39,13 +36,13 @@ from cot_support import (
 from data import PairDataset, PairDraw
 from descore.answers import parse_annotation
 from preference_csv import CsvNeeds, read_pairs
-from stage1_support import STAGE_DIR, TINY_BASE, write_pairs_csv
+from stage1_support import STAGE_DIR, TINY_BASE
 from toy_world.tables import read_table
 from verl.reward.function import load_reward_function
 from vision_process import load_video
 
 REWARD_FILE = STAGE_DIR.parent / "dual_rl" / "examples" / "reward_function" / "r1ta_subdim_head.py"
-BUDGET = choose_video_budget(TINY_BASE)
+BUDGET = RewardConfig.resolve(TINY_BASE).video
 LABELS = ["A", "B", "same", "invalid", "A", "B"]
 
 
@@ -116,8 +113,8 @@ def test_rows_get_cots_and_answers_that_both_stages_take(server, bare_csv, outpu
     written = {random_cot(request) for request in server.requests}
     assert all(row[name] in written for row in rows for name in ("CoT_A", "CoT_B"))
 
-    judge = build_judge(parse_options(flags(output, Path("x.csv"), server)))
-    dataset = PairDataset(read_pairs(output, CsvNeeds()), judge.builder, judge.budget)
+    builder = build_endpoint(parse_options(flags(output, Path("x.csv"), server))).builder
+    dataset = PairDataset(read_pairs(output, CsvNeeds()), builder, BUDGET)
     cot_ids = dataset.builder.encode_cot(rows[0]["CoT_A"])
     assert dataset[PairDraw(0, is_masked=False)].sequence_a.input_ids.tolist()[-len(cot_ids) - 2 : -2] == cot_ids
 
@@ -234,24 +231,6 @@ def test_damaged_video_and_failed_requests_leave_their_rows_and_busy_servers_are
     assert [entry["row"] for entry in read_report(output)["rows_without_cots"]] == [2]
 
 
-@pytest.mark.parametrize(
-    ("reply", "message"),
-    [
-        (failure(401), "Error code: 401 - no such luck. The server does not accept the key."),
-        ((200, {"choices": []}), "is not a chat completion"),
-        (completion("2", reasoning_content="I think"), "Start it without a reasoning parser"),
-    ],
-)
-def test_server_that_cannot_be_used_ends_the_run_at_once(server, bare_csv, output, capsys, reply, message):
-    release = threading.Event()
-    server.answer = lambda request: reply if row_of(request) == 1 else release.wait(30) and completion("late")
-    begin = time.monotonic()
-    assert run_collect(bare_csv, output, server) == 2
-    assert time.monotonic() - begin < 10  # it waits for no other request
-    assert message in capsys.readouterr().err
-    release.set()
-
-
 def test_prompt_of_another_length_is_reported_or_ends_the_run(server, bare_csv, output, tmp_path, capsys):
     server.answer = lambda request: completion(random_cot(request), prompt_tokens=7)
     assert run_collect(bare_csv, output, server, num_samples=1) == 0
@@ -259,19 +238,6 @@ def test_prompt_of_another_length_is_reported_or_ends_the_run(server, bare_csv, 
     assert "another length" in capsys.readouterr().out
     assert run_collect(bare_csv, tmp_path / "exact.csv", server, send_video="frames") == 2
     assert "the server's prompt of 7 tokens is not training's" in capsys.readouterr().err
-
-
-def test_files_are_sent_as_they_are_and_the_key_with_them(server, bare_csv, output, tmp_path, clips, monkeypatch):
-    key = tmp_path / "key"
-    key.write_text("secret\n")
-    monkeypatch.setenv("OPENAI_API_KEY", "for another server")
-    options = {"send_video": "file", "num_samples": 1, "temperature": 0, "seed": 3}
-    assert run_collect(bare_csv, output, server, **options) == 0
-    assert run_collect(bare_csv, tmp_path / "again.csv", server, **options, api_key_file=key) == 0
-    assert server.keys == {"Bearer EMPTY", "Bearer secret"}
-    sent = {base64.b64decode(sent_url(request).partition(",")[2]) for request in server.requests}
-    assert sent == {clip.read_bytes() for clip in clips}
-    assert {(request["temperature"], request["max_tokens"]) for request in server.requests} == {(0.0, 512)}
 
 
 def test_cots_and_answers_that_exist_stay(server, output, tmp_path, clips):
@@ -308,60 +274,35 @@ def test_other_columns_come_out_as_they_went_in_and_opinions_make_the_answer(ser
 def test_wrong_settings_and_files_are_refused_and_none_is_destroyed(server, tmp_path, clips, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(endpoint, "NUM_RETRIES", 0)
-    os.symlink(clips[0], "a.mp4")
-    Path("deeper").mkdir()
     Path("mine.csv").write_text("a,b\n")
+    Path("key").write_text("secret\n")
     path = write_bare_csv(tmp_path / "pairs.csv", clips, labels=["A", "B"])
-    content = path.read_bytes()
-
-    def refuse(csv_path: Path, output: str, message: str, **options: object) -> None:
-        assert run_collect(csv_path, Path(output), server, **options) == 2
+    for output, message, options in (
+        ("out.csv", "has no model 'other', only judge", {"model": "other"}),
+        ("out.csv", "and a CoT of 4090 exceed the model's 4096", {"max_tokens": 4090}),
+        ("out.csv", "with --processor", {"processor": STAGE_DIR / "ds_config"}),
+        ("out.csv", "cannot be reached", {"endpoint": "http://127.0.0.1:9/v1"}),
+        ("pairs.csv", "--output is the input", {}),
+        ("mine.csv", "collect_cot did not write it", {}),
+    ):
+        assert run_collect(path, Path(output), server, **options) == 2
         assert message in capsys.readouterr().err
-
-    def refuse_row(message: str, output: str = "out.csv", **columns: list[str]) -> None:
-        refuse(write_bare_csv(tmp_path / "one.csv", clips, labels=["A"], **columns), output, message)
-
-    refuse(path, "out.csv", "has no model 'other', only judge", model="other")
-    refuse(path, "out.csv", "exceed the 4096 that the model takes", max_tokens=4090)
-    refuse(path, "out.csv", "with --processor", processor=STAGE_DIR / "ds_config")
-    refuse(path, "out.csv", "--api_key_file nowhere", api_key_file="nowhere")
-    refuse(path, "out.csv", "cannot be reached", endpoint="http://127.0.0.1:9/v1")
-    refuse(path, "pairs.csv", "--output is the input")
-    refuse(path, "mine.csv", "collect_cot did not write it")
-    refuse_row("which the video paths are relative to", "deeper/out.csv", videos=["['a.mp4', 'a.mp4']"])
-    refuse_row("row 1: video not found", videos=["['a.mp4', 'b.mp4']"])
-    refuse_row("row 1, video A: problem contains the reserved token", problem=["<video><Reward>"])
-    refuse(write_pairs_csv(tmp_path / "whole.csv", clips, labels=["A"]), "out.csv", "every row has both CoTs")
+    for columns, message in (
+        ({"videos": ["['a.mp4', 'b.mp4']"]}, "row 1, video A: video not found"),
+        ({"problem": ["<video><Reward>"]}, "row 1, video A: problem contains the reserved token"),
+    ):
+        faulty = write_bare_csv(tmp_path / "one.csv", clips, labels=["A"], **columns)
+        assert run_collect(faulty, Path("out.csv"), server) == 2
+        assert message in capsys.readouterr().err
     assert Path("mine.csv").read_text() == "a,b\n"
-    assert not Path("out.csv").exists()
     assert server.requests == []
 
-    assert run_collect(path, Path("mine.csv"), server, overwrite=True) == 0
-    refuse(path, "mine.csv", "sampling (", temperature=0.5)
-    refuse(path, "mine.csv", "source ('endpoint, clip' there, 'endpoint, file' now)", send_video="file")
-    assert run_collect(path, Path("mine.csv"), server, overwrite=True, temperature=0.5) == 0
-    assert path.read_bytes() == content
-
-
-def test_flags_that_have_no_effect_are_refused(capsys):
-    common = ["pairs.csv", "--output", "out.csv", "--model", str(TINY_BASE)]
-    for options, message in (
-        ({"concurrency": 4}, "--concurrency needs --endpoint"),
-        ({"endpoint": "http://a/v1", "max_num_seqs": 4}, "--max_num_seqs has no effect with --endpoint"),
-        ({"temperature": 0}, "Add --num_samples 1"),
-    ):
-        with pytest.raises(SystemExit):
-            parse_options([*common, *as_flags(**options)])
-        assert message in capsys.readouterr().err
-
-
-def test_flags_override_the_prompt_and_video_settings_of_the_model(tmp_path):
-    model, mine = tmp_path / "model", tmp_path / "mine.jinja"
-    shutil.copytree(TINY_BASE, model)
-    RewardConfig(base_model=None, format_prompt="So: {{ content }}", video=BUDGET).save(model)
-    mine.write_text("Mine: {{ content }}")
-    common = ["pairs.csv", "--output", "out.csv", "--model", str(model)]
-    assert "So: a cat" in build_judge(parse_options(common)).builder.render("a cat")
-    judge = build_judge(parse_options([*common, *as_flags(format_prompt=mine, fps=4, max_pixels=9216)]))
-    assert "Mine: a cat" in judge.builder.render("a cat")
-    assert judge.budget == replace(BUDGET, fps=4.0, max_pixels=9216)
+    sent_as_files = {"overwrite": True, "send_video": "file", "api_key_file": "key"}
+    assert run_collect(path, Path("mine.csv"), server, **sent_as_files) == 0
+    assert server.keys == {"Bearer secret"}
+    sent = {base64.b64decode(sent_url(request).partition(",")[2]) for request in server.requests}
+    assert sent == {clip.read_bytes() for clip in clips[:4]}
+    assert run_collect(path, Path("mine.csv"), server, temperature=0.5) == 2
+    message = capsys.readouterr().err
+    assert "sampling (" in message
+    assert "source ('endpoint, file' there, 'endpoint, clip' now)" in message

@@ -2,7 +2,7 @@
 
 import pytest
 
-from collect.engines import Judge, Sample, SampleKey
+from collect.endpoint import Sample, SampleKey
 from collect.results import CotJournal
 from collect.selection import Judgement, choose_pair, read_judgement, read_opinions
 from cot_support import DIMENSIONS, make_cot
@@ -78,17 +78,6 @@ def test_first_pair_that_agrees_is_chosen_or_the_nearest(label, overall_a, overa
     assert (found, choice and choice.agrees) == (chosen, agrees)
 
 
-def test_scores_are_compared_by_overall_scores_or_else_by_mean_sub_scores():
-    without_overall = read_judgement('x <answer>{"dimensional_scores": {"x": 1, "y": "N/A"}}</answer>', FREE)
-    for a, b, difference in (
-        (judgement(3.6), judgement(3.35), 0.25),
-        (judgement(3.6, x=2), without_overall, 2.0),  # 5 and 3
-        (judgement(3.6), judgement(None, x="N/A"), None),
-    ):
-        choice = choose_pair([a], [b], label="A", tie_margin=0.25)
-        assert (choice.difference, choice.agrees) == (difference, difference is not None)
-
-
 def test_opinions_become_sub_scores():
     problem = 'Rate. <answer>{"dimensional_scores": {"look": 1, "motion": 1, "sound": 1}}</answer>'
     cells = {"MOS_A_look": "1", "MOS_B_look": "1.99", "MOS_A_motion": "2", "MOS_B_motion": "3.99"}
@@ -101,13 +90,6 @@ def test_opinions_become_sub_scores():
     for wrong in ("0", "6", "good", "nan"):
         with pytest.raises(ValueError, match=r"MOS_A_look is .* Write a number from 1 to 5"):
             read_opinions(cells | {"MOS_A_look": wrong}, problem)
-
-
-def test_seeds_differ_by_run_row_side_and_sample_and_stay_what_they_were():
-    keys = [SampleKey(row, side, sample) for row in range(1, 51) for side in "AB" for sample in range(10)]
-    judges = [Judge("m", None, None, temperature=1.0, top_p=1.0, max_tokens=9, seed=seed) for seed in (0, 1)]
-    assert len({judge.seed_of(key) for judge in judges for key in keys}) == 2 * len(keys)
-    assert judges[0].seed_of(SampleKey(1, "A", 0)) == 615466202  # the journals of earlier versions hold
 
 
 SAMPLES = [

@@ -30,8 +30,7 @@ def test_cells_come_as_written_and_blank_lines_are_skipped(tmp_path):
         (b'a,b\n1,2\n"3"x,4\n', "line 3: the CSV cannot be read from here on"),
         (b"a,b\n1,\xff\n", "line 2: byte 0xff is not UTF-8"),
         (b"a,b\n1,\0\n", "line 2: byte 0x00 is not UTF-8"),
-        (b"\x1f\x8b\x08rest", "this is a gzip file; unpack it"),
-        (b"PK\x03\x04rest", "this is a zip file or spreadsheet; export it as CSV"),
+        (b"\x1f\x8b\x08rest", "line 1: byte 0x8b is not UTF-8"),
         (b"a,b\n1," + b"x" * 200_000 + b"\n", "line 2: the CSV cannot be read from here on: field larger"),
     ],
     ids=lambda value: None,
@@ -62,7 +61,7 @@ NO_SECONDS = ["[-1, 2]", "[1e999, 2]", "['nan', 2]", f"[{10**400}, 1]", f"[{'9' 
 )
 def test_what_is_not_a_list_of_two_is_one_short_message(parse, texts):
     for text in texts:
-        with pytest.raises(ValueError, match=r"^cell is .*; (write|it must)") as caught:
+        with pytest.raises(ValueError, match=r"^cell is .*; write") as caught:
             parse(text, "cell")
         assert len(str(caught.value)) < 300
 

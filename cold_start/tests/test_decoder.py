@@ -4,7 +4,6 @@ import os
 import struct
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -120,13 +119,6 @@ load_video(sys.argv[2], VideoBudget())
 """
     command = [sys.executable, "-c", program, str(clips[0]), str(clips[1])]
     subprocess.run(command, cwd=STAGE_DIR, check=True, start_new_session=True, timeout=120)
-
-
-def test_threads_decode_at_the_same_time(clips):
-    with ThreadPoolExecutor(4) as pool:
-        loaded = list(pool.map(lambda clip: load_video(clip, BUDGET), list(clips) * 3))
-    for index, video in enumerate(loaded):
-        assert torch.equal(video.frames, loaded[index % len(clips)].frames)
 
 
 @pytest.mark.skipif(not REAL_VIDEOS.is_dir(), reason="real videos are not beside this checkout")

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
 from torch._dynamo.utils import counters
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
@@ -86,21 +85,6 @@ def test_gradients_depend_neither_on_micro_batches_nor_on_checkpointing(make_mod
     assert_same_gradients(trained_gradients(model, sequences, [[0], [1]]), together, bound=1e-5)
     recomputing = make_model(gradient_checkpointing=True)
     assert_same_gradients(trained_gradients(recomputing, sequences, [[0, 1]]), together, bound=1e-5)
-
-
-def test_adapters_take_bf16_inputs_as_they_are_and_change_no_gradient(make_model, sequences):
-    """Against PEFT's default, which brings inputs to fp32 before autocast brings them back."""
-    runs = []
-    for casts in (False, True):
-        model = make_model(dtype=torch.bfloat16, autocast_dtype=torch.bfloat16, gradient_checkpointing=False)
-        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        assert layers
-        assert not any(layer.cast_input_dtype_enabled for layer in layers)
-        for layer in layers:
-            layer.cast_input_dtype_enabled = casts
-            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
-        runs.append(trained_gradients(model, sequences, [[0, 1]]))
-    assert_same_gradients(*runs, bound=0.0)
 
 
 @pytest.mark.usefixtures("compiling")

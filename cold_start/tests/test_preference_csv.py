@@ -7,9 +7,9 @@ import pytest
 
 from checkpoint import RewardConfig
 from infer_utils import check_csv
-from preference_csv import CsvError, CsvNeeds, read_pairs, scan_sequences, scan_videos
+from preference_csv import CsvError, CsvNeeds, load_checked_pairs, read_pairs
 from scored_sequence import judge_problem
-from stage1_support import COT, SMALL_BUDGET, write_pairs_csv
+from stage1_support import SMALL_BUDGET, write_pairs_csv
 
 NEEDS = CsvNeeds()
 
@@ -27,20 +27,18 @@ def edit(pairs_csv):
     return set_cells
 
 
-def test_sound_rows_are_read_as_written(pairs_csv, clips):
-    pairs = read_pairs(pairs_csv, CsvNeeds(scores=True))
-    assert [pair.label for pair in pairs] == ["A", "B", "same", "A", "invalid", "B"]
-    assert (pairs[1].video_a, pairs[1].video_b) == (str(clips[2]), str(clips[3]))
-    assert (pairs[1].row, pairs[1].score_a, pairs[1].score_b) == (2, 3.0, 2.5)
-    assert pairs[1].cot_b == COT.format(score=1)
+def problems_of(path, budget=SMALL_BUDGET, **options) -> tuple[str, ...]:
+    """The faults that are found before training."""
+    with pytest.raises(CsvError) as caught:
+        load_checked_pairs(path, NEEDS, budget, **{"builder": None, "max_length": 2000, **options})
+    return caught.value.problems
 
 
 def test_paths_are_relative_to_the_csv(tmp_path, clips):
     (tmp_path / "videos").symlink_to(clips[0].parent)
     videos = repr([f"videos/{clips[0].name}", f"videos/{clips[1].name}"])
     path = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A"], videos=[videos])
-    headers, problems = scan_videos(read_pairs(path, NEEDS), SMALL_BUDGET)
-    assert (len(headers), problems) == (2, [])
+    assert len(load_checked_pairs(path, NEEDS, SMALL_BUDGET, builder=None, max_length=1)) == 1
 
 
 def test_prompt_alone_gets_the_judge_prompt_and_one_of_both_is_needed(pairs_csv, edit):
@@ -48,13 +46,6 @@ def test_prompt_alone_gets_the_judge_prompt_and_one_of_both_is_needed(pairs_csv,
     assert read_pairs(pairs_csv, NEEDS)[1].problem == judge_problem("a red circle number 1")
     edit({(3, "problem"): " ", (3, "prompt"): " "})
     with pytest.raises(CsvError, match=r"1 fault.*\n  row 3 .*: problem is empty; write the instruction of the judge"):
-        read_pairs(pairs_csv, NEEDS)
-
-
-@pytest.mark.parametrize("column", ["videos", "CoT_A", "GSB"])
-def test_missing_column_is_named_with_those_present(pairs_csv, column):
-    pd.read_csv(pairs_csv).drop(columns=column).to_csv(pairs_csv, index=False)
-    with pytest.raises(CsvError, match=f"pairs.csv.*\n.*column {column} is missing; .*the file has"):
         read_pairs(pairs_csv, NEEDS)
 
 
@@ -77,19 +68,6 @@ def test_bad_cell_is_named_with_row_and_remedy(pairs_csv, edit, column, value, m
         read_pairs(pairs_csv, NEEDS)
 
 
-def test_labels_are_read_in_the_words_of_both_stages(tmp_path, clips):
-    words = ["a", "Video 2 is better", "tie", "Same", "INVALID"]
-    pairs = read_pairs(write_pairs_csv(tmp_path / "pairs.csv", clips, labels=words), NEEDS)
-    assert [pair.label for pair in pairs] == ["A", "B", "same", "same", "invalid"]
-
-
-def test_scores_are_required_only_by_losses_that_use_them(pairs_csv, edit):
-    edit({(1, "MOS_A_GSB"): ""})
-    assert len(read_pairs(pairs_csv, NEEDS)) == 6
-    with pytest.raises(CsvError, match=r"row 1 \(line 2\): MOS_A_GSB is empty; this loss needs a score"):
-        read_pairs(pairs_csv, CsvNeeds(scores=True))
-
-
 def test_scores_that_contradict_the_label_are_faults_for_losses_that_need_them_to_agree(tmp_path, clips):
     scores = {"MOS_A_GSB": [4, 2, 3, 2, 1], "MOS_B_GSB": [2, 2, 1, 4, 5]}
     path = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B", "B", "same", "invalid"], **scores)
@@ -110,13 +88,11 @@ def broken_csv(tmp_path, clips):
 
 
 def test_every_bad_video_is_listed_with_its_row(broken_csv, pairs_csv):
-    _, problems = scan_videos(read_pairs(broken_csv, NEEDS), SMALL_BUDGET)
     reasons = ["not found", "0 bytes", "does not decode", "shorter than stated"]
-    for row, (problem, reason) in enumerate(zip(problems, reasons, strict=True), start=1):
+    for row, (problem, reason) in enumerate(zip(problems_of(broken_csv), reasons, strict=True), start=1):
         assert problem.startswith(f"row {row}: ")
         assert reason in problem
-    strict = SMALL_BUDGET.replace(min_frames=500, max_frames=600)
-    _, problems = scan_videos(read_pairs(pairs_csv, NEEDS), strict)
+    problems = problems_of(pairs_csv, SMALL_BUDGET.replace(min_frames=500, max_frames=600))
     assert len(problems) == 12
     assert "at least 500 are needed" in problems[0]
 
@@ -124,18 +100,15 @@ def test_every_bad_video_is_listed_with_its_row(broken_csv, pairs_csv):
 def test_reserved_tokens_and_long_sequences_are_listed(pairs_csv, edit, builder):
     special = {(1, "problem"): "a <video> and <|im_start|>user", (2, "CoT_A"): "so <|endoftext|>"}
     edit({**special, (3, "CoT_B"): "it is <Reward> five", (4, "CoT_A"): "word " * 3000})
-    pairs = read_pairs(pairs_csv, NEEDS)
-    headers, _ = scan_videos(pairs, SMALL_BUDGET)
-    problems = scan_sequences(pairs, headers, builder, SMALL_BUDGET, max_length=2000)
-    assert problems[:4] == [
+    *reserved, long = problems_of(pairs_csv, builder=builder)
+    assert reserved == [
         "row 1, video A: problem contains the reserved token '<|im_start|>'; remove it",
         "row 1, video B: problem contains the reserved token '<|im_start|>'; remove it",
         "row 2, video A: CoT contains the reserved token '<|endoftext|>'; remove it",
         "row 3, video B: CoT contains the reserved token '<Reward>'; remove it",
     ]
-    assert problems[4].startswith("row 4, video A: ")
-    assert "over --max_length 2000; raise --max_length" in problems[4]
-    assert len(problems) == 5
+    assert long.startswith("row 4, video A: ")
+    assert "over --max_length 2000; raise --max_length" in long
 
 
 def run_check(monkeypatch, *arguments) -> int:

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from arguments import DataArguments, ModelArguments, TrainingArguments
+from arguments import TrainingArguments
 from checkpoint import STATE_FILE, RewardConfig
 from engine import read_deepspeed_config
-from preflight import build_config, load_checked_data
 from run_folder import find_resume, list_checkpoints
 from scored_sequence import DEFAULT_FORMAT_PROMPT
-from stage1_support import SMALL_BUDGET, write_pairs_csv
+from stage1_support import SMALL_BUDGET
 
 
 @pytest.fixture
@@ -46,15 +45,13 @@ def test_resuming_that_would_mix_two_runs_is_refused(output, tmp_path):
 
 
 def test_format_prompt_of_the_base_holds_unless_another_is_given(tmp_path, caplog):
-    base = ModelArguments(model_name_or_path=str(tmp_path))
-    assert build_config(base, DataArguments()).format_prompt == DEFAULT_FORMAT_PROMPT
+    assert RewardConfig.resolve(tmp_path).format_prompt == DEFAULT_FORMAT_PROMPT
     RewardConfig(base_model=None, video=SMALL_BUDGET, format_prompt="So: {{ content }}").save(tmp_path)
-    assert build_config(base, DataArguments()).format_prompt == "So: {{ content }}"
+    assert RewardConfig.resolve(tmp_path).format_prompt == "So: {{ content }}"
     assert caplog.text == ""
-
     (tmp_path / "mine.jinja").write_text("{{ content }}!")
-    given = DataArguments(format_prompt=str(tmp_path / "mine.jinja"))
-    assert build_config(base, given).format_prompt == "{{ content }}!"
+    given = str(tmp_path / "mine.jinja")
+    assert RewardConfig.resolve(tmp_path, format_prompt=given).format_prompt == "{{ content }}!"
     assert f"flags override the format prompt of {tmp_path}" in caplog.text
 
 
@@ -78,15 +75,3 @@ def test_a_deepspeed_config_may_not_repeat_what_flags_set(tmp_path):
 def test_learning_rates_that_are_not_set_follow_the_one_that_is():
     rates = TrainingArguments(learning_rate=1e-4, vision_lr=1e-6).learning_rates
     assert rates == {"base": 1e-4, "merger": 1e-4, "vision": 1e-6, "token": 1e-4, "head": 1e-4}
-
-
-def test_scores_that_contradict_a_label_stop_only_the_loss_that_cannot_use_them(tmp_path, clips, builder):
-    path = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A"], MOS_A_GSB=[1.5])
-
-    def count_pairs(loss_type: str) -> int:
-        training = TrainingArguments(loss_type=loss_type)
-        return len(load_checked_data(path, builder, SMALL_BUDGET, data=DataArguments(), training=training))
-
-    assert count_pairs("margin") == 1
-    with pytest.raises(ValueError, match=r"row 1 \(line 2\): GSB is 'A' and its scores 1\.5 and 2\.5 say the opp"):
-        count_pairs("scaled")

@@ -1,22 +1,18 @@
 """The shipped tiny base: made for the judge's format, and able to judge clips that it never saw."""
 
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLForConditionalGeneration
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
-from build_tiny import REWARD_CONFIG_NAME, TINY_BUDGET, VISION_TOKENS, judge_prompt_tokens
-from evaluate_base import judge_cases, make_cases
-from infer_utils import RewardScorer
 from scored_sequence import judge_problem
 from stage1_support import TINY_BASE
 from toy_data import SEEN, ToyClips, make_texts
 from toy_world.scene import ATTRIBUTES, DIMENSIONS, Request, Scene
 from toy_world.texts import write_cot
-from train_base import main, measure_perception
+from train_base import evaluate, main, measure_perception
 
 EXAMPLE_JSON = judge_problem("").splitlines()[-2]
 
@@ -30,50 +26,22 @@ def encode(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_checkpoint_is_small_and_names_its_video_budget_and_special_tokens(tokenizer):
-    assert sum(path.stat().st_size for path in TINY_BASE.iterdir()) <= 8_000_000
-    assert json.loads((TINY_BASE / REWARD_CONFIG_NAME).read_text()) == {"video": asdict(TINY_BUDGET)}
-    config, generation = AutoConfig.from_pretrained(TINY_BASE), GenerationConfig.from_pretrained(TINY_BASE)
-    for name, token in VISION_TOKENS.items():
-        assert getattr(config, name) == tokenizer.convert_tokens_to_ids(token)
-    assert generation.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert len(tokenizer) < config.text_config.vocab_size  # <Reward> fits in
-    assert config.text_config.vocab_size % 64 == 0
-
-
-def test_chat_template_has_the_layout_of_qwen3_vl():
-    content = [{"type": "text", "text": "See"}, {"type": "video"}, {"type": "image"}]
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
-    processor = AutoProcessor.from_pretrained(TINY_BASE)
-    assert processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\nSee<|vision_start|><|video_pad|><|vision_end|>"
-        "<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
-@pytest.mark.parametrize("text", ["cafe\u0301, na\u00efve \u6f22\u5b57 \U0001f3ac", "\t a  b\r\n\n\x00", EXAMPLE_JSON])
-def test_tokenizer_round_trips_any_text(tokenizer, text):
-    assert tokenizer.decode(encode(tokenizer, text)) == text
-
-
 def test_fixed_lines_of_the_judge_prompt_are_tokens_and_answers_are_ordinary_text(tokenizer):
-    problem, lines = judge_problem("a red circle").replace("<video>", ""), judge_prompt_tokens()
-    assert all(line in problem and len(encode(tokenizer, line)) == 1 for line in lines)
-    assert len(encode(tokenizer, problem)) <= len(lines) + 6
+    ids = encode(tokenizer, judge_problem("a red circle").replace("<video>", ""))
+    assert len(ids) <= 16
+    lines = {i for i in ids if len(tokenizer.decode([i])) > 20}
+    assert len(lines) >= 9
     asked = Scene("circle", "red", "left", "still", "city", "day", "flat")
     shown = Scene("circle", "red", "right", "still", "city", "day", "glowing")
     cot = write_cot(Request(asked, frozenset(DIMENSIONS) - {"camera"}), shown, np.random.default_rng(0))
     assert EXAMPLE_JSON in cot  # its scores happen to be those of the prompt's example
-    assert not {encode(tokenizer, line)[0] for line in lines} & set(encode(tokenizer, cot))
+    assert not lines & set(encode(tokenizer, cot))
 
 
 def test_greedy_judgements_of_held_out_clips_are_valid_and_mostly_right():
-    scorer = RewardScorer.from_base(TINY_BASE)
-    cases = make_cases(scorer, num_pairs=3, seed=3, held_out=True)
-    metrics = judge_cases(scorer, cases)
-    assert metrics["json_valid"] >= 1 - 1 / len(cases)
-    assert np.mean([metrics["perception"][name]["right"] for name in ATTRIBUTES]) > 0.7
+    found = evaluate(TINY_BASE, num_pairs=4)
+    assert found["json_valid"] >= 7 / 8
+    assert found["sub_scores_right"] > 0.7
 
 
 def test_shipped_weights_read_training_batches_as_training_left_them():
@@ -90,10 +58,10 @@ def test_shipped_weights_read_training_batches_as_training_left_them():
 
 
 def test_training_runs_from_nothing_and_writes_checkpoint_and_log(tmp_path):
-    sizes = ["--steps", "2", "--batch-size", "2", "--pool-size", "3", "--held-out", "2", "--workers", "1"]
+    sizes = ["--steps", "2", "--batch-size", "2", "--pool-size", "2", "--workers", "1"]
     main([*sizes, "--device", "cpu", "--save", str(tmp_path / "base")])
     log = json.loads((tmp_path / "base_train.json").read_text())
-    assert (log["num_steps"], log["num_clips"], [point["step"] for point in log["curve"]]) == (2, 3, [2])
+    assert (log["num_steps"], log["num_clips"], [point["step"] for point in log["curve"]]) == (2, 2, [2])
     assert 5 < log["curve"][0]["loss"] < 8  # about the logarithm of the vocabulary's size
-    for name in ("tokenizer.json", REWARD_CONFIG_NAME, "chat_template.jinja"):
+    for name in ("tokenizer.json", "reward_config.json", "chat_template.jinja"):
         assert (tmp_path / "base" / name).read_text() == (TINY_BASE / name).read_text(), name

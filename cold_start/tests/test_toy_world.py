@@ -1,6 +1,5 @@
 """The toy world: what is rendered, how it is scored, what the data set promises."""
 
-import itertools
 import re
 from dataclasses import replace
 
@@ -58,14 +57,6 @@ def test_scores_follow_the_stated_rules(changes, expected):
     assert swapped == scores  # a motion where stillness is asked for is as wrong as the reverse
 
 
-def test_unmentioned_dimensions_are_not_scored():
-    request = scene.Request(SCENE, frozenset({"subject", "dynamics"}))
-    scores = scene.true_scores(request, replace(SCENE, style="glowing", color="blue"))
-    assert scores == {"subject": 1, "dynamics": 2, "camera": "N/A", "environment": "N/A", "style": "N/A"}
-    assert scene.overall_score(scores) == pytest.approx(1 + 4 * (0.5 + 1) / 2)
-    assert scene.utility(scores) == 6 * 1 + 5 * 2
-
-
 def test_prompts_and_combinations_of_evaluation_do_not_occur_in_training(pairs):
     for split in pairs:
         scenes = [shown for pair in pairs[split] for shown in (pair.request.scene, *(c.scene for c in pair.clips))]
@@ -108,35 +99,6 @@ def test_subject_moves_as_named(motion, axis, sign):
     assert np.abs(steps[:, 1 - axis]).max() < 1
     moved = abs(centroids[-1, axis] - centroids[0, axis]) / NUISANCE.width
     assert moved == pytest.approx(np.mean(render.TRAVEL_RANGE), abs=0.02)
-
-
-@pytest.mark.parametrize(
-    ("changes", "low", "high"),
-    [({"motion": "grows"}, 2.5, 4.5), ({"motion": "shrinks"}, 0.22, 0.4), ({"camera": "zooms in"}, 1.7, 2.4)],
-)
-def test_subject_grows_as_named(changes, low, high):
-    centroids, areas = subject_track(replace(SCENE, **changes))
-    assert low < areas[-1] / areas[0] < high
-    assert np.ptp(centroids, axis=0).max() < 1
-
-
-@pytest.mark.parametrize(("camera", "sign"), [("pans left", 1), ("pans right", -1)])
-def test_pan_moves_background_and_subject_together(camera, sign):
-    shown = replace(SCENE, camera=camera)
-    first, last = draw(shown, 0, 2)[:, :20, ::sign]  # rows above the subject
-    errors = {shift: np.abs(first[:, :-shift] - last[:, shift:]).mean() for shift in range(1, 40)}
-    shift = min(errors, key=errors.get)
-    assert shift == pytest.approx(np.mean(render.PAN_RANGE) * NUISANCE.width, abs=1)
-    centroids, _ = subject_track(shown)
-    assert sign * (centroids[-1, 0] - centroids[0, 0]) == pytest.approx(shift, abs=1.5)
-
-
-def test_every_color_stands_out_from_every_background_in_both_renderings():
-    for values in itertools.product(*(scene.ATTRIBUTES[name] for name in ("color", "place", "light"))):
-        shown = replace(SCENE, color=values[0], place=values[1], light=values[2])
-        for rendering in ("usual", "changed"):
-            (frame,) = draw(shown, 0, rendering=rendering)
-            assert np.linalg.norm(frame[55, 50] - frame[:20].mean(axis=(0, 1))) > 80, shown
 
 
 def test_world_is_reproducible_resumes_and_takes_more_held_out_sets(tmp_path):

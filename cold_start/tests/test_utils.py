@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from arguments import DataArguments, TrainingArguments
 from checkpoint import load_builder
-from preflight import load_checked_data
+from data import load_checked_data
 from stage1_support import SMALL_BUDGET, TINY_BASE, forkserver, free_port, write_pairs_csv
 from utils import report_error, run_on_main_process
 
@@ -47,17 +47,10 @@ def meet_errors(rank: int, messages: list[str | None]) -> None:
         time.sleep(2 * ERROR_SECONDS)
 
 
-@pytest.mark.parametrize(
-    ("messages", "shown"),
-    [
-        (["row 2 is bad", "row 2 is bad"], ["error: row 2 is bad\n", ""]),
-        ([None, "a file is gone"], ["", "error on rank 1: a file is gone\n"]),
-        (["here", "there"], ["error: here\n", "error on rank 1: there\n"]),
-    ],
-    ids=["of both", "of another rank", "different ones"],
-)
-def test_error_is_shown_once_by_the_rank_that_met_it(tmp_path, messages, shown):
-    assert run_two_ranks(tmp_path, meet_errors, messages) == shown
+@pytest.mark.parametrize("messages", [["bad row\n" * 1000] * 2, [None, "a file is gone"], ["here", "there"]])
+def test_an_error_is_shown_once_however_many_ranks_meet_it(tmp_path, messages):
+    shown = "".join(run_two_ranks(tmp_path, meet_errors, messages))
+    assert shown == "".join(f"error: {message}\n" for message in dict.fromkeys(filter(None, messages)))
 
 
 def check_csv(rank: int, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import itertools
 import math
 import os
 import re
@@ -15,7 +16,6 @@ MAX_SHOWN_CHARACTERS = 80
 MAX_LIST_CHARACTERS = 10_000
 MAX_PATH_CHARACTERS = 4095
 """Of a path on Linux."""
-ARCHIVES = {b"\x1f\x8b": "a gzip file; unpack it", b"PK": "a zip file or spreadsheet; export it as CSV"}
 RAGGED = "it has {} cells where the header line has {}; quote cells that hold commas or line breaks"
 _NO_TEXT = re.compile(r"[\0\udc80-\udcff]")  # NUL, and what surrogateescape makes of bytes that are not UTF-8
 
@@ -59,7 +59,8 @@ class CsvTable:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = path
         self.problems: list[str] = []
-        _require_text_file(path)
+        if not Path(path).is_file():
+            raise CsvError(path, ["file not found; give the path of a CSV"])
         self.columns = next((tuple(cells) for _, cells in self._read()), ())
         if not self.columns:
             raise CsvError(path, ["the file is empty; begin with a line that names the columns"])
@@ -78,7 +79,7 @@ class CsvTable:
     def rows(self) -> Iterator[CsvRow]:
         """Rows as wide as the header line; others are added to `problems`. Blank lines are skipped."""
         number = 0
-        for line, cells in self._read(skip=1):
+        for line, cells in itertools.islice(self._read(), 1, None):
             number += 1
             row = CsvRow(number, line, dict(zip(self.columns, cells, strict=False)))
             if len(cells) == len(self.columns):
@@ -103,16 +104,15 @@ class CsvTable:
         if self.problems:
             raise CsvError(self.path, self.problems)
 
-    def _read(self, *, skip: int = 0) -> Iterator[tuple[int, list[str]]]:
-        """First line and cells of each record that is not blank, after the first `skip`."""
+    def _read(self) -> Iterator[tuple[int, list[str]]]:
+        """First line and cells of each record that is not blank."""
         with open(self.path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.reader(self._text_lines(file), strict=True)
             line = 1
             try:
                 for cells in reader:
-                    if cells and not skip:
+                    if cells:
                         yield line, cells
-                    skip -= bool(cells and skip)
                     line = reader.line_num + 1
             except csv.Error as error:
                 message = f"line {line}: the CSV cannot be read from here on: {error}; check its quotes"
@@ -132,15 +132,6 @@ def row_of(problem: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _require_text_file(path: str | os.PathLike) -> None:
-    if not Path(path).is_file():
-        raise CsvError(path, ["file not found; give the path of a CSV"])
-    with open(path, "rb") as file:
-        head = file.read(2)
-    if head in ARCHIVES:
-        raise CsvError(path, [f"this is {ARCHIVES[head]}"])
-
-
 def shorten(text: str, length: int = MAX_SHOWN_CHARACTERS) -> str:
     """A cell as it is shown in messages."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
@@ -153,29 +144,29 @@ def is_path(value: object) -> bool:
 
 def parse_two_paths(text: str, column: str) -> tuple[str, str]:
     """Two paths from a list literal such as ['a.mp4', 'b.mp4']. Raises ValueError."""
-    paths = _parse_two(text, f"{column} is {shorten(text)!r}; write a list of two paths, such as ['a.mp4', 'b.mp4']")
-    if not all(is_path(path) for path in paths):
-        raise ValueError(f"{column} is {shorten(text)!r}; it must hold two paths, video A first")
+    paths = _parse_two(text)
+    if paths is None or not all(is_path(path) for path in paths):
+        example = "such as ['a.mp4', 'b.mp4'], video A first"
+        raise ValueError(f"{column} is {shorten(text)!r}; write a list of two paths, {example}")
     return paths
 
 
 def parse_two_seconds(text: str, column: str) -> tuple[float, float]:
     """Two durations from a list literal such as [2.0, 2.5]. Raises ValueError."""
-    message = f"{column} is {shorten(text)!r}; write two durations in seconds, such as [2.0, 2.5], or leave it empty"
     try:
-        seconds = tuple(float(value) for value in _parse_two(text, message))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(message) from error
-    if not all(0 <= value < math.inf for value in seconds):
-        raise ValueError(message)
+        seconds = tuple(float(value) for value in _parse_two(text) or ())
+    except (TypeError, ValueError, OverflowError):
+        seconds = ()
+    if not seconds or not all(0 <= value < math.inf for value in seconds):
+        example = "such as [2.0, 2.5], or leave it empty"
+        raise ValueError(f"{column} is {shorten(text)!r}; write two durations in seconds, {example}")
     return seconds
 
 
-def _parse_two(text: str, message: str) -> tuple:
+def _parse_two(text: str) -> tuple | None:
+    """The items of a list literal of two; None for anything else."""
     try:
         value = ast.literal_eval(text.strip()) if len(text) <= MAX_LIST_CHARACTERS else None
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:  # all that it documents
-        raise ValueError(message) from error
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError(message)
-    return tuple(value)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # all that it documents
+        return None
+    return tuple(value) if isinstance(value, list | tuple) and len(value) == 2 else None

@@ -31,9 +31,8 @@ def lock_folder(folder: str | os.PathLike) -> int | None:
                 continue
             holder = os.pread(descriptor, 300, 0).decode() or "another process"
             os.close(descriptor)
-            raise ValueError(
-                f"{folder} is in use by {holder}; wait for it to end, or choose another folder"
-            ) from error
+            message = f"{folder} is in use by {holder}; wait for it to end, or choose another folder"
+            raise ValueError(message) from error
         except OSError as error:  # some network file systems have no locks
             logger.warning("%s cannot be locked (%s): start no second run in it", folder, error)
             os.close(descriptor)

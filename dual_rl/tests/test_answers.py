@@ -62,7 +62,7 @@ def test_scores_without_a_label_have_no_preference():
         ("", "'' is not a label"),
         ("A or B", "not a label"),
         ("<answer>{broken</answer>", "'{broken' is not a label"),
-        ('{"gsb_result": "A" "video_1_scores": {"style": 2}}', "is not a label"),
+        ('{"gsb_result": "A" "video_1_scores": {"style": 2}}', "neither gsb_result nor scores"),
         ("null", "not a label"),
         ("{}", "neither gsb_result nor scores"),
         ('{"gsb_result": 1}', "gsb_result is 1"),

@@ -47,7 +47,8 @@ def test_flags_of_stage_1_are_flags(plan):
     parser = HfArgumentParser((arguments.ModelArguments, arguments.DataArguments, arguments.TrainingArguments))
     for job in jobs_of(plan, "cold_start/train.sh"):
         model, data, training = parser.parse_args_into_dataclasses(list(job.command[2:]))
-        arguments.validate_all(model, data, training)
+        for group in (model, data, training):
+            group.validate()
         assert training.seed == int(job.name.rpartition("_")[2])
         assert job.output.endswith(f"/checkpoint-{training.max_steps}")
 

@@ -2,17 +2,18 @@
 
 World coordinates have their origin in the center of the frame (halfway through a pan), x to the right, y down. Their
 unit is the smaller side of the frame. A pan or zoom moves the whole world, the subject included; the subject's own
-motion is relative to the world. Both are uniform over the clip's duration. The start position keeps the whole subject
-in view.
+motion is relative to the world. The start position keeps the whole subject in view.
 
-The rendering "changed" is never used in training: larger frames, wide or tall, other frame rates, smaller subjects,
-more distractors, textures rotated by 90 degrees, other shades. Scenes, scores and travel distances are the same.
+The rendering "changed" is never used in training: frames of other sizes and rates, smaller subjects, more distractors,
+textures rotated by 90 degrees, other shades.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -119,8 +120,7 @@ def _within(bounds: tuple[float, float], fraction: float) -> float:
     return bounds[0] + (bounds[1] - bounds[0]) * fraction
 
 
-@dataclass(frozen=True)
-class Track:
+class Track(NamedTuple):
     """Camera (world x, zoom) and subject (position on screen, radius) at T times, each float [T]."""
 
     camera_x: np.ndarray
@@ -159,7 +159,7 @@ def render_frames(scene: Scene, nuisance: Nuisance, times: np.ndarray) -> np.nda
         ((np.arange(-(-side // block)) + 0.5) * block - side / 2) / shorter
         for side in (nuisance.width, nuisance.height)
     )
-    world = _paint_world(scene, nuisance)
+    background_at = _paint_world(scene, nuisance)
     jitter = np.random.default_rng([nuisance.texture_seed, 1]).uniform(-14, 14, size=3)
     dimming = 0.92 if scene.light == "night" else 1.0
     rgb = (np.clip(np.asarray(SUBJECT_RGB[scene.color]) + jitter, 0, 255) * dimming).astype(np.float32)
@@ -167,7 +167,7 @@ def render_frames(scene: Scene, nuisance: Nuisance, times: np.ndarray) -> np.nda
     for index, frame in enumerate(frames):
         zoom, radius = track.zoom[index], track.radius[index]
         if index == 0 or scene.camera != "still":
-            background = world.look_up(screen_x / zoom + track.camera_x[index], screen_y / zoom)
+            background = background_at(screen_x / zoom + track.camera_x[index], screen_y / zoom)
         frame[:] = background
         x, y = screen_x - track.center_x[index], screen_y - track.center_y[index]
         reach = 1.3 * radius + {"glowing": 2.0 * GLOW_REACH, "blurred": BLUR_RADIUS}.get(scene.style, BAND_WIDTH)
@@ -180,24 +180,8 @@ def render_frames(scene: Scene, nuisance: Nuisance, times: np.ndarray) -> np.nda
     return frames.repeat(block, axis=1).repeat(block, axis=2)[:, : nuisance.height, : nuisance.width]
 
 
-@dataclass(frozen=True)
-class _World:
-    """The painted background: `pixels` uint8 [h, w, 3]; the first one is at (left, top)."""
-
-    pixels: np.ndarray
-    left: float
-    top: float
-    pixels_per_unit: float
-
-    def look_up(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """The nearest painted pixels on the grid of world coordinates `x` [w] and `y` [h]: uint8 [h, w, 3]."""
-        columns = np.rint((x - self.left) * self.pixels_per_unit).astype(np.intp)
-        rows = np.rint((y - self.top) * self.pixels_per_unit).astype(np.intp)
-        rows, columns = rows.clip(0, self.pixels.shape[0] - 1), columns.clip(0, self.pixels.shape[1] - 1)
-        return self.pixels[rows].take(columns, axis=1)
-
-
-def _paint_world(scene: Scene, nuisance: Nuisance) -> _World:
+def _paint_world(scene: Scene, nuisance: Nuisance) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Paints the background; returns a function of world coordinates `x` [w] and `y` [h]: uint8 [h, w, 3]."""
     rng = np.random.default_rng([nuisance.texture_seed, 0])
     phases = rng.uniform(0, 2 * np.pi, size=6).astype(np.float32)
     cells = rng.random((16, 16), dtype=np.float32)
@@ -225,7 +209,14 @@ def _paint_world(scene: Scene, nuisance: Nuisance) -> _World:
         inside = (x - spot_x) ** 2 + (y - spot_y) ** 2 < (DISTRACTOR_DIAMETER / 2) ** 2
         rgb = np.asarray(others[nuisance.texture_seed % len(others)], dtype=np.float32)
         pixels[inside] = rgb * np.sqrt(tint)
-    return _World(np.clip(pixels, 0, 255).astype(np.uint8), left, top, per_unit)
+    painted = np.clip(pixels, 0, 255).astype(np.uint8)
+
+    def look_up(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        nearest_x = np.rint((x - left) * per_unit).astype(np.intp).clip(0, columns - 1)
+        nearest_y = np.rint((y - top) * per_unit).astype(np.intp).clip(0, rows - 1)
+        return painted[nearest_y].take(nearest_x, axis=1)
+
+    return look_up
 
 
 def _draw_subject(patch: np.ndarray, distance: np.ndarray, *, style: str, rgb: np.ndarray, pixel: float) -> np.ndarray:

@@ -3,22 +3,17 @@
 A scene is what a clip shows; a request is a scene together with the dimensions that the prompt mentions.
 
 Sub-scores (`true_scores`), "N/A" for a dimension that the prompt does not mention:
-    subject      2 shape and color as asked, 1 one of them, 0 neither
-    dynamics     2 as asked, 1 moves but in another way than asked, 0 still when asked to move, or the reverse
-    camera       2 as asked, 1 moves but in another way than asked, 0 still when asked to move, or the reverse
-    environment  2 place and light as asked, 1 one of them, 0 neither
-    style        2 as asked, 0 otherwise
-    overall      1 + 4 * mean(score / 2) over the dimensions that are not "N/A": 1.00 to 5.00
-    utility      the sum over dimensions of UTILITY_WEIGHTS * score ("N/A" counts 0); the clip of higher utility is
-                 preferred, and equal utilities are a tie
+    subject, environment  2 both attributes as asked, 1 one of them, 0 neither
+    dynamics, camera      2 as asked, 1 moves but in another way, 0 still when asked to move, or the reverse
+    style                 2 as asked, 0 otherwise
+The clip of higher utility (the sum of UTILITY_WEIGHTS * score) is preferred; equal utilities are a tie.
 
-Subject and dynamics are always mentioned, every other dimension with probability MENTION_PROBABILITY. A clip is wrong
-in 0 to 3 of the mentioned dimensions, with the probabilities of its generator (GENERATORS). The dimensions that are
-not mentioned are random.
+A clip is wrong in 0 to 3 of the mentioned dimensions, with the probabilities of its generator (GENERATORS). The
+dimensions that are not mentioned are random.
 
 Held-out scenes: colors and shapes fall into three groups by index modulo 3. Triples of a color and a shape of the same
 group and one of the group's four HELD_OUT_MOTIONS are held out (48 of 252 triples). Every value and every pair of
-values still occurs in training, and each held-out triple has held-out neighbors in color, in shape and in motion.
+values still occurs in training.
 """
 
 from dataclasses import dataclass, replace
@@ -110,7 +105,7 @@ def _draw(rng: np.random.Generator, attribute: str) -> str:
 
 
 def sample_request(rng: np.random.Generator, held_out: bool) -> Request:
-    """A request whose scene is held out or not, as asked. Motions are equally frequent in both cases."""
+    """A request whose scene is held out or not, as asked."""
     values = {name: _draw(rng, name) for name in ("motion", "camera", "place", "light", "style")}
     while True:
         scene = Scene(**values, shape=_draw(rng, "shape"), color=_draw(rng, "color"))

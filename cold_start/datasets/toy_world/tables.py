@@ -1,11 +1,6 @@
 """The CSV files: pairs as rows of the training, evaluation and benchmark formats.
 
-Benchmark labels carry no noise. `answer`, `Overall`, `vote_type` and `GSB_overall` are the preference itself.
-videoalign also has VQ (from style), MQ (from dynamics and camera) and TA (from subject and environment), by the sum of
-the sub-scores. react has a label for every dimension, "invalid" where the prompt does not mention it.
-
-The file of all held-out sets has tabench's columns, with stage 2's `answer`, and a column `set`: in_domain,
-new_combinations (the evaluation pairs) or new_rendering.
+datasets/eval/README.md describes the columns. Benchmark labels carry no noise.
 """
 
 import csv
@@ -55,9 +50,8 @@ def rl_row(pair: Pair, problem: str) -> Row:
 
 def _label_of(pair: Pair, dimensions: tuple[str, ...]) -> str:
     """The label by the unweighted sum of the sub-scores of `dimensions`."""
-    return prefer(
-        *(sum(clip.scores[name] for name in dimensions if clip.scores[name] != NOT_ASKED) for clip in pair.clips)
-    )
+    counted = ([clip.scores[name] for name in dimensions if clip.scores[name] != NOT_ASKED] for clip in pair.clips)
+    return prefer(*map(sum, counted))
 
 
 def bench_rows(pair: Pair) -> dict[str, list[Row]]:
@@ -72,23 +66,15 @@ def bench_rows(pair: Pair) -> dict[str, list[Row]]:
     groups = {name: _label_of(pair, group) for name, group in BENCH_GROUPS.items()}
     is_asked = pair.request.mentioned.__contains__
     by_dimension = {f"GSB_{name}": _label_of(pair, (name,)) if is_asked(name) else "invalid" for name in DIMENSIONS}
-    genai = {
-        "left_video_path": path_a,
-        "right_video_path": path_b,
-        "left_model": clip_a.generator,
-        "right_model": clip_b.generator,
-        "prompt": pair.prompt,
-        "vote_type": GENAI_VOTES[pair.true_label],
-    }
+    genai = {"left_video_path": path_a, "right_video_path": path_b}
+    genai |= {"left_model": clip_a.generator, "right_model": clip_b.generator, "prompt": pair.prompt}
+    single = [{"video_path": video_path(c), "prompt": pair.prompt, "video_fps": c.nuisance.fps} for c in pair.clips]
     return {
         "tabench": [{"video_A": path_a, "video_B": path_b, "prompt": pair.prompt, "answer": pair.true_label}],
         "videoalign": [{**two_sided, **details, **groups, "Overall": pair.true_label}],
-        "genai": [genai],
+        "genai": [{**genai, "vote_type": GENAI_VOTES[pair.true_label]}],
         "react": [{**two_sided, "GSB_overall": pair.true_label, **by_dimension}],
-        "videofeedback": [
-            {"video_path": video_path(clip), "prompt": pair.prompt, "video_fps": clip.nuisance.fps}
-            for clip in pair.clips
-        ],
+        "videofeedback": single,
     }
 
 
@@ -103,7 +89,7 @@ def build_tables(pairs: dict[str, Sequence[Pair]], judge_problem: Callable[[str]
         if of_split:
             tables[f"{split}.csv"] = [training_row(*item) for item in of_split]
             tables[f"{split}_rl.csv"] = [rl_row(*item) for item in of_split]
-    for pair in pairs["eval"]:
+    for pair in pairs.get("eval", ()):
         for name, rows in bench_rows(pair).items():
             tables.setdefault(f"bench_{name}.csv", []).extend(rows)
     if pairs.keys() & HELD_OUT_SETS.keys() > {"eval"}:

@@ -1,15 +1,9 @@
 """Prompts, and what annotators write about clips: chains of thought (CoTs) in the judge's format.
 
-A CoT has one line per dimension and ends with the scores as JSON:
+A CoT has one line per dimension and ends with the scores as JSON. Each line says what the clip shows, then what the
+prompt asks for, then the verdict: a model that writes in this order looks before it judges.
 
     Subject: the clip shows a red square, the prompt asks for a red circle; the shape is wrong, so 1.
-    ...
-    <answer>
-    {"dimensional_scores": {"subject": 1, "dynamics": 2, ...}, "overall_score": 3.50}
-    </answer>
-
-Each line says what the clip shows, then what the prompt asks for, then the verdict: a model that writes in this order
-looks before it judges.
 """
 
 import json
@@ -139,12 +133,12 @@ def damage_json(cot: str, rng: np.random.Generator) -> str:
 
 
 def parse_scores(cot: str) -> dict[str, Score] | None:
-    """`dimensional_scores` of the first <answer> block; None unless every dimension has 0, 1, 2 or "N/A"."""
+    """`dimensional_scores` of the <answer> block; None unless every dimension has 0, 1, 2 or "N/A"."""
     body, is_closed, _ = cot.partition("<answer>")[2].partition("</answer>")
     try:
         scores = json.loads(body)["dimensional_scores"] if is_closed else {}
-        values = [scores[name] for name in DIMENSIONS]
+        values = {name: scores[name] for name in DIMENSIONS}
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    is_usable = all(value == NOT_ASKED or (type(value) is int and value in (0, 1, 2)) for value in values)
-    return dict(zip(DIMENSIONS, values, strict=True)) if is_usable else None
+    is_usable = all(value == NOT_ASKED or (type(value) is int and value in (0, 1, 2)) for value in values.values())
+    return values if is_usable else None

@@ -1,17 +1,14 @@
 """Preference pairs of the toy world: how they are sampled, and the rates measured in a sample.
 
-A pair is a prompt, two clips made for it, a CoT for each clip, and a label. The label follows from the clips' true
-scores; a given share of the pairs are ties. Training labels get annotator noise: a given share is replaced by one of
-the two other labels. All other labels are free of noise. A CoT is written by a careful or by a careless annotator, who
-misperceives each attribute of the clip at a given rate, and a given share of the CoTs end in JSON that does not parse.
-Settings, split and index determine everything about a pair.
+A pair is a prompt, two clips made for it, a CoT for each clip, and a label, which follows from the clips' true scores.
+Only training labels carry annotator noise. Settings, split and index determine everything about a pair.
 
-The combinations of color, shape and motion in "train" never occur in "eval". "in_domain" has other clips of training's
-combinations, and "new_rendering" has these combinations in a rendering that training never shows.
+The combinations of color, shape and motion in "train" never occur in "eval"; "in_domain" and "new_rendering" have
+training's.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -38,29 +35,21 @@ LABELS = ("A", "B", "same")
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """The seed and the intended rates."""
+    """The seed and the intended rates.
+
+    `tie_share`: of the pairs, those whose clips have equal utility. `label_noise`: of the training labels, those
+    replaced by another. `careful_share`: of the CoTs, those of careful annotators, who misperceive an attribute with
+    probability `careful_error`; the others do with `careless_error`. `malformed_share`: of the CoTs, those whose JSON
+    does not parse.
+    """
 
     seed: int = 0
     tie_share: float = 0.10
-    """Share of pairs whose two clips have equal utility."""
     label_noise: float = 0.05
-    """Share of training labels replaced by another label."""
     careful_share: float = 0.60
-    """Share of CoTs from careful annotators; the others are careless."""
     careful_error: float = 0.03
-    """Probability that a careful annotator misperceives an attribute."""
     careless_error: float = 0.25
-    """Probability that a careless annotator does."""
     malformed_share: float = 0.02
-    """Share of CoTs whose JSON does not parse."""
-
-    def validate(self) -> None:
-        """Raise ValueError when a rate is not a probability."""
-        for name, value in asdict(self).items():
-            if name != "seed" and not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}. Set it between 0 and 1.")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}. Set it to 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -124,22 +113,19 @@ def measure_rates(pairs: Sequence[Pair]) -> dict[str, float]:
     """Shares found in a sample of pairs, and how far the scores in the CoTs can be trusted.
 
     `oracle_cot_scores`: among pairs that are not ties, how often these scores give the noise-free label. Equal scores
-    and CoTs that do not parse count as wrong, in `oracle_cot_scores_ties_half` as half right.
+    and CoTs that do not parse count as wrong.
     """
     clips = [clip for pair in pairs for clip in pair.clips]
-    points = []
+    is_right = []
     for pair in (pair for pair in pairs if pair.true_label != "same"):
         read = [parse_scores(clip.cot) for clip in pair.clips]
-        label = "same" if None in read else prefer(*map(utility, read))
-        points.append(0.5 if label == "same" else float(label == pair.true_label))
+        is_right.append(None not in read and prefer(*map(utility, read)) == pair.true_label)
     errors = [getattr(clip.seen, name) != getattr(clip.scene, name) for clip in clips for name in ATTRIBUTES]
     rates = {
         "tie_share": np.mean([pair.true_label == "same" for pair in pairs]),
         "label_noise": np.mean([pair.label != pair.true_label for pair in pairs]),
         "malformed_share": np.mean([parse_scores(clip.cot) is None for clip in clips]),
         "attribute_error": np.mean(errors),
+        "oracle_cot_scores": np.mean(is_right or [0.0]),
     }
-    if points:
-        rates["oracle_cot_scores"] = np.mean(np.array(points) == 1)
-        rates["oracle_cot_scores_ties_half"] = np.mean(points)
     return {name: round(float(value), 4) for name, value in rates.items()}

@@ -16,7 +16,7 @@ from transformers.video_utils import VideoMetadata
 
 from descore.checked import digest
 from descore.format_prompt import FormatPrompt
-from verl.data.vision_process import VideoBudget, VideoFrames, VideoHeader, budgeted_size, num_sampled_frames
+from verl.data.vision_process import VideoBudget, VideoFrames, VideoHeader, budgeted_size, sampled_indices
 from verl.types import VideoKey, VideoPrompt
 
 REWARD_TOKEN = "<Reward>"
@@ -116,11 +116,10 @@ class SequenceBuilder:
 
     def count_prompt_tokens(self, problem: str, header: VideoHeader, budget: VideoBudget) -> int:
         """Length of `encode_prompt(...).input_ids` for a clip with this header, without decoding it."""
-        num_frames = num_sampled_frames(header, budget)
+        indices = sampled_indices(header, budget)
         height, width = budgeted_size(header.height, header.width, budget, size_factor=self.size_factor)
-        indices = torch.linspace(0, header.total_frames - 1, num_frames).round().long().tolist()
-        metadata = VideoMetadata(total_num_frames=header.total_frames, fps=header.fps, frames_indices=indices)
-        return len(self._tokenize(self.render(problem), self._grid(num_frames, height, width), metadata))
+        metadata = VideoMetadata(total_num_frames=header.total_frames, fps=header.fps, frames_indices=list(indices))
+        return len(self._tokenize(self.render(problem), self._grid(len(indices), height, width), metadata))
 
     def pixel_values(self, prompt: VideoPrompt, device: torch.device | str = "cpu") -> torch.Tensor:
         """Input of the vision tower, float32 [num_patches, patch_dim] on `device`, by the stock video processor."""

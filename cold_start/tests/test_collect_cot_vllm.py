@@ -1,21 +1,20 @@
-"""Collecting CoTs with vLLM and the tiny base model, which judges clips of the toy world: here, and on a server.
+"""Collecting CoTs with vLLM and the tiny base model, which judges clips of the toy world.
 
 A run that is killed and started again ends with the files of an uninterrupted one, byte for byte.
 """
 
 import importlib.util
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from collect.local_server import serve
 from cot_support import as_flags
 from preference_csv import CsvNeeds, read_pairs
 from stage1_support import STAGE_DIR, TINY_BASE
@@ -29,13 +28,6 @@ NUM_PAIRS = 16
 NUM_SAMPLES = 4 * 2 * NUM_PAIRS
 SECONDS = 500.0
 SAMPLING = {"max_tokens": 320, "temperature": 1.0, "top_p": 1.0, "num_samples": 4}
-CPU_ENGINE = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "OMP_NUM_THREADS": "1",
-}
 
 
 @pytest.fixture(scope="module")
@@ -51,32 +43,6 @@ def pairs_csv(tmp_path_factory) -> Path:
     return world / "pairs.csv"
 
 
-@pytest.fixture(scope="module")
-def on_server(tmp_path_factory) -> Iterator[dict[str, object]]:
-    """Flags for vLLM's own OpenAI-compatible server."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    options = ["--host", "127.0.0.1", "--port", str(port), "--model", str(TINY_BASE), "--served-model-name", "tiny"]
-    options += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--generation-config", "vllm"]
-    options += ["--max-num-batched-tokens", "8192", "--block-size", "32", "--no-enable-chunked-prefill"]
-    options += ["--limit-mm-per-prompt", '{"image": 0, "video": 1}', "--trust-request-mm-kwargs"]
-    process = start_python("vllm.entrypoints.openai.api_server", options, log)
-    try:
-        wait_until(lambda: "Application startup complete" in log.read_text(), process, log)
-        yield {"model": "tiny", "endpoint": f"http://127.0.0.1:{port}/v1", "processor": TINY_BASE}
-    finally:
-        process.terminate()
-        process.wait(SECONDS)
-
-
-def start_python(module: str, arguments: list[str], log: Path) -> subprocess.Popen:
-    command, environment = [sys.executable, "-m", module, *arguments], {**os.environ, **CPU_ENGINE}
-    with log.open("wb") as console:
-        return subprocess.Popen(command, cwd=STAGE_DIR, stdout=console, stderr=subprocess.STDOUT, env=environment)
-
-
 def wait_until(is_done: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + SECONDS
     while not is_done():
@@ -89,7 +55,9 @@ def collect(path: Path, name: str, *, kill_at: int | None = None, **options: obj
     """Run `python -m collect.collect_cot` to its end, or until its journal has `kill_at` lines; the output."""
     output, log = path.with_name(f"{name}.csv"), path.with_name(f"{name}.log")
     arguments = [str(path), "--output", str(output), *as_flags(**{**SAMPLING, **options})]
-    process = start_python("collect.collect_cot", arguments, log)
+    with log.open("wb") as console:
+        command = [sys.executable, "-m", "collect.collect_cot", *arguments]
+        process = subprocess.Popen(command, cwd=STAGE_DIR, stdout=console, stderr=subprocess.STDOUT)
     if kill_at is None:
         assert process.wait(SECONDS) == 0, log.read_text()
     else:
@@ -110,7 +78,7 @@ def files_of(output: Path) -> list[bytes | list[bytes]]:
 
 @pytest.fixture(scope="module")
 def offline(pairs_csv) -> Path:
-    """The output of an uninterrupted run with vLLM in its own process."""
+    """The output of an uninterrupted run with a vLLM of its own."""
     return collect(pairs_csv, "offline", model=TINY_BASE)
 
 
@@ -125,16 +93,12 @@ def test_tiny_base_collects_cots_that_training_takes(offline):
 
 def test_killed_run_ends_like_an_uninterrupted_one(offline, pairs_csv):
     collect(pairs_csv, "killed", kill_at=NUM_SAMPLES // 3, model=TINY_BASE)
-    # Another number of samples at a time changes the batches, and nothing else.
-    assert files_of(collect(pairs_csv, "killed", model=TINY_BASE, max_num_seqs=24)) == files_of(offline)
+    # Another number of videos at a time changes the batches, and nothing else.
+    assert files_of(collect(pairs_csv, "killed", model=TINY_BASE, concurrency=5)) == files_of(offline)
 
 
-def test_frames_on_a_server_give_the_files_of_vllm_in_this_process_even_after_a_kill(on_server, offline, pairs_csv):
-    collect(pairs_csv, "served", kill_at=NUM_SAMPLES // 3, send_video="frames", concurrency=8, **on_server)
-    served = collect(pairs_csv, "served", send_video="frames", concurrency=3, **on_server)
-    assert files_of(served) == files_of(offline)
-
-
-def test_clips_on_a_server_give_prompts_of_the_length_of_training(on_server, pairs_csv):
-    report = json.loads(collect(pairs_csv, "clips", **on_server).with_suffix(".report.json").read_text())
+def test_clips_on_a_server_give_prompts_of_the_length_of_training(pairs_csv):
+    with serve(str(TINY_BASE), max_model_len=1024) as url:
+        output = collect(pairs_csv, "clips", model=TINY_BASE, endpoint=url)
+    report = json.loads(output.with_suffix(".report.json").read_text())
     assert (report["samples_with_another_prompt"], report["rows_with_collected_cots"]) == (0, NUM_PAIRS)
