@@ -1,6 +1,6 @@
 """Gradient ascent through the reward, on the color that a small generator gives to a circle.
 
-    PYTHONPATH=.:datasets python examples/follow_gradient.py --model output/quickstart/stage1/checkpoint-225 --color green
+    PYTHONPATH=.:datasets python examples/follow_gradient.py --model output/quickstart/stage1/checkpoint-225
 
 The prompt asks for one color, the generator starts with another. Whether the reward was earned or hacked shows in two
 ways: which color of the toy world is nearest, and what the model rewards after it has thought about the clip anew.
@@ -11,8 +11,8 @@ import sys
 
 import torch
 
-from toy_world.looks import SUBJECT_RGB
 from infer_utils import RewardScorer
+from toy_world.looks import SUBJECT_RGB
 
 NUM_FRAMES, SIDE, FPS = 16, 64, 8.0
 
