@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from checkpoint import LoadedReward, RewardConfig, build_reward_model, load_builder, load_reward_model
 from descore.progress import progress
 from scored_sequence import EncodedPrompt, judge_problem, pack_sequences
-from vision_process import load_video
+from vision_process import load_video, resize_frames, sample_frames
 
 MAX_COT_TOKENS = 4096
 REPETITION_PENALTY = 1.05
@@ -103,6 +103,27 @@ class RewardScorer:
             batch = pack_sequences(sequences[start : start + batch_size]).to(self.model.device)
             rewards += self.model(batch).tolist()
         return rewards
+
+    def differentiable(
+        self, frames: torch.Tensor, prompt: str, cot: str | Cot | None = None, *, fps: float, is_exact: bool = True
+    ) -> torch.Tensor:
+        """The reward of a clip as a function of its pixels: a scalar in the graph of `frames`.
+
+        `frames`: float [num_frames, 3, height, width] from 0 to 1, `fps` of them per second. The CoT is fixed; without
+        one the model writes it, without gradient; "" masks it. The value is that of `score` for frames rounded to 8
+        bits, the gradient that of the unrounded ones (straight-through); `is_exact=False` rounds nothing. Raises
+        VideoError.
+        """
+        budget, factor = self.config.video, self.builder.size_factor
+        rounded = (frames.detach().clamp(0, 1) * 255).round().to(torch.uint8)
+        video = sample_frames(rounded, fps=fps, budget=budget, size_factor=factor)
+        pixels = resize_frames(frames[list(video.frame_indices)] * 255, budget, size_factor=factor).clamp(0, 255)
+        if is_exact:
+            pixels = pixels + (video.frames - pixels).detach()
+        encoded = self.builder.encode_prompt(judge_problem(prompt), replace(video, frames=pixels))
+        cot = self.write_cots([encoded])[0] if cot is None else cot
+        ids = cot.ids if isinstance(cot, Cot) else self.builder.encode_cot(cot)
+        return self.model(pack_sequences([self.builder.build(encoded, ids)]).to(self.model.device)).squeeze()
 
     @torch.no_grad()
     def write_cots(

@@ -2,6 +2,8 @@
 
 import json
 
+import av
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration
@@ -52,6 +54,25 @@ def test_written_cots_equal_stock_greedy_generation_one_by_one(scorer, small_bas
             suppress_tokens=[scorer.builder.reward_token_id, stock.config.video_token_id, stock.config.image_token_id],
         )
         assert list(cot.ids) == [i for i in output[0, ids.shape[1] :].tolist() if i != eos]
+
+
+def test_reward_has_a_gradient_by_pixels(scorer, clips):
+    """Its value is that of the file's frames; its gradient is that of the frames before rounding."""
+    stored = np.stack([frame.to_ndarray(format="rgb24") for frame in av.open(str(clips[0])).decode(video=0)])
+    fps, cot = float(av.open(str(clips[0])).streams.video[0].average_rate), COT.format(score=1)
+    frames = (torch.from_numpy(stored).permute(0, 3, 1, 2) / 255).requires_grad_()
+    exact = scorer.differentiable(frames, PROMPTS[0], cot, fps=fps)
+    assert exact.item() == pytest.approx(scorer.score(clips[:1], PROMPTS[:1], [cot])[0], abs=1e-4)
+    smooth = scorer.differentiable(frames, PROMPTS[0], cot, fps=fps, is_exact=False)
+    (gradient,) = torch.autograd.grad(smooth, frames)
+    inside = (frames.detach() > 0.1) & (frames.detach() < 0.9)  # where a step does not leave the range
+    step = 1e-4 * gradient.sign() * inside
+    ahead, behind = (
+        scorer.differentiable((frames + sign * step).detach(), PROMPTS[0], cot, fps=fps, is_exact=False)
+        for sign in (1, -1)
+    )
+    assert ((ahead - behind) / 2).item() == pytest.approx((gradient * step).sum().item(), rel=0.05)
+    assert torch.autograd.grad(exact, frames)[0].abs().sum() > 0
 
 
 def test_reward_and_vision_tokens_are_never_written(small_base, clips):
