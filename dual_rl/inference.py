@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     transformers_logging.disable_progress_bar()
     try:
         result = run_benchmark(build_run(parse_arguments(argv)))
-    except (ValueError, WorkerError) as error:
+    except (ValueError, OSError, WorkerError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from descore.answers import extract_overall
-from descore.csv_table import CsvError
+from descore.csv_table import CsvTable
 from scoring.accuracy import compute_pair_accuracy
-from scoring.bench_csv import BENCH_FORMATS, LabelReader, iterate_rows, read_columns
+from scoring.bench_csv import BENCH_FORMATS
 
 COT_COLUMNS = ("CoT_A", "CoT_B")
 
@@ -34,24 +34,19 @@ def read_text_margins(path: str, bench_type: str, *, by: str | None = None) -> d
 
     Raises CsvError, a ValueError, for a file without the columns that are needed.
     """
-    form, columns = BENCH_FORMATS[bench_type], read_columns(path)
-    missing = [column for column in (*COT_COLUMNS, *([by] if by else [])) if column not in columns]
-    if missing or not form.find_labels(columns):
-        needed = ", ".join(missing) or " or ".join(form.label_columns) or "labels"
-        raise CsvError(path, [f"it has no {needed}: name a benchmark of pairs as inference.py wrote it"])
-    reader, rows = LabelReader(form, columns), []
-    for row in iterate_rows(path):
-        cells = row.cells
-        if cells["Reward_A"] and cells["Reward_B"]:
-            margin = compute_text_margin(*(cells[column] for column in COT_COLUMNS))
-            rows.append((margin, cells.get(by), reader.read(row)))
-    if faults := reader.find_faults():
-        raise CsvError(path, faults)
+    form, table = BENCH_FORMATS[bench_type], CsvTable(path)
+    needed = [*COT_COLUMNS, *([by] if by else []), *(() if form.find_labels(table.columns) else form.label_columns)]
+    table.require(needed, remedy="name a benchmark of pairs as inference.py wrote it")
+    rows = [row for row in table.rows() if row.cells["Reward_A"] and row.cells["Reward_B"]]
+    labels_by_column, faults = form.read_labels(table.columns, rows)
+    table.problems += faults
+    table.require_clean()
     pairs = defaultdict(list)
-    for name, index in reader.find_columns().items():
-        for margin, group, labels in rows:
-            if labels[index] is not None:
-                pairs[(name, group) if by else (name,)].append((margin, labels[index]))
+    for name, labels in labels_by_column.items():
+        for row, label in zip(rows, labels, strict=True):
+            if label is not None:
+                margin = compute_text_margin(*(row.cells[column] for column in COT_COLUMNS))
+                pairs[(name, row.cells[by]) if by else (name,)].append((margin, label))
     return pairs
 
 

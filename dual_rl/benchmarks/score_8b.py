@@ -221,20 +221,12 @@ def compute_truth(options: argparse.Namespace) -> dict:
     """Mean and largest distance of each scheme's rewards from those in fp32, over the thoughts that it wrote."""
     tasks = read_tasks(options.work, NUM_CHECKED)
     checkpoint = load_checkpoint(options.work / "model", with_weights=False)
-    settings = ScoringSettings(backend="hf", precision="fp32", batch_size=1)
+    settings = ScoringSettings(backend="hf", precision="fp32", batch_size=1, max_prompt_length=MAX_MODEL_LEN)
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         save_engine_folder(Path(folder), checkpoint, dtype=torch.float32)
         builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
-        scorer = HfScorer(
-            Path(folder),
-            checkpoint,
-            settings,
-            forbidden_token_ids=[],
-            reward_token_id=builder.reward_token_id,
-            max_model_len=MAX_MODEL_LEN,
-            device=CUDA,
-        )
+        scorer = HfScorer(Path(folder), checkpoint, settings, CUDA)
         scorer.load_weights(stream_weights(options.work / "model", checkpoint, dtype=torch.float32))
         with VideoLoader(builder, checkpoint.video_budget) as loader:
             prompts = [loader.submit(VideoKey(n, "A"), t.problem, t.video).result() for n, t in enumerate(tasks)]

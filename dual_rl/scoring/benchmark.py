@@ -8,9 +8,9 @@ Data and checkpoint are checked before an engine starts.
 """
 
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,27 +18,19 @@ import torch
 
 from descore.csv_table import CsvError
 from descore.progress import progress
-from scoring.bench_csv import Bench, BenchType, read_bench, read_columns
+from scoring.bench_csv import Bench, BenchType, read_bench
 from scoring.fleet import score_tasks
 from scoring.html_report import check_page_path, write_report
 from scoring.journal import Journal
 from scoring.options import ModelSource
-from scoring.report import added_columns, summarise, write_csv, write_json
+from scoring.report import added_columns, summarise, write_csv
 from scoring.reward_model import choose_device
-from scoring.source import (
-    RewardScale,
-    choose_budget,
-    choose_prompt_length,
-    compute_scale,
-    find_model,
-    load_model_scale,
-    read_checkpoint,
-    save_scale,
-)
+from scoring.source import choose_budget, choose_prompt_length, compute_scale, find_model, load_model_scale, save_scale
 from scoring.types import VideoTask, require_positive
 from verl.model.fingerprint import fingerprint
 from verl.model.precision import resolve_precision
 from verl.model.reward_files import PolicyCheckpoint, find_folder
+from verl.trainer.checkpoints import write_atomically
 
 JOURNAL_SUFFIX = ".rewards.jsonl"
 
@@ -76,44 +68,46 @@ class BenchmarkRun:
 
 
 def run_benchmark(run: BenchmarkRun) -> dict[str, object]:
-    """Score the benchmark and return what was written as JSON. Raises ValueError or WorkerError."""
+    """Score the benchmark and return what was written as JSON. Raises ValueError, OSError or WorkerError."""
     bench = read_bench(run.data_path, run.bench_type, video_root=run.video_root)
     _check_output(run, bench)
-    source = run.source
-    checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt, fresh_head_seed=source.fresh_head_seed)
+    source, output = run.source, Path(run.output)
+    checkpoint = source.read_checkpoint()
     identity = describe_run(run, checkpoint)
     if run.calibrate and not os.access(folder := find_folder(find_model(source.model_ckpt)), os.W_OK):
         raise ValueError(f"--calibrate keeps the scale in {folder}, which is not writable: score a copy of it")
     scale = load_model_scale(source.model_ckpt, checkpoint, source.settings) if run.normalize else None
-    path = Path(run.output).with_suffix(JOURNAL_SUFFIX)
+    path = output.with_suffix(JOURNAL_SUFFIX)
     with Journal(path, identity, overwrite=run.overwrite, save_every=run.save_every) as journal:
         journal.failures.update(bench.missing)
         _score_missing(run, bench, journal)
-        result = _write_results(run, bench, identity, journal, scale=scale)
-        if run.calibrate:  # only now: if it fails, the results are there
-            scale = _calibrate(run, identity, journal)
-            result = _write_results(run, bench, identity, journal, scale=scale)
+        summary = summarise(bench, journal, seed=run.seed, scale=scale)
+        result = {"model_ckpt": source.model_ckpt, "data_path": run.data_path, "run": identity, **summary}
+        write_csv(output, bench, journal, scale=scale)
+        write_atomically(output.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
         if run.report:
             write_report(run.report, bench, journal, result)
+        if run.calibrate:  # at the end: if there is no spread, the results are there
+            rewards, data = list(journal.rewards.values()), os.path.basename(run.data_path)
+            scale = compute_scale(rewards, data=data, weights=identity["weights"], video=identity["video"])
+            path = save_scale(source.model_ckpt, scale)
+            logger.info("the scale of these rewards, %.4f +- %.4f, is kept in %s", scale.mean, scale.std, path)
     return result
 
 
 def _check_output(run: BenchmarkRun, bench: Bench) -> None:
-    """Raise ValueError unless all results can be written, and no file of another origin is in their place."""
+    """Raise ValueError if the results must not be written: files of another origin, or the benchmark, are there."""
     if run.report:
         check_page_path(run.report)
     output = Path(run.output)
-    if output.suffix != ".csv":
+    if output.suffix != ".csv" or output.is_dir():
         raise ValueError(f"--output is {run.output}; name a .csv file, the others are written beside it")
     if os.path.realpath(output) == os.path.realpath(run.data_path):
         raise ValueError(f"--output is the benchmark itself, {run.data_path}; name another file")
-    parent = next(path for path in output.absolute().parents if path.exists())
-    if output.is_dir() or not parent.is_dir():
-        raise ValueError(f"--output {output} cannot be written: {output if output.is_dir() else parent} is in the way")
     foreign = [path for path in (output, output.with_suffix(".json")) if path.exists()]
     if foreign and not output.with_suffix(JOURNAL_SUFFIX).exists() and not run.overwrite:
         raise ValueError(f"{foreign[0]} exists and is not from such a run: choose another output, or --overwrite")
-    taken = [column for column in added_columns(bench) if column in read_columns(run.data_path)]
+    taken = [column for column in added_columns(bench) if column in bench.columns]
     if taken:
         raise CsvError(run.data_path, [f"it has the column(s) {', '.join(taken)} already; rename them"])
 
@@ -151,27 +145,3 @@ def _score_missing(run: BenchmarkRun, bench: Bench, journal: Journal) -> None:
             journal.add(outcome)
             bar.set_postfix(failed=len(journal.failures), refresh=False)
             bar.update()
-
-
-def _write_results(
-    run: BenchmarkRun,
-    bench: Bench,
-    identity: Mapping[str, object],
-    journal: Journal,
-    *,
-    scale: RewardScale | None,
-) -> dict[str, object]:
-    """Write the scored CSV and the JSON beside it; returns the JSON's content."""
-    summary = summarise(bench, journal, seed=run.seed, scale=scale)
-    result = {"model_ckpt": run.source.model_ckpt, "data_path": run.data_path, "run": identity, **summary}
-    write_csv(Path(run.output), bench, journal, scale=scale)
-    write_json(Path(run.output).with_suffix(".json"), result)
-    return result
-
-
-def _calibrate(run: BenchmarkRun, identity: Mapping[str, object], journal: Journal) -> RewardScale:
-    rewards, data = list(journal.rewards.values()), os.path.basename(run.data_path)
-    scale = compute_scale(rewards, data=data, weights=identity["weights"], video=identity["video"])
-    path = save_scale(run.source.model_ckpt, scale)
-    logger.info("the scale of these rewards, %.4f +- %.4f, is kept in %s", scale.mean, scale.std, path)
-    return scale

@@ -40,8 +40,14 @@ def score_tasks(
         actor_class = ray.remote(num_cpus=1, num_gpus=int(num_gpus > 0))(ScoringActor)
         actors = [actor_class.remote(source) for _ in range(num_workers)]
         yield from _score_on_actors(actors, iter(tasks), window=WINDOW * source.settings.batch_size)
-        for closing in [actor.close.remote() for actor in actors]:
-            _get(closing)
+        ray.get([actor.close.remote() for actor in actors])
+    except RayActorError as error:
+        raise WorkerError(
+            "an engine died: its process was killed, or crashed (if the kernel killed it for lack of memory, `dmesg` "
+            "says so). The same command resumes where this run stopped"
+        ) from error
+    except RayTaskError as error:
+        raise WorkerError(str(error.cause) if isinstance(error.cause, ValueError) else str(error)) from error
     finally:
         ray.shutdown()
 
@@ -62,21 +68,8 @@ def _score_on_actors(actors: list, tasks: Iterator[VideoTask], *, window: int) -
             return
         (done,), _ = ray.wait(list(calls), num_returns=1)
         idle = [calls.pop(done)]
-        outcomes = _get(done)
+        outcomes = ray.get(done)
         num_pending[idle[0]] -= len(outcomes)
-
-
-def _get(call: ray.ObjectRef) -> list[Outcome]:
-    """What a call returned. Raises WorkerError if the engine failed or died."""
-    try:
-        return ray.get(call)
-    except RayActorError as error:
-        raise WorkerError(
-            "an engine died: its process was killed, or crashed (if the kernel killed it for lack of memory, `dmesg` "
-            "says so). The same command resumes where this run stopped"
-        ) from error
-    except RayTaskError as error:
-        raise WorkerError(str(error.cause) if isinstance(error.cause, ValueError) else str(error)) from error
 
 
 class ScoringActor:
@@ -88,8 +81,7 @@ class ScoringActor:
 
     def advance(self, tasks: list[VideoTask]) -> list[Outcome]:
         """Take more tasks and work until something is ready. The first call loads the model."""
-        if self.model is None:
-            self.model = self.source.load()
+        self.model = self.model or self.source.load()
         self.model.submit(tasks)
         outcomes: list[Outcome] = []
         end = time.monotonic() + SECONDS_PER_CALL

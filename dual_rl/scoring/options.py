@@ -4,7 +4,9 @@ import argparse
 from dataclasses import dataclass
 
 from scoring.reward_model import RewardModel
+from scoring.source import read_checkpoint
 from scoring.types import ScoringSettings
+from verl.model.reward_files import PolicyCheckpoint
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,10 @@ class ModelSource:
     rm_ckpt: str | None
     settings: ScoringSettings
     fresh_head_seed: int | None = None
+
+    def read_checkpoint(self) -> PolicyCheckpoint:
+        """The model without its weights. Raises ValueError."""
+        return read_checkpoint(self.model_ckpt, self.rm_ckpt, fresh_head_seed=self.fresh_head_seed)
 
     def load(self) -> RewardModel:
         """The model on this process's device."""

@@ -18,32 +18,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import count, islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from scoring.source import (
-    NUM_TOKENS_AFTER_COT,
     RewardScale,
+    apply_scale,
     choose_budget,
     choose_prompt_length,
     find_model,
     load_model_scale,
     read_checkpoint,
 )
-from scoring.types import (
-    FailedVideo,
-    Outcome,
-    ScoredVideo,
-    ScoringEngine,
-    ScoringSettings,
-    ThoughtScore,
-    VideoTask,
-)
+from scoring.types import FailedVideo, Outcome, ScoredVideo, ScoringEngine, ScoringSettings, ThoughtScore, VideoTask
 from verl.data.loading import VideoLoader
-from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids, judge_problem, reward_token_id
+from verl.data.scored_sequence import SequenceBuilder, judge_problem
 from verl.data.vision_process import VideoBudget, VideoError, VideoFrames, sample_frames
 from verl.model.precision import resolve_precision
 from verl.model.reward_files import PolicyCheckpoint, save_engine_folder, stream_weights
@@ -72,25 +63,17 @@ class RewardModel:
     """
 
     def __init__(
-        self,
-        checkpoint: PolicyCheckpoint,
-        engine: ScoringEngine,
-        settings: ScoringSettings,
-        *,
-        budget: VideoBudget,
-        scale: RewardScale | None = None,
+        self, checkpoint: PolicyCheckpoint, engine: ScoringEngine, *, budget: VideoBudget, scale: RewardScale | None
     ) -> None:
-        self.checkpoint = checkpoint
         self.engine = engine
-        self.settings = settings
+        self.settings = engine.settings
         self.scale = scale
         self.files = ExitStack()
         """The engine's files, which it reads lazily."""
         self.builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
-        self.loader = VideoLoader(self.builder, budget, num_threads=settings.num_threads)
+        self.loader = VideoLoader(self.builder, budget, num_threads=self.settings.num_threads)
         self._decoding: deque[tuple[str, Future[VideoPrompt]]] = deque()
-        self._num_submitted = 0
-        self._calls = count()
+        self._numbers = count()
         self._sources: dict[str, str] = {}  # path of each video in progress, for messages
 
     @classmethod
@@ -118,11 +101,13 @@ class RewardModel:
         budget = choose_budget(checkpoint, settings)
         if budget != checkpoint.video_budget:
             logger.warning("trained with %s, videos are now read with %s", checkpoint.video_budget, budget)
+        dtype = resolve_precision(settings.precision, device)
         with ExitStack() as files:
-            engine = _start_engine(files.enter_context(temporary_folder("engine")), checkpoint, settings, device)
-            dtype = resolve_precision(settings.precision, device)
+            folder = files.enter_context(temporary_folder("engine"))
+            save_engine_folder(folder, checkpoint, dtype=dtype)
+            engine = _find_engine_class(settings.backend)(folder, checkpoint, settings, device)
             engine.load_weights(stream_weights(find_model(model_ckpt), checkpoint, dtype=dtype))
-            model = cls(checkpoint, engine, settings, budget=budget, scale=scale)
+            model = cls(checkpoint, engine, budget=budget, scale=scale)
             model.files = files.pop_all()
         return model
 
@@ -143,17 +128,16 @@ class RewardModel:
         """
         texts = list(problems) if problems is not None else [judge_problem(prompt) for prompt in prompts]
         rates = list(fps) if isinstance(fps, Sequence) else [fps] * len(videos)
-        call = next(self._calls)  # an earlier call that was interrupted may have left videos in progress
-        tasks = [
-            VideoTask(f"call {call}, video {number}", self._prepare(video, rate), text)
-            for number, (video, text, rate) in enumerate(zip(videos, texts, rates, strict=True))
+        tasks = [  # with new names: an earlier call that was interrupted may have left videos in progress
+            VideoTask(f"video {next(self._numbers)}", self._prepare(video, rate), text)
+            for video, text, rate in zip(videos, texts, rates, strict=True)
         ]
         outcomes = {outcome.name: outcome for outcome in self.score_stream(tasks)}
         ordered = [outcomes[task.name] for task in tasks]
         failures = [outcome.error for outcome in ordered if isinstance(outcome, FailedVideo)]
         if failures:
             raise VideoError("\n".join(["videos could not be scored", *failures]))
-        rewards = [outcome.reward if self.scale is None else self.scale.apply(outcome.reward) for outcome in ordered]
+        rewards = [apply_scale(outcome.reward, self.scale) for outcome in ordered]
         return Scores(rewards, [outcome.cot for outcome in ordered])
 
     def score_stream(self, tasks: Iterable[VideoTask]) -> Iterator[Outcome]:
@@ -168,8 +152,7 @@ class RewardModel:
     def submit(self, tasks: Iterable[VideoTask]) -> None:
         """Start decoding; `advance` returns the outcomes."""
         for task in tasks:
-            key = VideoKey(self._num_submitted, "A")
-            self._num_submitted += 1
+            key = VideoKey(next(self._numbers), "A")
             self._sources[task.name] = "frames in memory" if isinstance(task.video, VideoFrames) else task.video
             self._decoding.append((task.name, self.loader.submit(key, task.problem, task.video)))
 
@@ -242,21 +225,9 @@ def choose_device(device: torch.device | str | None = None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _start_engine(
-    folder: Path, checkpoint: PolicyCheckpoint, settings: ScoringSettings, device: torch.device
-) -> ScoringEngine:
-    """The engine of `settings.backend`, without weights; its files go into `folder`."""
-    if settings.backend == "vllm":
+def _find_engine_class(backend: str) -> type[ScoringEngine]:
+    if backend == "vllm":
         from scoring.vllm_scorer import VllmScorer as Engine
     else:
         from scoring.hf_scorer import HfScorer as Engine
-    save_engine_folder(folder, checkpoint, dtype=resolve_precision(settings.precision, device))
-    return Engine(
-        folder,
-        checkpoint,
-        settings,
-        forbidden_token_ids=forbidden_token_ids(checkpoint.processor, checkpoint.config.text_config.vocab_size),
-        reward_token_id=reward_token_id(checkpoint.processor.tokenizer),
-        max_model_len=settings.max_prompt_length + settings.max_new_tokens + NUM_TOKENS_AFTER_COT,
-        device=device,
-    )
+    return Engine

@@ -12,14 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from scoring.types import MAX_PROMPT_LENGTH, ScoringSettings
+from scoring.types import MAX_PROMPT_LENGTH, NUM_TOKENS_AFTER_COT, ScoringSettings
 from verl.data.vision_process import VideoBudget
 from verl.model.fingerprint import fingerprint
 from verl.model.reward_files import PolicyCheckpoint, find_folder, load_base, load_checkpoint
 from verl.trainer.checkpoints import write_atomically
 
-NUM_TOKENS_AFTER_COT = 2
-"""`<Reward>`, and one that vLLM writes after it."""
 SCALE_FILE = "reward_scale.json"
 
 logger = logging.getLogger(__name__)
@@ -86,6 +84,11 @@ class RewardScale:
     def apply(self, reward: float) -> float:
         """The reward on this scale."""
         return (reward - self.mean) / self.std
+
+
+def apply_scale(reward: float, scale: RewardScale | None) -> float:
+    """The reward on `scale`; None for the head's own."""
+    return reward if scale is None else scale.apply(reward)
 
 
 def compute_scale(rewards: Sequence[float], *, data: str, weights: str, video: dict[str, float]) -> RewardScale:

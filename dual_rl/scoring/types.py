@@ -1,16 +1,20 @@
-"""What crosses module boundaries in scoring: tasks, outcomes, settings, and the interface of an engine."""
+"""What crosses module boundaries in scoring: tasks, outcomes, settings, and the base of an engine."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
 from verl.config import Precision
+from verl.data.scored_sequence import forbidden_token_ids, reward_token_id
 from verl.data.vision_process import VideoFrames
+from verl.model.reward_files import PolicyCheckpoint
 from verl.types import VideoPrompt
 
 MAX_PROMPT_LENGTH = 8192
+NUM_TOKENS_AFTER_COT = 2
+"""`<Reward>`, and one that vLLM writes after it."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class ThoughtScore:
     reward: float
 
 
-class ScoringEngine(Protocol):
+class ScoringEngine:
     """Writes a greedy chain of thought for each prompt and reads the reward at `<Reward>` after it.
 
     With `mask_cot` there is no chain of thought: `cot_ids` is empty and `is_finished` true, as nothing was cut.
@@ -110,6 +114,16 @@ class ScoringEngine(Protocol):
     """
 
     is_continuous: bool
+
+    def __init__(self, checkpoint: PolicyCheckpoint, settings: ScoringSettings) -> None:
+        """`settings.max_prompt_length` must be set."""
+        processor = checkpoint.processor
+        self.settings = settings
+        self.head_weight = checkpoint.head_weight
+        self.reward_token_id = reward_token_id(processor.tokenizer)
+        self.eos_token_id = processor.tokenizer.eos_token_id
+        self.forbidden_token_ids = forbidden_token_ids(processor, checkpoint.config.text_config.vocab_size)
+        self.max_model_len = settings.max_prompt_length + settings.max_new_tokens + NUM_TOKENS_AFTER_COT
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take the model's weights, pairs of Hugging Face name and whole tensor; the head is the checkpoint's."""

@@ -105,7 +105,7 @@ def test_command_prints_accuracies_by_column_in_which_equal_scores_are_wrong(tmp
     assert main([path, "--bench_type", "tabench"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["answer", "0.333"]
     assert main([path, "--bench_type", "tabench", "--by", "sett"]) == 1
-    assert "it has no sett" in capsys.readouterr().err
+    assert "column sett is missing" in capsys.readouterr().err
 
 
 def test_reasoning_columns_of_react_files_are_not_labels(tmp_path):

@@ -15,7 +15,7 @@ from scoring.bench_csv import Bench, read_bench
 from scoring.html_report import main, write_generations_report, write_report
 from scoring.journal import Journal
 from scoring.report import summarise
-from scoring.report_charts import build_calibration, build_histogram, build_means, compute_wilson, sigmoid
+from scoring.report_charts import build_calibration, build_histogram, compute_wilson, sigmoid
 from scoring.source import RewardScale
 from scoring.types import FailedVideo, ScoredVideo
 from training_support import EXAMPLE_CSV
@@ -226,5 +226,3 @@ def test_the_charts_by_hand():
     assert curve["note"].startswith("7 pairs with a preference, ties left out; expected calibration error 0.143")
     assert compute_wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert build_calibration([1.0], [0]) is None
-    means = build_means("t", "y", [0, 20, 0, 20], [1.0, None, 3.0, 5.0])["points"]
-    assert [(point["x"], point["y"], point["count"]) for point in means] == [(0, 2.0, 2), (20, 5.0, 1)]

@@ -215,7 +215,7 @@ MISTAKES = [
     (r"--output is \S+scores.txt; name a .csv file", {}, {"output": "scores.txt"}),
     (r"--output is the benchmark itself, \S+bench.csv; name another file", {}, {"output": "bench.csv"}),
     (r"mine\.csv exists and is not from such a run: choose another output", {}, {"output": "mine.csv"}),
-    (r"cannot be written: \S+folder\.csv is in the way$", {}, {"output": "folder.csv"}),
+    (r"--output is \S+folder\.csv; name a .csv file", {}, {"output": "folder.csv"}),
     ("max_new_tokens=9000 leaves -?[0-9]+ of 8192 positions", {}, {"max_new_tokens": 9000}),
     ("batch_size is 0; it must be at least 1", {}, {"batch_size": 0}),
     ("save_every is 0; it must be at least 1", {}, {"save_every": 0}),

@@ -12,6 +12,7 @@ the order of the file; `pairs`: a digest of these pairs. `sub_scores`: share of 
 state, null without thoughts. A pair that could not be scored is wrong. `values` of a curve: one a training step.
 """
 
+import csv
 import json
 import math
 import os
@@ -26,7 +27,6 @@ from descore.answers import JUDGEMENT_KEY, NOT_ASKED, extract_judgement, parse_a
 from evidence.plan import MASKED, OWN, Plan, Scoring
 from evidence.running import REPOSITORY
 from scoring.accuracy import compute_pair_accuracy
-from scoring.bench_csv import iterate_rows
 
 TEXT = "text"
 CURVES = {
@@ -78,8 +78,9 @@ def collect(plan: Plan, work: Path, *, name: str) -> dict[str, object]:
 def summarise_scored(path: Path, scoring: Scoring) -> list[dict[str, object]]:
     """Records of a CSV that inference.py wrote: for each set one by the head and, with thoughts, one by the text."""
     sets: dict[str, _Set] = defaultdict(_Set)
-    for cells in (row.cells for row in iterate_rows(path)):
-        _add_row(sets[cells["set"]], cells, has_thoughts=scoring.read == OWN)
+    with path.open(newline="", encoding="utf-8") as file:
+        for cells in csv.DictReader(file):
+            _add_row(sets[cells["set"]], cells, has_thoughts=scoring.read == OWN)
     records = []
     for name, group in sets.items():
         decided = [pair for pair, label in zip(group.pairs, group.labels, strict=True) if label]
