@@ -16,6 +16,7 @@ from typing import Literal
 
 from descore.answers import parse_annotation, parse_label
 from descore.csv_table import CsvError, CsvRow, CsvTable, is_path, row_of, shorten
+from scoring.types import VideoTask
 from verl.data.pair_csv import BARE_PROMPT_COLUMN
 from verl.data.scored_sequence import judge_problem
 
@@ -45,15 +46,6 @@ class BenchFormat:
     def find_labels(self, columns: Sequence[str]) -> tuple[str, ...]:
         """Those of `columns` that have the name of a label column, in their order."""
         return tuple(name for name in columns if any(fnmatchcase(name, label) for label in self.label_columns))
-
-    def find_missing(self, columns: Sequence[str]) -> list[str]:
-        """What a file with these columns lacks, in words; empty if it has this format."""
-        missing = [column for column in self.video_columns if column not in columns]
-        if BARE_PROMPT_COLUMN not in columns and PROBLEM_COLUMN not in columns:
-            missing.append(BARE_PROMPT_COLUMN)
-        if self.label_columns and not self.find_labels(columns):
-            missing.append(" or ".join(self.label_columns))
-        return missing
 
     def read_labels(self, columns: Sequence[str], rows: Sequence[CsvRow]) -> tuple[dict[str, list], list[str]]:
         """Label column -> label of each row, None for `invalid`, a blank or a faulty cell; and the faults of all.
@@ -97,15 +89,6 @@ BENCH_FORMATS: dict[BenchType, BenchFormat] = {
 
 
 @dataclass(frozen=True, slots=True)
-class BenchItem:
-    """One distinct (video, problem), scored once: its `compute_item_id`, absolute path and user turn."""
-
-    item_id: str
-    video: str
-    problem: str
-
-
-@dataclass(frozen=True, slots=True)
 class BenchRow:
     """One row and its `cells`. `item_ids`: of A and B, or of the single video. `labels`: in the order of
     `Bench.label_columns`, as from `BenchFormat.parse`. `models`: who made A and B, None if the file does not say.
@@ -121,8 +104,8 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark file. `columns`: all names in its header line. `rows` are in its order, `items` in that of first
-    mention.
+    """A benchmark file. `columns`: all names in its header line. `rows` are in its order. `items`: each distinct video
+    and problem by `compute_item_id`, in the order of first mention.
 
     `num_duplicate_rows`: rows with the items and labels of an earlier one; they stay in `rows`. `missing`: item_id ->
     "video not found: PATH" for items that cannot be scored.
@@ -132,7 +115,7 @@ class Bench:
     bench_type: BenchType
     columns: tuple[str, ...]
     label_columns: tuple[str, ...]
-    items: dict[str, BenchItem]
+    items: dict[str, VideoTask]
     rows: list[BenchRow]
     num_duplicate_rows: int
     missing: dict[str, str]
@@ -159,11 +142,10 @@ def read_bench(path: str | os.PathLike, bench_type: BenchType, *, video_root: st
         raise CsvError(path, [f"video_root {video_root} is not a folder. Give the one that video paths start from."])
     root = Path(video_root or Path(path).parent).resolve()
     table, form, items = CsvTable(path), BENCH_FORMATS[bench_type], {}
-    if lacking := form.find_missing(table.columns):
-        fitting = [name for name, other in BENCH_FORMATS.items() if not other.find_missing(table.columns)]
-        remedy = f"it looks like --bench_type {' or '.join(fitting)}" if fitting else "add them to its header line"
-        has = shorten(", ".join(table.columns), 400)
-        raise CsvError(path, [f"{bench_type} needs {', '.join(lacking)}; the file has {has}: {remedy}"])
+    needed = [*form.video_columns, *([] if PROBLEM_COLUMN in table.columns else [BARE_PROMPT_COLUMN])]
+    if form.label_columns and not form.find_labels(table.columns):
+        needed.append(" or ".join(form.label_columns))
+    table.require(needed, remedy=f"--bench_type {bench_type} needs it")
     parsed = list(table.parse(lambda row: (row, _add_items(items, root, form, row.cells))))
     labels, faults = form.read_labels(table.columns, [row for row, _ in parsed])
     rows = [
@@ -174,7 +156,7 @@ def read_bench(path: str | os.PathLike, bench_type: BenchType, *, video_root: st
     ]
     table.problems = sorted([*table.problems, *faults], key=row_of)
     absent = {video for video in {item.video for item in items.values()} if not os.path.isfile(video)}
-    missing = {item.item_id: f"video not found: {item.video}" for item in items.values() if item.video in absent}
+    missing = {name: f"video not found: {item.video}" for name, item in items.items() if item.video in absent}
     if items and len(missing) == len(items):
         table.problems.append(f"no video exists, {min(absent)} for one; paths start from {root}. Set video_root.")
     table.require_clean()
@@ -182,7 +164,7 @@ def read_bench(path: str | os.PathLike, bench_type: BenchType, *, video_root: st
     return Bench(str(path), bench_type, table.columns, tuple(labels), items, rows, num_duplicate_rows, missing)
 
 
-def _add_items(items: dict[str, BenchItem], root: Path, form: BenchFormat, cells: dict[str, str]) -> tuple[str, ...]:
+def _add_items(items: dict[str, VideoTask], root: Path, form: BenchFormat, cells: dict[str, str]) -> tuple[str, ...]:
     """Add the items of a row's videos unless they are there; returns their ids. Raises ValueError."""
     problem, prompt = cells.get(PROBLEM_COLUMN, ""), cells.get(BARE_PROMPT_COLUMN, "")
     for name in form.video_columns:
@@ -193,9 +175,9 @@ def _add_items(items: dict[str, BenchItem], root: Path, form: BenchFormat, cells
     problem = intern(problem if problem.strip() else judge_problem(prompt))  # of all rows with this text one copy
     item_ids = []
     for video in (cells[name].strip() for name in form.video_columns):
-        item = BenchItem(compute_item_id(video, problem=problem), os.path.normpath(root / video), problem)
-        assert items.setdefault(item.item_id, item) == item, f"two items have the id {item.item_id}: {item.video}"
-        item_ids.append(item.item_id)
+        item_ids.append(compute_item_id(video, problem=problem))
+        item = VideoTask(item_ids[-1], os.path.normpath(root / video), problem)
+        assert items.setdefault(item.name, item) == item, f"two items have the id {item.name}: {item.video}"
     return tuple(item_ids)
 
 

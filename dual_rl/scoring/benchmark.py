@@ -25,14 +25,24 @@ from scoring.journal import Journal
 from scoring.options import ModelSource
 from scoring.report import added_columns, summarise, write_csv
 from scoring.reward_model import choose_device
-from scoring.source import choose_budget, choose_prompt_length, compute_scale, find_model, load_model_scale, save_scale
-from scoring.types import VideoTask, require_positive
+from scoring.source import (
+    choose_budget,
+    choose_prompt_length,
+    compute_scale,
+    find_model,
+    load_model_scale,
+    read_checkpoint,
+    save_scale,
+)
+from scoring.types import require_positive
 from verl.model.fingerprint import fingerprint
 from verl.model.precision import resolve_precision
 from verl.model.reward_files import PolicyCheckpoint, find_folder
 from verl.trainer.checkpoints import write_atomically
 
 JOURNAL_SUFFIX = ".rewards.jsonl"
+AFFECTING_REWARDS = ("max_prompt_length", "max_new_tokens", "repetition_penalty", "mask_cot")
+"""Settings that rewards depend on, besides backend, video budget and precision."""
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +82,7 @@ def run_benchmark(run: BenchmarkRun) -> dict[str, object]:
     bench = read_bench(run.data_path, run.bench_type, video_root=run.video_root)
     _check_output(run, bench)
     source, output = run.source, Path(run.output)
-    checkpoint = source.read_checkpoint()
+    checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt)
     identity = describe_run(run, checkpoint)
     if run.calibrate and not os.access(folder := find_folder(find_model(source.model_ckpt)), os.W_OK):
         raise ValueError(f"--calibrate keeps the scale in {folder}, which is not writable: score a copy of it")
@@ -123,7 +133,7 @@ def describe_run(run: BenchmarkRun, checkpoint: PolicyCheckpoint) -> dict[str, o
         "backend": settings.backend,
         "video": asdict(choose_budget(checkpoint, settings)),
         "format_prompt": checkpoint.format_prompt,
-        **settings.affecting_rewards(),
+        **{name: getattr(settings, name) for name in AFFECTING_REWARDS},
         "precision": str(resolve_precision(settings.precision, choose_device())).removeprefix("torch."),
     }
 
@@ -139,8 +149,8 @@ def _score_missing(run: BenchmarkRun, bench: Bench, journal: Journal) -> None:
     )  # fmt: skip
     if not names:
         return
-    tasks = (VideoTask(name, bench.items[name].video, bench.items[name].problem) for name in names)
     with progress(total=len(names), description="score", unit="video") as bar:
+        tasks = [bench.items[name] for name in names]
         for outcome in score_tasks(run.source, tasks, num_gpus=num_gpus, num_workers=num_workers):
             journal.add(outcome)
             bar.set_postfix(failed=len(journal.failures), refresh=False)

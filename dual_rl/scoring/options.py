@@ -4,9 +4,7 @@ import argparse
 from dataclasses import dataclass
 
 from scoring.reward_model import RewardModel
-from scoring.source import read_checkpoint
 from scoring.types import ScoringSettings
-from verl.model.reward_files import PolicyCheckpoint
 
 
 @dataclass(frozen=True)
@@ -16,17 +14,10 @@ class ModelSource:
     model_ckpt: str
     rm_ckpt: str | None
     settings: ScoringSettings
-    fresh_head_seed: int | None = None
-
-    def read_checkpoint(self) -> PolicyCheckpoint:
-        """The model without its weights. Raises ValueError."""
-        return read_checkpoint(self.model_ckpt, self.rm_ckpt, fresh_head_seed=self.fresh_head_seed)
 
     def load(self) -> RewardModel:
         """The model on this process's device."""
-        return RewardModel.from_pretrained(
-            self.model_ckpt, self.rm_ckpt, settings=self.settings, fresh_head_seed=self.fresh_head_seed
-        )
+        return RewardModel.from_pretrained(self.model_ckpt, self.rm_ckpt, settings=self.settings)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,13 +38,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--num_threads", type=int, default=default.num_threads, help="that decode videos, per engine")
     add("--video_fps", type=float, help="default, like --max_pixels: as the model was trained")
     add("--max_pixels", type=int)
-    add("--fresh_head", action="store_true", help="score a base model with an untrained head, for comparison")
-    add("--seed", type=int, default=0, help="of the head with --fresh_head, and of bootstrap intervals")
     add("--normalize", action="store_true", help="give rewards on the scale that inference.py --calibrate kept")
 
 
 def build_source(options: argparse.Namespace) -> ModelSource:
     """The model that the flags name. Raises ValueError for invalid settings."""
-    names = ScoringSettings.__dataclass_fields__.keys() & vars(options)
-    settings = ScoringSettings(**{name: getattr(options, name) for name in names})
-    return ModelSource(options.model_ckpt, options.rm_ckpt, settings, options.seed if options.fresh_head else None)
+    settings = ScoringSettings(**{name: getattr(options, name) for name in ScoringSettings.__dataclass_fields__})
+    return ModelSource(options.model_ckpt, options.rm_ckpt, settings)

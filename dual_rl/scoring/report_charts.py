@@ -8,8 +8,6 @@ import numpy as np
 
 NUM_BARS = 20
 NUM_CALIBRATION_BINS = 10
-NORMAL_QUANTILE = 1.959964
-"""Of a 95% interval."""
 
 Chart = dict[str, Any]
 
@@ -46,8 +44,8 @@ def build_calibration(margins: Sequence[float | None], labels: Sequence[int | No
     """Bradley-Terry probability that A is better against the share of people who say so; None without decided pairs.
 
     `margins`: unscaled, reward of A minus that of B. `labels`: +1, -1, or 0 for a tie. Ties and pairs with a None are
-    left out. Bins have equal width in probability. `points`: per bin its mean probability `x`, the share `y` of its
-    `count` pairs, and Wilson's 95% interval of `y`, `low` to `high`.
+    left out. Bins have equal width in probability. `points`: per bin its mean probability `x` and the share `y` of its
+    `count` pairs.
     """
     bins: dict[int, list[tuple[float, bool]]] = {}
     for margin, label in zip(margins, labels, strict=True):
@@ -60,8 +58,7 @@ def build_calibration(margins: Sequence[float | None], labels: Sequence[int | No
     points = []
     for _, members in sorted(bins.items()):
         probability, share = np.mean(members, axis=0).tolist()
-        low, high = compute_wilson(share, len(members))
-        points.append({"x": probability, "y": share, "count": len(members), "low": low, "high": high})
+        points.append({"x": probability, "y": share, "count": len(members)})
     num_decided = sum(point["count"] for point in points)
     error = sum(point["count"] * abs(point["y"] - point["x"]) for point in points) / num_decided
     note = f"{num_decided} pairs with a preference, ties left out; expected calibration error {error:.3f}"
@@ -71,13 +68,5 @@ def build_calibration(margins: Sequence[float | None], labels: Sequence[int | No
         "x_label": "probability of A by the rewards, sigmoid(margin)",
         "y_label": "share in which people prefer A",
         "points": points,
-        "note": f"{note}; bars are 95% intervals, and a calibrated reward lies on the diagonal",
+        "note": f"{note}; a calibrated reward lies on the diagonal",
     }
-
-
-def compute_wilson(share: float, count: int) -> tuple[float, float]:
-    """Ends of the 95% Wilson score interval of a share of `count`."""
-    square = NORMAL_QUANTILE**2
-    middle = (share + square / (2 * count)) / (1 + square / count)
-    half = NORMAL_QUANTILE * math.sqrt(share * (1 - share) / count + square / (4 * count**2)) / (1 + square / count)
-    return max(0.0, middle - half), min(1.0, middle + half)

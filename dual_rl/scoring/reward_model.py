@@ -83,19 +83,16 @@ class RewardModel:
         rm_ckpt: str | os.PathLike | None = None,
         *,
         settings: ScoringSettings | None = None,
-        fresh_head_seed: int | None = None,
         normalize: bool = False,
-        device: torch.device | str | None = None,
     ) -> "RewardModel":
         """Load stage 1's `checkpoint-N`, a merged model, or stage 2's `global_step_N` (or its `huggingface/`).
 
-        `rm_ckpt`: an `rm_head.pth` or its folder, by default the one beside the model. `device`: by default the GPU
-        if there is one. `fresh_head_seed`: see `read_checkpoint`. `normalize`: `score` returns rewards on the scale
-        that `inference.py --calibrate` kept beside the checkpoint. Raises ValueError like `read_checkpoint` and
-        `load_model_scale`.
+        `rm_ckpt`: an `rm_head.pth` or its folder, by default the one beside the model. `normalize`: `score` returns
+        rewards on the scale that `inference.py --calibrate` kept beside the checkpoint. Raises ValueError like
+        `read_checkpoint` and `load_model_scale`.
         """
-        settings, device = settings or ScoringSettings(), choose_device(device)
-        checkpoint = read_checkpoint(model_ckpt, rm_ckpt, fresh_head_seed=fresh_head_seed)
+        settings, device = settings or ScoringSettings(), choose_device()
+        checkpoint = read_checkpoint(model_ckpt, rm_ckpt)
         settings = dataclasses.replace(settings, max_prompt_length=choose_prompt_length(checkpoint, settings))
         scale = load_model_scale(model_ckpt, checkpoint, settings) if normalize else None
         budget = choose_budget(checkpoint, settings)
@@ -114,28 +111,24 @@ class RewardModel:
     def score(
         self,
         videos: Sequence[str | os.PathLike | Frames],
-        prompts: Sequence[str] = (),
+        prompts: Sequence[str],
         *,
-        problems: Sequence[str] | None = None,
         fps: float | Sequence[float] | None = None,
     ) -> Scores:
         """Rewards and chains of thought, in order.
 
         `videos`: paths, or all frames of a clip as uint8 array [num_frames, height, width, 3] or tensor [num_frames,
         3, height, width] with their frames per second in `fps`, one for all or one each. `prompts`: what each was
-        generated from; `problems`: whole instructions that replace the built-in judge prompt around them. Raises
-        VideoError that lists every video that cannot be scored.
+        generated from. Raises VideoError that lists every video that cannot be scored.
         """
-        texts = list(problems) if problems is not None else [judge_problem(prompt) for prompt in prompts]
         rates = list(fps) if isinstance(fps, Sequence) else [fps] * len(videos)
         tasks = [  # with new names: an earlier call that was interrupted may have left videos in progress
-            VideoTask(f"video {next(self._numbers)}", self._prepare(video, rate), text)
-            for video, text, rate in zip(videos, texts, rates, strict=True)
+            VideoTask(f"video {next(self._numbers)}", self._prepare(video, rate), judge_problem(prompt))
+            for video, prompt, rate in zip(videos, prompts, rates, strict=True)
         ]
         outcomes = {outcome.name: outcome for outcome in self.score_stream(tasks)}
         ordered = [outcomes[task.name] for task in tasks]
-        failures = [outcome.error for outcome in ordered if isinstance(outcome, FailedVideo)]
-        if failures:
+        if failures := [outcome.error for outcome in ordered if isinstance(outcome, FailedVideo)]:
             raise VideoError("\n".join(["videos could not be scored", *failures]))
         rewards = [apply_scale(outcome.reward, self.scale) for outcome in ordered]
         return Scores(rewards, [outcome.cot for outcome in ordered])
@@ -171,7 +164,8 @@ class RewardModel:
             self._decoding.popleft()
             try:
                 prompt = future.result()
-                self._check_length(prompt)
+                if (length := prompt.input_ids.numel()) > (limit := self.settings.max_prompt_length):
+                    raise ValueError(f"a prompt of {length} tokens, video included, is over max_prompt_length {limit}")
             except VideoError as error:  # names its file
                 outcomes.append(FailedVideo(name, str(error)))
             except ValueError as error:
@@ -203,11 +197,6 @@ class RewardModel:
             raise ValueError("frames have no rate. Give the frames per second: score(..., fps=24).")
         return sample_frames(video, fps=fps, budget=self.loader.budget, size_factor=self.builder.size_factor)
 
-    def _check_length(self, prompt: VideoPrompt) -> None:
-        length, longest = prompt.input_ids.numel(), self.settings.max_prompt_length
-        if length > longest:
-            raise ValueError(f"a prompt of {length} tokens, video included, is over max_prompt_length {longest}")
-
     def _outcome(self, name: str, score: ThoughtScore) -> Outcome:
         if not math.isfinite(score.reward):
             return FailedVideo(name, f"{self._sources[name]}: the reward is {score.reward}, not a number")
@@ -220,9 +209,9 @@ class RewardModel:
         )
 
 
-def choose_device(device: torch.device | str | None = None) -> torch.device:
-    """The named device; by default the GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def choose_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _find_engine_class(backend: str) -> type[ScoringEngine]:

@@ -56,7 +56,7 @@ Outcome = ScoredVideo | FailedVideo
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How videos are scored. What changes rewards is recorded with them: `affecting_rewards`.
+    """How videos are scored.
 
     `batch_size`: videos in an engine at a time. `max_prompt_length`, `max_new_tokens`: tokens of the user turn, video
     included, and of the chain of thought; None for what the model's positions leave, at most MAX_PROMPT_LENGTH.
@@ -84,11 +84,6 @@ class ScoringSettings:
             require_positive(name, getattr(self, name))
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be positive, 1 for none")
-
-    def affecting_rewards(self) -> dict[str, object]:
-        """The settings that rewards depend on, besides video budget and precision."""
-        names = ("max_prompt_length", "max_new_tokens", "repetition_penalty", "mask_cot")
-        return {name: getattr(self, name) for name in names}
 
 
 def require_positive(name: str, value: int | None) -> None:
