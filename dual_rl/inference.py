@@ -9,16 +9,13 @@ From Python:
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from transformers.utils import logging as transformers_logging
-
 from scoring.bench_csv import BenchType
 from scoring.benchmark import BenchmarkRun, run_benchmark
-from scoring.options import add_model_flags, build_source
+from scoring.options import add_model_flags, build_source, configure_console
 from scoring.report import format_result
 from scoring.reward_model import RewardModel
 from scoring.types import ScoringSettings
@@ -49,21 +46,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def build_run(options: argparse.Namespace) -> BenchmarkRun:
-    """The run that the flags describe. Raises ValueError for invalid settings."""
-    names = [name for name in BenchmarkRun.__dataclass_fields__ if name != "source"]
-    return BenchmarkRun(source=build_source(options), **{name: getattr(options, name) for name in names})
-
-
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 1 for a mistake or if nothing could be scored."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for name in ("verl", "scoring"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    configure_console()
     try:
-        result = run_benchmark(build_run(parse_arguments(argv)))
+        options = parse_arguments(argv)
+        names = BenchmarkRun.__dataclass_fields__.keys() - {"source"}
+        run = BenchmarkRun(source=build_source(options), **{name: getattr(options, name) for name in names})
+        result = run_benchmark(run)
     except (ValueError, OSError, WorkerError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

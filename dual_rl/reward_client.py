@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-RETRIED_STATUSES = (429, 502, 503, 504)
+RETRIED_STATUSES = (None, 429, 502, 503, 504)
+"""None: the connection failed."""
 CONNECT_SECONDS = 30.0
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 """Notice within two minutes that the other machine is gone; a live one may be silent for longer."""
@@ -32,11 +33,14 @@ logger = logging.getLogger(__name__)
 
 
 class RewardServerError(RuntimeError):
-    """The server gave no rewards: it refused with `status`, or could not be reached (`status` is None)."""
+    """The server gave no rewards: it refused with `status`, or could not be reached (`status` is None).
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    `retry_after`: seconds that the server wants to be left alone.
+    """
+
+    def __init__(self, message: str, status: int | None = None, retry_after: float = 0.0) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.retry_after = status, retry_after
 
 
 class ServerPath(str):
@@ -113,7 +117,7 @@ class RewardClient:
         """Whether the server takes requests now."""
         try:
             self._send("GET", "/health")
-        except (RewardServerError, _TroubleError):
+        except RewardServerError:
             return False
         return True
 
@@ -142,21 +146,20 @@ class RewardClient:
         for retries_left in reversed(range(self.num_retries + 1)):
             try:
                 return self._send("POST", route, body, {"Content-Type": content_type})
-            except _TroubleError as error:
-                trouble = error
+            except RewardServerError as error:
+                if error.status not in RETRIED_STATUSES:
+                    raise
+                last = error
             if retries_left:
-                seconds = max(pause * random.uniform(0.5, 1.0), trouble.retry_after * random.uniform(1.0, 1.5))
-                logger.warning("%s%s: %s; again in %.1f s", self.url, route, trouble, seconds)
+                seconds = max(pause * random.uniform(0.5, 1.0), last.retry_after * random.uniform(1.0, 1.5))
+                logger.warning("%s; again in %.1f s", last, seconds)
                 time.sleep(seconds)
                 pause = min(2 * pause, self.longest_pause)
         attempts = f"{self.num_retries + 1} attempts in {time.monotonic() - start:.0f} s"
-        raise RewardServerError(f"{self.url}{route}: gave up after {attempts}: {trouble}", trouble.status)
+        raise RewardServerError(f"{self.url}{route}: gave up after {attempts}: {last}", last.status)
 
     def _send(self, method: str, route: str, body: bytes = b"", headers: dict[str, str] | None = None) -> bytes:
-        """One attempt on a new connection: the body of a reply with status 200.
-
-        Raises _TroubleError where another attempt may help, else RewardServerError.
-        """
+        """One attempt on a new connection: the body of a reply with status 200. Raises RewardServerError."""
         parts, headers = urlsplit(self.url), dict(headers or {})
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname, parts.port, timeout=min(CONNECT_SECONDS, self.timeout))
@@ -172,7 +175,8 @@ class RewardClient:
             response = connection.getresponse()
             answer = response.read()
         except (OSError, http.client.HTTPException) as error:
-            raise _TroubleError(f"connection lost: {type(error).__name__}: {error}") from error
+            message = f"{self.url}{route}: connection lost: {type(error).__name__}: {error}"
+            raise RewardServerError(message) from error
         finally:
             connection.close()
         if response.status == 200:
@@ -181,19 +185,9 @@ class RewardClient:
             text = str(json.loads(answer)["error"])
         except (ValueError, KeyError, TypeError):
             text = answer[:200].decode(errors="replace")
-        if response.status in RETRIED_STATUSES:
-            retry_after = response.headers.get("Retry-After", "")
-            seconds = float(retry_after) if retry_after.isdecimal() else 0.0
-            raise _TroubleError(f"status {response.status}: {text}", response.status, seconds)
-        raise RewardServerError(f"{self.url}{route}: status {response.status}: {text}", response.status)
-
-
-class _TroubleError(Exception):
-    """An attempt that failed for now: the connection (`status` is None), or a reply that says so."""
-
-    def __init__(self, message: str, status: int | None = None, retry_after: float = 0.0) -> None:
-        super().__init__(message)
-        self.status, self.retry_after = status, retry_after
+        retry_after = response.headers.get("Retry-After", "")
+        seconds = float(retry_after) if retry_after.isdecimal() else 0.0
+        raise RewardServerError(f"{self.url}{route}: status {response.status}: {text}", response.status, seconds)
 
 
 def _configure(connection: socket.socket, timeout: float) -> None:

@@ -47,4 +47,5 @@ def score_tasks(
 
 def _score_share(source: ModelSource, tasks: Sequence[VideoTask]) -> Iterator[Outcome]:
     with source.load() as model:
-        yield from model.score_stream(tasks)
+        for outcome in model.score_stream(tasks):  # noqa: UP028, Ray sends values, which lists do not take
+            yield outcome

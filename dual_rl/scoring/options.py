@@ -1,7 +1,11 @@
 """Which model scores and how: the flags that all scoring command lines share, and what they mean."""
 
 import argparse
+import logging
+import sys
 from dataclasses import dataclass
+
+from transformers.utils import logging as transformers_logging
 
 from scoring.reward_model import RewardModel
 from scoring.types import ScoringSettings
@@ -45,3 +49,12 @@ def build_source(options: argparse.Namespace) -> ModelSource:
     """The model that the flags name. Raises ValueError for invalid settings."""
     settings = ScoringSettings(**{name: getattr(options, name) for name in ScoringSettings.__dataclass_fields__})
     return ModelSource(options.model_ckpt, options.rm_ckpt, settings)
+
+
+def configure_console() -> None:
+    """Our own messages go to stderr, of libraries only warnings."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for name in ("verl", "scoring", "serving"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
