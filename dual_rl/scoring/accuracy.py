@@ -32,17 +32,14 @@ class Estimate:
 class PairAccuracy:
     """Agreement over `num_pairs` pairs, `num_decided` with a human preference and `num_ties` without.
 
-    `without_ties`: share of the decided pairs whose preferred video has the strictly higher reward. Of two equal
-    rewards neither is preferred, which is wrong. None if no pair is decided.
+    `without_ties`: share of the decided pairs whose preferred video has the strictly higher reward; None without any.
     `with_ties`: share of all pairs judged right if |margin| <= `threshold` is called a tie. `threshold` is the best of
     all |margin| and None, which calls no tie; of equally good ones, the one that calls the fewest.
     `sweep`: the best share met while one pair at a time, by rising |margin| and then file order, becomes a tie
     (VideoAlign's calc_accuracy.py, used for VideoGen-RewardBench). It starts with one tie, so it may be up to 1/n
     below `with_ties`; it may stop between equal margins, which no threshold can, so it may also be above.
-    Without pairs all four are None.
 
-    Example: margins (3, -2, 0.5, 0.25) with labels (1, 1, 0, 0) are 1/2 without ties. Calling no tie is right once in
-    four, a threshold of 0.25 twice, 0.5 three times, 2 three times, 3 twice: with ties 3/4 at 0.5.
+    Example: margins (3, -2, 0.5, 0.25) with labels (1, 1, 0, 0) are 1/2 without ties, and with ties 3/4 at 0.5.
     """
 
     num_pairs: int
@@ -58,9 +55,8 @@ class PairAccuracy:
 class ModelRow:
     """One generator model over the `num_decided` pairs that it takes part in and that people decide.
 
-    `accuracy`: share of these on which the rewards agree with people. `human_win_rate`: share that people give to the
-    model. `reward_win_rate`: share in which the model's video has the strictly higher reward. All three are None
-    without a decided pair. A pair of a model with itself counts once; its win is half a win.
+    Shares of these pairs, None without any: on which the rewards agree with people, that people give to the model, in
+    which the model's video has the strictly higher reward. A pair of a model with itself counts once, half a win.
     """
 
     model: str
@@ -123,10 +119,6 @@ def compute_model_table(
     """A row per generator model, by falling human win rate, then name; models without a decided pair come last.
 
     `models`: per pair the models of A and of B.
-
-    Example: margins (1, 1), labels (1, -1), models (("x", "y"), ("z", "x")). People give both pairs to x, the rewards
-    one, and they are right on that one: ModelRow("x", 2, 0.5, 1.0, 0.5). Then come ModelRow("y", 1, 1.0, 0.0, 0.0) and
-    ModelRow("z", 1, 0.0, 0.0, 1.0).
     """
     margins, labels = _check_pairs(margins, labels)
     sides = np.array(models, dtype=object).reshape(-1, 2)

@@ -44,8 +44,8 @@ from verl.trainer.checkpoints import write_atomically
 from verl.types import PreferencePair
 
 TEMPLATE = Path(__file__).with_name("html_report.html")
-RIGHT, WRONG, TIE, UNLABELLED, UNSCORED = VERDICTS = ("right", "wrong", "tie", "unlabelled", "unscored")
-WELL_FORMED, MALFORMED = FORMS = ("well-formed", "malformed")
+VERDICTS = ("right", "wrong", "tie", "unlabelled", "unscored")
+FORMS = ("well-formed", "malformed")
 CUT = "cut at the length limit: the reward is read after what there is"
 MAX_SCORE_CHARACTERS = 80
 OVERALL, HEAD = "reward/overall", "head_reward"
@@ -139,7 +139,7 @@ def write_report(path: str | os.PathLike, bench: Bench, journal: Journal, result
         data={
             "sorts": ("margin", "|margin|", "reward A", "reward B") if bench.is_paired else ("reward",),
             "sides": ("A", "B") if bench.is_paired else ("",),
-            "verdicts": VERDICTS if bench.label_columns else (UNLABELLED, UNSCORED),
+            "verdicts": VERDICTS if bench.label_columns else VERDICTS[3:],
             "tables": [asdict(build_accuracy_table(result["labels"]))] if result["labels"] else [],
             "main": bench.label_columns.index(main) if main else 0,
             "views": _build_views(bench, margins, rows, result["labels"]),
@@ -180,12 +180,12 @@ def _show_rewards(rewards: Sequence[float | None], margin: float | None) -> Json
 def _judge_row(row: Json, margin: float | None, label: int | None) -> str:
     """One of VERDICTS. As in the accuracies, equal rewards are wrong for a pair that people decide."""
     if None in row["numbers"]:
-        return UNSCORED
+        return "unscored"
     if label is None or margin is None:
-        return UNLABELLED
+        return "unlabelled"
     if label == 0:
-        return TIE
-    return RIGHT if margin * label > 0 else WRONG
+        return "tie"
+    return "right" if margin * label > 0 else "wrong"
 
 
 def _build_views(
@@ -205,17 +205,15 @@ def _build_views(
 
 def _build_facts(result: Mapping[str, Any]) -> dict[str, object]:
     counts = f"{result['num_scored']} scored, {len(result['failures'])} failed, {result['num_cut']} cut"
-    facts = {
+    return {
         "model": result.get("model_ckpt"),
         "data": result.get("data_path"),
         "rows": f"{result['num_rows']}, of which {result['num_duplicate_rows']} duplicate",
         "videos": f"{result['num_videos']}: {counts}",
         "mean reward": None if result["mean_reward"] is None else f"{result['mean_reward']:.4f}",
         "rewards are in": describe_scale(result["scale"]),
+        **{name: value for name, value in result.get("run", {}).items() if name not in ("data", "format_prompt")},
     }
-    run = {name: value for name, value in result.get("run", {}).items() if name not in ("data", "format_prompt")}
-    video = ", ".join(f"{name} {value}" for name, value in run.get("video", {}).items())
-    return facts | run | {"video": video or None}
 
 
 # Generations of training
@@ -241,7 +239,7 @@ def write_generations_report(
             fault = f"row {row['pair_id'] + 1} is not what generations were made for: give the run's data.val_files"
             raise CsvError(data, [fault])
     prompts, steps = _number(row["prompt"] for row in generations), _number(str(row["step"]) for row in generations)
-    verdicts = [MALFORMED if extract_judgement(row["response"]) is None else WELL_FORMED for row in generations]
+    verdicts = [FORMS[extract_judgement(row["response"]) is None] for row in generations]
     rewards = [row.get(OVERALL) for row in generations]
     chart = build_histogram("Rewards by rule", "overall reward", rewards, verdicts)
     view = {"name": "", "labels": [None] * len(rewards), "verdicts": verdicts, "tables": [], "charts": [chart]}
