@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import get_args
 
 from scoring.bench_csv import BenchType
-from scoring.benchmark import BenchmarkRun, run_benchmark
-from scoring.options import add_model_flags, build_source, configure_console
+from scoring.benchmark import run_benchmark
+from scoring.options import add_model_flags, configure_console
 from scoring.report import format_result
 from scoring.reward_model import RewardModel
 from scoring.types import ScoringSettings
@@ -50,10 +50,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 1 for a mistake or if nothing could be scored."""
     configure_console()
     try:
-        options = parse_arguments(argv)
-        names = BenchmarkRun.__dataclass_fields__.keys() - {"source"}
-        run = BenchmarkRun(source=build_source(options), **{name: getattr(options, name) for name in names})
-        result = run_benchmark(run)
+        result = run_benchmark(parse_arguments(argv))
     except (ValueError, OSError, WorkerError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -7,12 +7,11 @@ The model is on one GPU, the first that CUDA_VISIBLE_DEVICES names. Clients: rew
 """
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 
-from scoring.options import add_model_flags, configure_console
+from scoring.options import add_model_flags, add_settings, configure_console
 from serving.requests import ServerLimits
 from serving.server import serve
 
@@ -26,8 +25,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--roots", nargs="+", default=[], metavar="DIR", help="folders whose videos clients may name by path")
     add("--token_file", help="file with the token that clients must give")
     add("--grace_seconds", type=float, default=60.0, help="to finish what was accepted after SIGTERM")
-    for limit in dataclasses.fields(ServerLimits):
-        add(f"--{limit.name}", type=type(limit.default), default=limit.default, help=limit.metadata["help"])
+    add_settings(parser, ServerLimits)
     add_model_flags(parser)
     return parser.parse_args(argv)
 

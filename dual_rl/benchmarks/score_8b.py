@@ -157,15 +157,12 @@ class OriginalScheme:
         """Token ids of the thoughts."""
         from vllm import SamplingParams
 
-        def read_prompt(request: dict) -> Sequence[int]:
-            return self.llm.generate([request], SamplingParams(max_tokens=1), use_tqdm=False)[0].prompt_token_ids
-
         def parameters(length: int) -> SamplingParams:
             limits = {"max_tokens": length, "min_tokens": length, "ignore_eos": True}
             return SamplingParams(temperature=0, repetition_penalty=1.05, **limits)
 
         prompts = [self.load(task, number) for number, task in enumerate(batch)]
-        self.form.learn(prompts[0], read_prompt)
+        self.form.learn(prompts[0], self.llm)
         requests = [self.form.request(prompt, video_id=task.name) for prompt, task in zip(prompts, batch, strict=True)]
         chosen = [parameters(lengths[task.name]) for task in batch]
         return [tuple(output.outputs[0].token_ids) for output in self.llm.generate(requests, chosen, use_tqdm=False)]

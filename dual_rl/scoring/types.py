@@ -1,12 +1,11 @@
 """What crosses module boundaries in scoring: tasks, outcomes, settings, and the base of an engine."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
-from verl.config import Precision
 from verl.data.scored_sequence import forbidden_token_ids, reward_token_id
 from verl.data.vision_process import VideoFrames
 from verl.model.reward_files import PolicyCheckpoint
@@ -54,30 +53,32 @@ class FailedVideo:
 Outcome = ScoredVideo | FailedVideo
 
 
+def setting(default: object, text: str) -> Any:
+    """A field of a dataclass that is a flag of a command line, with its help."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How videos are scored.
+    """How videos are scored; each is a flag of inference.py and serve.py.
 
-    `batch_size`: videos in an engine at a time. `max_prompt_length`, `max_new_tokens`: tokens of the user turn, video
-    included, and of the chain of thought; None for what the model's positions leave, at most MAX_PROMPT_LENGTH.
-    `precision`: auto is bf16 on GPUs, fp32 on CPUs. `kv_cache_gib`: of vLLM, None for what `gpu_memory_utilization`
-    leaves (2 on a CPU). `num_threads`: that decode videos. `video_fps`, `max_pixels`: None for what the model was
-    trained with.
+    `max_prompt_length`: None for what the model's positions leave, at most MAX_PROMPT_LENGTH. `video_fps`,
+    `max_pixels`: None for what the model was trained with.
     """
 
-    backend: Literal["vllm", "hf"] = "vllm"
-    batch_size: int = 64
-    max_prompt_length: int | None = None
-    max_new_tokens: int = 4096
-    repetition_penalty: float = 1.05
-    mask_cot: bool = False
-    precision: Precision = "auto"
-    gpu_memory_utilization: float = 0.9
-    kv_cache_gib: int | None = None
-    enforce_eager: bool = False
-    num_threads: int = 4
-    video_fps: float | None = None
-    max_pixels: int | None = None
+    backend: Literal["vllm", "hf"] = setting("vllm", "hf: plain transformers")
+    batch_size: int = setting(64, "videos in an engine at a time")
+    max_prompt_length: int | None = setting(None, "tokens, the video's included; default: what the model takes")
+    max_new_tokens: int = setting(4096, "tokens of the chain of thought")
+    repetition_penalty: float = setting(1.05, "1 for none")
+    mask_cot: bool = setting(False, "score without a chain of thought: <Reward> follows the prompt")
+    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "auto: bf16 on GPUs, fp32 on CPUs")
+    gpu_memory_utilization: float = setting(0.9, "share of the GPU for vLLM")
+    kv_cache_gib: int | None = setting(None, "of vLLM; default: what gpu_memory_utilization leaves, 2 on a CPU")
+    enforce_eager: bool = setting(False, "start faster, write slower")
+    num_threads: int = setting(4, "that decode videos, per engine")
+    video_fps: float | None = setting(None, "default: as the model was trained")
+    max_pixels: int | None = setting(None, "of a frame; default: as the model was trained")
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_prompt_length", "max_new_tokens", "kv_cache_gib", "num_threads"):

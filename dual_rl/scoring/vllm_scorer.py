@@ -11,7 +11,7 @@ embeddings stay tied.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,7 +85,7 @@ class VllmScorer(ScoringEngine):
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
     def submit(self, name: str, prompt: VideoPrompt) -> None:
-        self.form.learn(prompt, self._read_prompt)
+        self.form.learn(prompt, self.llm)
         request = _Request(name, prompt, video_id=f"video-{next(self._numbers)}")
         self._add(replace(request, cot_ids=()) if self.settings.mask_cot else request)
 
@@ -127,14 +127,6 @@ class VllmScorer(ScoringEngine):
     def _continuation(self, request: _Request) -> tuple[int, ...]:
         """What follows the prompt."""
         return () if request.cot_ids is None else (*request.cot_ids, self.reward_token_id)
-
-    def _read_prompt(self, request: dict) -> Sequence[int]:
-        """The prompt's ids as vLLM makes them from a request; nothing else is in progress."""
-        add_request(self.llm, "form", request, self._scoring_parameters(), priority=THINKING)
-        while True:
-            for output in self.llm.llm_engine.step():
-                if output.finished:
-                    return output.prompt_token_ids
 
     def thinking_parameters(self, name: str):
         """Sampling parameters of the chain of thought of the video `name`: the same for all."""

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message
+
+from scoring.types import setting
 
 MEGABYTE = 1 << 20
 MAX_JSON_MB = 4
@@ -30,20 +32,16 @@ def refuse(status: int, message: str, *, retry_after: int | None = None) -> HTTP
     return HTTPException(status, message, {} if retry_after is None else {"Retry-After": str(retry_after)})
 
 
-def _limit(default: float, text: str) -> float:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class ServerLimits:
     """Each is a flag of serve.py."""
 
-    max_body_mb: float = _limit(256.0, "per upload")
-    max_videos: int = _limit(64, "per request")
-    max_prompt_chars: int = _limit(8000, "per prompt")
-    max_queue: int = _limit(1024, "videos that wait; more are refused with 503")
-    max_receiving: int = _limit(128, "bodies that arrive at the same time")
-    body_timeout: float = _limit(120.0, "seconds for a whole body")
+    max_body_mb: float = setting(256.0, "per upload")
+    max_videos: int = setting(64, "per request")
+    max_prompt_chars: int = setting(8000, "per prompt")
+    max_queue: int = setting(1024, "videos that wait; more are refused with 503")
+    max_receiving: int = setting(128, "bodies that arrive at the same time")
+    body_timeout: float = setting(120.0, "seconds for a whole body")
 
     def __post_init__(self) -> None:
         for limit in dataclasses.fields(self):
