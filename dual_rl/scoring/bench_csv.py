@@ -148,11 +148,10 @@ def read_bench(path: str | os.PathLike, bench_type: BenchType, *, video_root: st
     table.require(needed, remedy=f"--bench_type {bench_type} needs it")
     parsed = list(table.parse(lambda row: (row, _add_items(items, root, form, row.cells))))
     labels, faults = form.read_labels(table.columns, [row for row, _ in parsed])
+    labels_by_row = zip(*labels.values(), strict=True) if labels else [()] * len(parsed)
     rows = [
-        BenchRow(
-            item_ids, tuple(column[index] for column in labels.values()), _read_models(form, row.cells), row.cells
-        )
-        for index, (row, item_ids) in enumerate(parsed)
+        BenchRow(item_ids, of_row, _read_models(form, row.cells), row.cells)
+        for (row, item_ids), of_row in zip(parsed, labels_by_row, strict=True)
     ]
     table.problems = sorted([*table.problems, *faults], key=row_of)
     absent = {video for video in {item.video for item in items.values()} if not os.path.isfile(video)}
@@ -177,7 +176,8 @@ def _add_items(items: dict[str, VideoTask], root: Path, form: BenchFormat, cells
     for video in (cells[name].strip() for name in form.video_columns):
         item_ids.append(compute_item_id(video, problem=problem))
         item = VideoTask(item_ids[-1], os.path.normpath(root / video), problem)
-        assert items.setdefault(item.name, item) == item, f"two items have the id {item.name}: {item.video}"
+        known = items.setdefault(item.name, item)
+        assert known == item, f"two items have the id {item.name}: {known.video}, {item.video}"
     return tuple(item_ids)
 
 

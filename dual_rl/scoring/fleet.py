@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import ray
-from ray.exceptions import RayTaskError, WorkerCrashedError
+from ray.exceptions import RayError, RayTaskError
 
 from scoring.options import ModelSource
 from scoring.types import Outcome, VideoTask
@@ -34,13 +34,13 @@ def score_tasks(
                 yield ray.get(next(stream))
             except StopIteration:
                 streams.remove(stream)
-    except WorkerCrashedError as error:
+    except RayTaskError as error:
+        raise WorkerError(str(error.cause) if isinstance(error.cause, ValueError) else str(error)) from error
+    except RayError as error:
         raise WorkerError(
             "an engine died: its process was killed, or crashed (if the kernel killed it for lack of memory, `dmesg` "
             "says so). The same command resumes where this run stopped"
         ) from error
-    except RayTaskError as error:
-        raise WorkerError(str(error.cause) if isinstance(error.cause, ValueError) else str(error)) from error
     finally:
         ray.shutdown()
 

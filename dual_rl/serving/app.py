@@ -43,6 +43,8 @@ from serving.requests import (
 from serving.scoring_thread import ScoringThread
 from verl.data.scored_sequence import judge_problem
 
+Answer = dict[str, object]
+
 
 @dataclass
 class RewardService:
@@ -70,7 +72,7 @@ class RewardService:
             message = "give the server's token: `Authorization: Bearer TOKEN`"
             raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
 
-    async def score_paths(self, request: Request) -> dict[str, object]:
+    async def score_paths(self, request: Request) -> Answer:
         """`POST /v1/score`."""
         with self.metrics.request_seconds.labels("paths").time():
             self.scoring.require_room()
@@ -82,7 +84,7 @@ class RewardService:
             videos = [self.roots.find(path) or f"no file below the server's --roots: {path}" for path in paths]
             return await self._score(request, videos, prompts)
 
-    async def score_uploads(self, request: Request) -> dict[str, object]:
+    async def score_uploads(self, request: Request) -> Answer:
         """`POST /v1/score/upload`."""
         with self.metrics.request_seconds.labels("upload").time():
             self.scoring.require_room()
@@ -92,7 +94,7 @@ class RewardService:
                     videos, prompts = await read_form(request, self.limits, Path(folder))
                 return await self._score(request, videos, prompts)
 
-    async def health(self, response: Response) -> dict[str, str]:
+    async def health(self, response: Response) -> Answer:
         """`GET /health`."""
         state = self.scoring.state
         response.status_code = 200 if state == "ready" else 503
@@ -125,15 +127,10 @@ class RewardService:
         finally:
             self._deadlines.discard(deadline)
 
-    async def _score(
-        self, request: Request, videos: Sequence[Video | str], prompts: Sequence[str]
-    ) -> dict[str, object]:
+    async def _score(self, request: Request, videos: Sequence[Video | str], prompts: Sequence[str]) -> Answer:
         """Results in order; a string in place of a video is its error. Raises ClientDisconnect."""
-        tasks = [
-            (video.path, judge_problem(prompt))
-            for video, prompt in zip(videos, prompts, strict=True)
-            if isinstance(video, Video)
-        ]
+        pairs = zip(videos, prompts, strict=True)
+        tasks = [(video.path, judge_problem(prompt)) for video, prompt in pairs if isinstance(video, Video)]
         outcomes = iter(await self._outcomes(request, tasks))
         results = [
             self._describe(next(outcomes), video) if isinstance(video, Video) else {"error": video} for video in videos
@@ -161,7 +158,7 @@ class RewardService:
                 raise outcome
         return outcomes
 
-    def _describe(self, outcome: Outcome, video: Video) -> dict[str, object]:
+    def _describe(self, outcome: Outcome, video: Video) -> Answer:
         """The outcome as JSON, its reward on `scale`, with the client's name for the video in place of our path."""
         if isinstance(outcome, FailedVideo):
             return {"error": outcome.error.replace(video.path, video.name)}

@@ -121,9 +121,8 @@ async def read_form(request: Request, limits: ServerLimits, folder: Path) -> tup
     try:
         async with request.form(max_files=most, max_fields=most, max_part_size=part_size) as form:
             uploads, prompts = form.getlist("videos"), form.getlist("prompts")
-            if not all(isinstance(upload, UploadFile) for upload in uploads) or not all(
-                isinstance(prompt, str) for prompt in prompts
-            ):
+            has_files = all(isinstance(upload, UploadFile) for upload in uploads)
+            if not has_files or not all(isinstance(prompt, str) for prompt in prompts):
                 raise refuse(422, "send `videos` as files and `prompts` as fields")
             if set(form) - {"videos", "prompts"}:
                 raise refuse(422, "the form has other parts than `videos` and `prompts`")
