@@ -9,16 +9,13 @@ From Python:
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from transformers.utils import logging as transformers_logging
-
 from scoring.bench_csv import BenchType
-from scoring.benchmark import BenchmarkRun, run_benchmark
-from scoring.options import add_model_flags, build_source
+from scoring.benchmark import run_benchmark
+from scoring.options import add_model_flags, configure_console
 from scoring.report import format_result
 from scoring.reward_model import RewardModel
 from scoring.types import ScoringSettings
@@ -43,27 +40,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--save_every", type=int, default=100, help="videos between two forced writes of the journal to disk")
     add("--num_workers", type=int, help="engines; default: one on each GPU, one on a CPU")
     add("--calibrate", action="store_true", help="keep mean and standard deviation of the rewards with the checkpoint")
+    add("--seed", type=int, default=0, help="of bootstrap intervals")
     add("--special_token", default=REWARD_TOKEN, choices=[REWARD_TOKEN], help="where the reward is read")
     add_model_flags(parser)
     return parser.parse_args(argv)
 
 
-def build_run(options: argparse.Namespace) -> BenchmarkRun:
-    """The run that the flags describe. Raises ValueError for invalid settings."""
-    names = [name for name in BenchmarkRun.__dataclass_fields__ if name != "source"]
-    return BenchmarkRun(source=build_source(options), **{name: getattr(options, name) for name in names})
-
-
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 1 for a mistake or if nothing could be scored."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for name in ("verl", "scoring"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    configure_console()
     try:
-        result = run_benchmark(build_run(parse_arguments(argv)))
-    except (ValueError, WorkerError) as error:
+        result = run_benchmark(parse_arguments(argv))
+    except (ValueError, OSError, WorkerError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:

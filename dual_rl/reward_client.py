@@ -15,31 +15,32 @@ import logging
 import os
 import random
 import socket
-import ssl
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-RETRIED_STATUSES = (429, 502, 503, 504)
-CONNECTION_ERRORS = (ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
+RETRIED_STATUSES = (None, 429, 502, 503, 504)
+"""None: the connection failed."""
 CONNECT_SECONDS = 30.0
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 """Notice within two minutes that the other machine is gone; a live one may be silent for longer."""
-PIECE = 1 << 18
 
 logger = logging.getLogger(__name__)
 
 
 class RewardServerError(RuntimeError):
-    """The server gave no rewards: it refused with `status`, or could not be reached (`status` is None)."""
+    """The server gave no rewards: it refused with `status`, or could not be reached (`status` is None).
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    `retry_after`: seconds that the server wants to be left alone.
+    """
+
+    def __init__(self, message: str, status: int | None = None, retry_after: float = 0.0) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.retry_after = status, retry_after
 
 
 class ServerPath(str):
@@ -60,8 +61,6 @@ class Score:
 
 
 Video = ServerPath | str | os.PathLike | bytes
-Body = list[bytes | Path]
-"""Pieces of a request's body; of a path the file's content."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,10 @@ class RewardClient:
         """
         if len(videos) != len(prompts):
             raise ValueError(f"{len(videos)} videos and {len(prompts)} prompts; give one prompt for each video")
-        batches = [*self._batches(videos, on_server=True), *self._batches(videos, on_server=False)]
+        batches = []
+        for is_path in (True, False):
+            indices = [index for index, video in enumerate(videos) if isinstance(video, ServerPath) == is_path]
+            batches += [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
         scores: dict[int, Score] = {}
 
         def score(batch: list[int]) -> list[Score]:
@@ -114,9 +116,10 @@ class RewardClient:
     def is_ready(self) -> bool:
         """Whether the server takes requests now."""
         try:
-            return self._send("GET", "/health", [], {})[0] == 200
-        except _TroubleError:
+            self._send("GET", "/health")
+        except RewardServerError:
             return False
+        return True
 
     def wait_until_ready(self, seconds: float = 600.0) -> None:
         """Wait for a server that starts. Raises RewardServerError when it is not ready in time."""
@@ -126,144 +129,102 @@ class RewardClient:
                 raise RewardServerError(f"{self.url} is not ready after {seconds:g} s")
             time.sleep(min(1.0, self.longest_pause))
 
-    def _batches(self, videos: Sequence[Video], *, on_server: bool) -> Iterator[list[int]]:
-        """Indices of videos of one kind."""
-        indices = [index for index, video in enumerate(videos) if isinstance(video, ServerPath) == on_server]
-        for start in range(0, len(indices), self.batch_size):
-            yield indices[start : start + self.batch_size]
-
     def _score_batch(self, videos: Sequence[Video], prompts: Sequence[str]) -> list[Score]:
         """Videos of one kind."""
         if isinstance(videos[0], ServerPath):
             request = {"videos": [{"path": str(video)} for video in videos], "prompts": prompts}
-            reply = self._retry("/v1/score", [json.dumps(request).encode()], "application/json")
+            reply = self._retry("/v1/score", json.dumps(request).encode(), "application/json")
         else:
             boundary = uuid.uuid4().hex
-            body = _build_form(videos, prompts, boundary)
-            reply = self._retry("/v1/score/upload", body, f"multipart/form-data; boundary={boundary}")
+            form = _build_form(videos, prompts, boundary)
+            reply = self._retry("/v1/score/upload", form, f"multipart/form-data; boundary={boundary}")
         return _read_scores(reply, len(videos))
 
-    def _retry(self, route: str, body: Body, content_type: str) -> bytes:
+    def _retry(self, route: str, body: bytes, content_type: str) -> bytes:
         """The body of a reply with status 200."""
         start, pause = time.monotonic(), self.first_pause
         for retries_left in reversed(range(self.num_retries + 1)):
             try:
-                return self._post(route, body, content_type)
-            except _TroubleError as error:
-                trouble = error
+                return self._send("POST", route, body, {"Content-Type": content_type})
+            except RewardServerError as error:
+                if error.status not in RETRIED_STATUSES:
+                    raise
+                last = error
             if retries_left:
-                seconds = max(pause * random.uniform(0.5, 1.0), trouble.retry_after * random.uniform(1.0, 1.5))
-                logger.warning("%s%s: %s; again in %.1f s", self.url, route, trouble, seconds)
+                seconds = max(pause * random.uniform(0.5, 1.0), last.retry_after * random.uniform(1.0, 1.5))
+                logger.warning("%s; again in %.1f s", last, seconds)
                 time.sleep(seconds)
                 pause = min(2 * pause, self.longest_pause)
         attempts = f"{self.num_retries + 1} attempts in {time.monotonic() - start:.0f} s"
-        raise RewardServerError(f"{self.url}{route}: gave up after {attempts}: {trouble}", trouble.status)
+        raise RewardServerError(f"{self.url}{route}: gave up after {attempts}: {last}", last.status)
 
-    def _post(self, route: str, body: Body, content_type: str) -> bytes:
-        """One attempt. Raises _TroubleError where another may help, else RewardServerError."""
-        length = sum(piece.stat().st_size if isinstance(piece, Path) else len(piece) for piece in body)
-        headers = {"Content-Type": content_type, "Content-Length": str(length)}
-        status, answer, retry_after = self._send("POST", route, body, headers)
-        if status == 200:
+    def _send(self, method: str, route: str, body: bytes = b"", headers: dict[str, str] | None = None) -> bytes:
+        """One attempt on a new connection: the body of a reply with status 200. Raises RewardServerError."""
+        parts, headers = urlsplit(self.url), dict(headers or {})
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.hostname, parts.port, timeout=min(CONNECT_SECONDS, self.timeout))
+        if self.token is not None:
+            headers["Authorization"] = f"Bearer {self.token.strip()}"
+        try:
+            connection.connect()
+            _configure(connection.sock, self.timeout)
+            try:
+                connection.request(method, parts.path.rstrip("/") + route, body=body, headers=headers)
+            except ConnectionError:
+                logger.debug("the server closed the connection early")  # a refusal may be there to read
+            response = connection.getresponse()
+            answer = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            message = f"{self.url}{route}: connection lost: {type(error).__name__}: {error}"
+            raise RewardServerError(message) from error
+        finally:
+            connection.close()
+        if response.status == 200:
             return answer
         try:
             text = str(json.loads(answer)["error"])
         except (ValueError, KeyError, TypeError):
             text = answer[:200].decode(errors="replace")
-        if status in RETRIED_STATUSES:
-            raise _TroubleError(f"status {status}: {text}", status, retry_after)
-        raise RewardServerError(f"{self.url}{route}: status {status}: {text}", status)
-
-    def _send(self, method: str, route: str, body: Body, headers: dict[str, str]) -> tuple[int, bytes, float]:
-        """One exchange on a new connection: status, body and Retry-After. Raises _TroubleError."""
-        parts = urlsplit(self.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname, parts.port, timeout=min(CONNECT_SECONDS, self.timeout))
-        if self.token is not None:
-            headers = {**headers, "Authorization": f"Bearer {self.token.strip()}"}
-        try:
-            _connect(connection, self.timeout)
-            return _exchange(connection, method, parts.path.rstrip("/") + route, body, headers)
-        finally:
-            connection.close()
+        retry_after = response.headers.get("Retry-After", "")
+        seconds = float(retry_after) if retry_after.isdecimal() else 0.0
+        raise RewardServerError(f"{self.url}{route}: status {response.status}: {text}", response.status, seconds)
 
 
-class _TroubleError(Exception):
-    """An attempt that failed for now: the connection (`status` is None), or a reply that says so."""
+def _configure(connection: socket.socket, timeout: float) -> None:
+    connection.settimeout(timeout)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+        if hasattr(socket, name):  # not on every system
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
-    def __init__(self, message: str, status: int | None = None, retry_after: float = 0.0) -> None:
-        super().__init__(message)
-        self.status, self.retry_after = status, retry_after
 
-
-def _build_form(videos: Sequence[str | os.PathLike | bytes], prompts: Sequence[str], boundary: str) -> Body:
-    """A multipart form; each attempt reads the files again."""
-    parts: list[tuple[str, bytes | Path]] = []
+def _build_form(videos: Sequence[str | os.PathLike | bytes], prompts: Sequence[str], boundary: str) -> bytes:
+    """A multipart form with the files' content."""
+    parts: list[tuple[str, bytes]] = []
     for index, video in enumerate(videos):
-        content = video if isinstance(video, bytes) else Path(video)
-        name = content.name if isinstance(content, Path) else f"{index}.mp4"
-        parts.append((f'name="videos"; filename="{_quote(name)}"', content))
+        is_content = isinstance(video, bytes)
+        name = f"{index}.mp4" if is_content else Path(video).name
+        for mark, code in (('"', "%22"), ("\r", "%0D"), ("\n", "%0A")):  # as browsers write it
+            name = name.replace(mark, code)
+        parts.append((f'name="videos"; filename="{name}"', video if is_content else Path(video).read_bytes()))
     parts += [('name="prompts"', prompt.encode()) for prompt in prompts]
-    body: Body = []
-    for disposition, content in parts:
-        head = f"--{boundary}\r\nContent-Disposition: form-data; {disposition}\r\n\r\n"
-        body += [head.encode(), content, b"\r\n"]
-    return [*body, f"--{boundary}--\r\n".encode()]
-
-
-def _read(body: Body) -> Iterator[bytes]:
-    for piece in body:
-        if isinstance(piece, Path):
-            with piece.open("rb") as file:
-                while data := file.read(PIECE):
-                    yield data
-        else:
-            yield piece
-
-
-def _connect(connection: http.client.HTTPConnection, timeout: float) -> None:
-    try:
-        connection.connect()
-        connection.sock.settimeout(timeout)
-        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in KEEPALIVE.items():
-            if hasattr(socket, name):  # not on every system
-                connection.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    except OSError as error:
-        raise _TroubleError(f"no connection: {error}") from error
-
-
-def _exchange(connection, method: str, path: str, body: Body, headers) -> tuple[int, bytes, float]:
-    """Raises _TroubleError. A refusal that comes before the whole request was sent is an answer too."""
-    try:
-        try:
-            connection.request(method, path, body=_read(body) if body else None, headers=headers)
-        except ConnectionError:
-            logger.debug("the server closed the connection early")
-        response = connection.getresponse()
-        answer = response.read()
-    except CONNECTION_ERRORS as error:
-        raise _TroubleError(f"connection lost: {type(error).__name__}: {error}") from error
-    retry_after = response.headers.get("Retry-After", "")
-    return response.status, answer, float(retry_after) if retry_after.isdecimal() else 0.0
+    pieces = [
+        f"--{boundary}\r\nContent-Disposition: form-data; {disposition}\r\n\r\n".encode() + content + b"\r\n"
+        for disposition, content in parts
+    ]
+    return b"".join([*pieces, f"--{boundary}--\r\n".encode()])
 
 
 def _read_scores(body: bytes, num_videos: int) -> list[Score]:
     try:
-        scores = [_read_score(result) for result in json.loads(body)["results"]]
+        scores = [
+            Score(None, error=str(result["error"]))
+            if "error" in result
+            else Score(float(result["reward"]), result["cot"], result["num_tokens"], result["is_finished"])
+            for result in json.loads(body)["results"]
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise RewardServerError(f"the reply is not from a reward server: {body[:200]!r}", 200) from error
     if len(scores) != num_videos:
         raise RewardServerError(f"the reply has {len(scores)} results for {num_videos} videos", 200)
     return scores
-
-
-def _read_score(result: dict[str, object]) -> Score:
-    if "error" in result:
-        return Score(None, error=str(result["error"]))
-    return Score(float(result["reward"]), result["cot"], result["num_tokens"], result["is_finished"])
-
-
-def _quote(name: str) -> str:
-    """A file name within quotes, as browsers write it."""
-    return name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")

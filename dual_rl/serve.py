@@ -7,15 +7,11 @@ The model is on one GPU, the first that CUDA_VISIBLE_DEVICES names. Clients: rew
 """
 
 import argparse
-import dataclasses
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
-from transformers.utils import logging as transformers_logging
-
-from scoring.options import add_model_flags
+from scoring.options import add_model_flags, add_settings, configure_console
 from serving.requests import ServerLimits
 from serving.server import serve
 
@@ -29,19 +25,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--roots", nargs="+", default=[], metavar="DIR", help="folders whose videos clients may name by path")
     add("--token_file", help="file with the token that clients must give")
     add("--grace_seconds", type=float, default=60.0, help="to finish what was accepted after SIGTERM")
-    for limit in dataclasses.fields(ServerLimits):
-        add(f"--{limit.name}", type=type(limit.default), default=limit.default, help=limit.metadata["help"])
+    add_settings(parser, ServerLimits)
     add_model_flags(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 0 after SIGTERM or Ctrl-C, 1 for a mistake or a failure of the engine."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for name in ("verl", "scoring", "serving"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    configure_console()
     try:
         status, has_ended = serve(parse_arguments(argv))
     except ValueError as error:

@@ -65,13 +65,13 @@ def compute_curves() -> dict[str, list[tuple[int, float, float]]]:
         for row in csv.DictReader(file):
             reward, truth = float(row["reward"]), float(row["true_score"])
             clips[row["model"]][row["folder"]].append((reward, truth))
-    first, *others = clips.items()
-    perfect = {folder: [(truth, truth) for _, truth in group] for folder, group in first[1].items()}
+    first, *others = clips
+    clips[PERFECT] = {folder: [(truth, truth) for _, truth in group] for folder, group in clips[first].items()}
     curves = {}
-    for model, folders in (first, (PERFECT, perfect), *others):
+    for model in (first, PERFECT, *others):
         curves[model] = []
         for n in NUMBERS:
-            means = [compute_expected_best(*zip(*group, strict=True), n=n) for group in folders.values()]
+            means = [compute_expected_best(*zip(*group, strict=True), n=n) for group in clips[model].values()]
             curves[model].append((n, fmean(means), stdev(means) / len(means) ** 0.5))
     return curves
 

@@ -45,12 +45,17 @@ ABLATIONS = {  # label, arm, what it is compared with
 }
 
 
+def new_figure(height: float) -> Figure:
+    """As wide as a phone, `height` inches high."""
+    return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+
+
 def draw_accuracy(results: Results) -> Figure | None:
     """A panel per held-out set; bars without ties with intervals, diamonds with ties (mean over seeds)."""
     models = {model: name for model, name in NAMES.items() if results.seeds(*model)}
     if not models:
         return None
-    figure = Figure(figsize=(WIDTH, 1.0 + 0.42 * len(models) * len(SETS)), dpi=DPI, layout="constrained")
+    figure = new_figure(1.0 + 0.42 * len(models) * len(SETS))
     panels = figure.subplots(len(SETS), 1, sharex=True)
     rows = np.arange(len(models))[::-1]
     for ax, name in zip(panels, SETS, strict=True):
@@ -62,7 +67,7 @@ def draw_accuracy(results: Results) -> Figure | None:
             ax.plot(results.mean("with_ties", *model, sets=[name]), row, "D", color="white", markeredgecolor=DARK)
         ax.axvline(0.5, color=DARK, linestyle=":", linewidth=1)
         ax.set_yticks(rows, [text.replace(", ", ",\n") for text in models.values()], fontsize=FONT_SIZE - 3)
-        ax.set_title(f"{SET_NAMES[name]}", loc="left", fontsize=FONT_SIZE)
+        ax.set_title(SET_NAMES[name], loc="left", fontsize=FONT_SIZE)
     panels[-1].set_xlim(0.0, 1.0)
     panels[-1].set_xlabel("share of pairs in the right order\n(bar: without ties, diamond: with ties; dotted: chance)")
     return figure
@@ -76,34 +81,33 @@ def _errors(estimates: Sequence[Interval]) -> list[list[float]]:
 def draw_curves(results: Results) -> Figure | None:
     """Training of BT and of GRPO over time: pairs in the right order, gradient norms, BT loss in stage 2."""
     shown = {"stage 1 (BT)": "stage1", "discriminative (BT)": "discriminative", "generative (GRPO)": "coupled"}
+    stage2 = {"DeScore": "descore", "without BT": "bt_off", "rewards on wrong rows": "misattached"}
+    panels = {  # title: metric, and the run of each line
+        "training pairs in the right order": ("accuracy", shown),
+        "gradient norm / its median": ("grad_norm", shown),
+        "stage 2: Bradley-Terry loss of the head": ("bt_loss", stage2),
+    }
     if not any(results.runs(run, "accuracy") for run in shown.values()):
         return None
-    figure = Figure(figsize=(WIDTH, 9), dpi=DPI, layout="constrained")
-    ordered, norms, drift = figure.subplots(3, 1)
-    for (label, run), style in zip(shown.items(), LINES, strict=True):
-        _draw_runs(ordered, results, run, "accuracy", label=label, style=style)
-        _draw_runs(norms, results, run, "grad_norm", label=label, style=style, relative=True)
-    stage2 = {"DeScore": "descore", "without BT": "bt_off", "rewards on wrong rows": "misattached"}
-    for (label, run), style in zip(stage2.items(), LINES, strict=True):
-        _draw_runs(drift, results, run, "bt_loss", label=label, style=style)
-    ordered.set_title("training pairs in the right order", loc="left", fontsize=FONT_SIZE)
-    norms.set_title("gradient norm / its median", loc="left", fontsize=FONT_SIZE)
-    norms.set_yscale("log")
-    drift.set_title("stage 2: Bradley-Terry loss of the head", loc="left", fontsize=FONT_SIZE)
-    for ax in (ordered, norms, drift):
+    figure = new_figure(9)
+    for ax, (title, (metric, runs)) in zip(figure.subplots(3, 1), panels.items(), strict=True):
+        for (label, run), style in zip(runs.items(), LINES, strict=True):
+            _draw_runs(ax, results, run, metric, label=label, style=style)
+        ax.set_title(title, loc="left", fontsize=FONT_SIZE)
+        ax.set_yscale("log" if metric == "grad_norm" else "linear")
         ax.set_xlabel("minutes of training")
         ax.grid(alpha=0.3)
         ax.legend(frameon=False, fontsize=FONT_SIZE - 2)
     return figure
 
 
-def _draw_runs(ax: Axes, results: Results, run: str, metric: str, *, label: str, style: tuple, relative=False) -> None:
+def _draw_runs(ax: Axes, results: Results, run: str, metric: str, *, label: str, style: tuple) -> None:
     """A line per seed, smoothed; only the first is in the legend."""
     marker, line, color = style
     for index, seed in enumerate(results.runs(run, metric)):
         values = results.curve(run, metric, seed)
         minutes = np.cumsum(np.nan_to_num(results.curve(run, "seconds", seed))) / 60
-        if relative:
+        if metric == "grad_norm":
             values = values / (np.nanmedian(values) or 1.0)
         values = smooth(values, max(1, round(SHARE_OF_RUN_SMOOTHED * len(values))))
         marks = {"marker": marker, "markevery": max(1, len(values) // 6), "markersize": 5}
@@ -124,7 +128,7 @@ def draw_data(results: Results) -> Figure | None:
         curves[label] = [(share, estimate) for share, estimate in points if estimate is not None]
     if not any(curves.values()):
         return None
-    figure = Figure(figsize=(WIDTH, 3.8), dpi=DPI, layout="constrained")
+    figure = new_figure(3.8)
     ax = figure.subplots()
     for (label, points), (marker, line, color) in zip(curves.items(), LINES, strict=False):
         x, estimates = [share for share, _ in points], [estimate for _, estimate in points]
@@ -153,7 +157,7 @@ def draw_ablations(results: Results) -> Figure | None:
     rows = {label: difference for label, difference in rows.items() if difference is not None}
     if not rows:
         return None
-    figure = Figure(figsize=(WIDTH, 1.0 + 0.6 * len(rows)), dpi=DPI, layout="constrained")
+    figure = new_figure(1.0 + 0.6 * len(rows))
     ax = figure.subplots()
     for row, (label, difference) in enumerate(reversed(rows.items())):
         style = {"marker": "o" if "DeScore" in label else "s", "color": MIDDLE, "capsize": 4, "markersize": 7}

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-from draw_evidence import BRIGHT, DARK, DPI, FONT_SIZE, LIGHT, MIDDLE, PALE, WIDTH  # noqa: E402
+from draw_evidence import BRIGHT, DARK, FONT_SIZE, LIGHT, MIDDLE, PALE, new_figure  # noqa: E402
 
 STAGE1, STAGE2 = HERE.parent / "cold_start/benchmarks/results", HERE.parent / "dual_rl/benchmarks/results"
 STEP_PAIRS, STEP_N = 8, 8
@@ -37,13 +37,8 @@ AXES = {  # label, what a unit of it is
     "frames": ("frames per video", 1),
     "pairs": ("pairs per step", 1),
 }
-SCALED = {  # phases of a step, in the order of the bars
-    "step": "whole step",
-    "generate": "responses",
-    "prepare": "reference",
-    "update": "update",
-    "hand_over": "hand-over",
-}
+SCALED = {"step": "whole step", "generate": "responses", "prepare": "reference", "update": "update",
+          "hand_over": "hand-over"}  # fmt: skip
 SMALL = FONT_SIZE - 2
 
 
@@ -78,7 +73,7 @@ def draw_speed() -> Figure:
         "scoring\nvideos": (read(STAGE2 / "score_h100.json")["speedup"], PALE, ""),
     }
     heights = [1.0 + 0.55 * len(speedups), 2.7]
-    figure = Figure(figsize=(WIDTH, sum(heights)), dpi=DPI, layout="constrained")
+    figure = new_figure(sum(heights))
     figure.get_layout_engine().set(h_pad=0.12)
     top, bottom = figure.subplots(2, 1, height_ratios=heights)
     for index, (value, color, hatch) in enumerate(speedups.values()):
@@ -115,17 +110,15 @@ def _draw_steps(ax: Axes, steps: Mapping[str, Mapping[str, float]]) -> None:
 def draw_growth() -> Figure:
     """A row for each way in which work grows: seconds on the left, least memory on the right; below, a second GPU."""
     growth = read(STAGE2 / "growth_h100.json")["growth"]
+    heights = [1.75] * len(AXES) + [2.1]
+    figure = new_figure(0.9 + sum(heights))
     rows = [[f"{axis} seconds", f"{axis} memory"] for axis in AXES]
-    heights = [1.75] * len(rows) + [2.1]
-    figure = Figure(figsize=(WIDTH, 0.9 + sum(heights)), dpi=DPI, layout="constrained")
     panels = figure.subplot_mosaic([*rows, ["gpus", "gpus"]], height_ratios=heights)
     for axis, (label, unit) in AXES.items():
         values = [np.mean(row[axis]) / unit for row in growth[axis]]
-        measured = {
-            "seconds": [sum(row["seconds"].values()) for row in growth[axis]],
-            "memory": [row["least_memory_gib"] for row in growth[axis]],
-        }
-        for name, points in measured.items():
+        seconds = [sum(row["seconds"].values()) for row in growth[axis]]
+        memory = [row["least_memory_gib"] for row in growth[axis]]
+        for name, points in (("seconds", seconds), ("memory", memory)):
             ax = panels[f"{axis} {name}"]
             ax.plot(values, points, "o-", color=MIDDLE, markersize=6, linewidth=1.6)
             ax.set_xticks(values, [f"{value:g}" for value in values], fontsize=SMALL)

@@ -157,15 +157,12 @@ class OriginalScheme:
         """Token ids of the thoughts."""
         from vllm import SamplingParams
 
-        def read_prompt(request: dict) -> Sequence[int]:
-            return self.llm.generate([request], SamplingParams(max_tokens=1), use_tqdm=False)[0].prompt_token_ids
-
         def parameters(length: int) -> SamplingParams:
             limits = {"max_tokens": length, "min_tokens": length, "ignore_eos": True}
             return SamplingParams(temperature=0, repetition_penalty=1.05, **limits)
 
         prompts = [self.load(task, number) for number, task in enumerate(batch)]
-        self.form.learn(prompts[0], read_prompt)
+        self.form.learn(prompts[0], self.llm)
         requests = [self.form.request(prompt, video_id=task.name) for prompt, task in zip(prompts, batch, strict=True)]
         chosen = [parameters(lengths[task.name]) for task in batch]
         return [tuple(output.outputs[0].token_ids) for output in self.llm.generate(requests, chosen, use_tqdm=False)]
@@ -221,20 +218,12 @@ def compute_truth(options: argparse.Namespace) -> dict:
     """Mean and largest distance of each scheme's rewards from those in fp32, over the thoughts that it wrote."""
     tasks = read_tasks(options.work, NUM_CHECKED)
     checkpoint = load_checkpoint(options.work / "model", with_weights=False)
-    settings = ScoringSettings(backend="hf", precision="fp32", batch_size=1)
+    settings = ScoringSettings(backend="hf", precision="fp32", batch_size=1, max_prompt_length=MAX_MODEL_LEN)
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         save_engine_folder(Path(folder), checkpoint, dtype=torch.float32)
         builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
-        scorer = HfScorer(
-            Path(folder),
-            checkpoint,
-            settings,
-            forbidden_token_ids=[],
-            reward_token_id=builder.reward_token_id,
-            max_model_len=MAX_MODEL_LEN,
-            device=CUDA,
-        )
+        scorer = HfScorer(Path(folder), checkpoint, settings, CUDA)
         scorer.load_weights(stream_weights(options.work / "model", checkpoint, dtype=torch.float32))
         with VideoLoader(builder, checkpoint.video_budget) as loader:
             prompts = [loader.submit(VideoKey(n, "A"), t.problem, t.video).result() for n, t in enumerate(tasks)]

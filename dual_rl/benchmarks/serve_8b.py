@@ -4,7 +4,7 @@
 
 `--work` is what benchmarks/make_work.py wrote; any reward model and CSV of pairs will do (`--model`, `--data`). Both
 score the same videos with the same flags: offline `RewardModel`, as inference.py uses it; then serve.py in a process
-of its own, asked by several clients at a time for one batch each, by paths on the server. Each round has its own
+of its own, asked for one batch each over several connections at a time, by paths on the server. Each round has its own
 prompts, so that no cache helps; the median round counts. Rewards must agree.
 """
 
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from harness import clock, describe_machine, make_parser, run_parts, write_result
@@ -61,25 +60,19 @@ def score_by_server(options: argparse.Namespace) -> dict:
     flags = {name: str(getattr(options, name)) for name in ("port", "batch_size", "max_new_tokens")}
     flags |= {"model_ckpt": str(options.model), "roots": str(Path(read_videos(options)[0]).parent)}
     server = subprocess.Popen([sys.executable, SERVE, *(f"--{name}={value}" for name, value in flags.items())])
-    client = RewardClient(f"http://127.0.0.1:{options.port}", timeout=600)
+    share = -(-options.videos // options.clients)
+    client = RewardClient(
+        f"http://127.0.0.1:{options.port}", timeout=600, batch_size=share, num_connections=options.clients
+    )
 
-    def ask(share: list[tuple[str, str]]) -> list[float]:
-        scores = client.score([ServerPath(video) for video, _ in share], [prompt for _, prompt in share])
+    def ask(videos: list[str], prompts: list[str]) -> list[float]:
+        scores = client.score([ServerPath(video) for video in videos], prompts)
         assert all(score.error is None for score in scores), scores
         return [score.reward for score in scores]
 
-    def ask_in_parallel(videos: list[str], prompts: list[str]) -> list[float]:
-        asked, rewards = list(zip(videos, prompts, strict=True)), [0.0] * len(videos)
-        starts = range(min(options.clients, len(videos)))
-        with ThreadPoolExecutor(options.clients) as pool:
-            answers = pool.map(ask, [asked[start :: options.clients] for start in starts])
-            for start, answer in zip(starts, answers, strict=True):
-                rewards[start :: options.clients] = answer
-        return rewards
-
     try:
         client.wait_until_ready(seconds=900)
-        return run_rounds(ask_in_parallel, options)
+        return run_rounds(ask, options)
     finally:
         server.terminate()
         server.wait(60)

@@ -8,21 +8,17 @@ the best), reward, video and chain of thought. Clips that cannot be scored are l
 
 import argparse
 import csv
-import io
-import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from transformers.utils import logging as transformers_logging
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from descore.progress import progress
+from scoring.options import configure_console
 from scoring.reward_model import RewardModel
-from scoring.types import FailedVideo, Outcome, ScoredVideo, ScoringSettings, VideoTask
+from scoring.types import FailedVideo, Outcome, ScoringSettings, VideoTask
 from verl.data.scored_sequence import judge_problem
-from verl.trainer.checkpoints import write_atomically
 
 COLUMNS = ("folder", "rank", "reward", "video", "cot")
 CLIP_SUFFIXES = (".avi", ".mkv", ".mov", ".mp4", ".webm")
@@ -35,7 +31,7 @@ def find_tasks(folder: Path) -> list[VideoTask]:
     Raises ValueError that lists every sub-folder without prompt or clip.
     """
     tasks, problems = [], []
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ():
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
         prompt = inner / PROMPT_FILE
         text = prompt.read_text(encoding="utf-8").strip() if prompt.is_file() else ""
         clips = sorted(path for path in inner.iterdir() if path.suffix.lower() in CLIP_SUFFIXES)
@@ -51,32 +47,18 @@ def find_tasks(folder: Path) -> list[VideoTask]:
     return tasks
 
 
-def rank_clips(folder: Path, outcomes: Sequence[Outcome]) -> list[dict[str, object]]:
+def rank_clips(folder: Path, outcomes: Sequence[Outcome]) -> Iterator[dict[str, object]]:
     """Rows of the CSV: by sub-folder of `folder`, the best clip first, those without a reward last."""
-    rows = []
-    for inner, group in groupby(sorted(outcomes, key=_rank_key), key=lambda outcome: outcome.name.split("/")[0]):
+
+    def key(outcome: Outcome) -> tuple:
+        is_failed = isinstance(outcome, FailedVideo)
+        return outcome.name.split("/")[0], is_failed, 0.0 if is_failed else -outcome.reward, outcome.name
+
+    for inner, group in groupby(sorted(outcomes, key=key), key=lambda outcome: outcome.name.split("/")[0]):
         for rank, outcome in enumerate(group, start=1):
             row = {"folder": inner, "video": str(folder / outcome.name)}
-            if isinstance(outcome, ScoredVideo):
-                row |= {"rank": rank, "reward": outcome.reward, "cot": outcome.cot}
-            rows.append(row)
-    return rows
-
-
-def _rank_key(outcome: Outcome) -> tuple:
-    inner, clip = outcome.name.split("/")
-    is_failed = isinstance(outcome, FailedVideo)
-    return inner, is_failed, 0.0 if is_failed else -outcome.reward, clip
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Complete or absent."""
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, fieldnames=COLUMNS, restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, file.getvalue())
+            is_failed = isinstance(outcome, FailedVideo)
+            yield row if is_failed else {**row, "rank": rank, "reward": outcome.reward, "cot": outcome.cot}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -90,23 +72,25 @@ def main(argv: Sequence[str]) -> int:
     add("--batch_size", type=int, default=default.batch_size)
     add("--max_new_tokens", type=int, default=default.max_new_tokens)
     options = parser.parse_args(argv)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    configure_console()
     try:
         tasks = find_tasks(options.clips)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         settings = ScoringSettings(
             backend=options.backend, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens
         )
         with RewardModel.from_pretrained(options.model_ckpt, settings=settings) as model:
-            stream = progress(model.score_stream(tasks), total=len(tasks), description="score", unit="clip")
-            outcomes = list(stream)
-    except ValueError as error:
+            outcomes = list(progress(model.score_stream(tasks), total=len(tasks), description="score", unit="clip"))
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     failures = [outcome for outcome in outcomes if isinstance(outcome, FailedVideo)]
     sys.stderr.writelines(f"failed: {failure.name}: {failure.error}\n" for failure in failures)
-    rows = rank_clips(options.clips, outcomes)
-    write_rows(options.output, rows)
+    rows = list(rank_clips(options.clips, outcomes))
+    with options.output.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
     for row in rows:
         if row.get("rank") == 1:
             sys.stdout.write(f"{row['folder']}: {row['video']} ({row['reward']:.4f})\n")
@@ -114,5 +98,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     sys.exit(main(sys.argv[1:]))

@@ -28,14 +28,6 @@ QUARTERS = 4
 Log = Sequence[dict[str, float]]
 
 
-def read_log(run: Path) -> Log:
-    """Lines of the log, or of train_log.jsonl in a run's folder. Raises ValueError when there is none."""
-    path = run if run.is_file() else run / "train_log.jsonl"
-    if not path.is_file():
-        raise ValueError(f"no {path}: is {run} the folder of a run with the `file` logger?")
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def average(lines: Log) -> dict[str, float]:
     """Means of the numbers that all lines have."""
     shared = set.intersection(*map(set, lines))
@@ -43,9 +35,12 @@ def average(lines: Log) -> dict[str, float]:
     return {name: statistics.fmean(v) for name, v in values.items() if isinstance(v[0], int | float)}
 
 
-def average_logs(logs: Sequence[Log]) -> Log:
-    """Means over the logs of the steps that all of them have."""
-    by_step = [{line["step"]: line for line in log} for log in logs]
+def read_logs(runs: Sequence[Path]) -> Log:
+    """Means over the runs of the steps that all of them have; of each run its folder or its log."""
+    by_step = []
+    for run in runs:
+        text = (run if run.is_file() else run / "train_log.jsonl").read_text()
+        by_step.append({line["step"]: line for line in map(json.loads, text.splitlines())})
     return [average([lines[step] for lines in by_step]) for step in sorted(set.intersection(*map(set, by_step)))]
 
 
@@ -58,14 +53,10 @@ def format_table(title: str, rows: dict[str, str], columns: Log) -> list[str]:
     return lines
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="save_checkpoint_path of each run, or its log")
-    try:
-        log = average_logs([read_log(run) for run in parser.parse_args().runs])
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+    log = read_logs(parser.parse_args().runs)
     validated = [line for line in log if VALIDATION["rule reward"] in line]
     steps = [line for line in log if TRAINING["rule reward"] in line]
     size = max(1, -(-len(steps) // QUARTERS))
@@ -74,8 +65,7 @@ def main() -> int:
     lines = format_table("on held-out pairs, step", VALIDATION, validated)
     lines += ["", *format_table("in training, up to step", TRAINING, means)]
     sys.stdout.write("\n".join(lines) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -32,17 +32,14 @@ class Estimate:
 class PairAccuracy:
     """Agreement over `num_pairs` pairs, `num_decided` with a human preference and `num_ties` without.
 
-    `without_ties`: share of the decided pairs whose preferred video has the strictly higher reward. Of two equal
-    rewards neither is preferred, which is wrong. None if no pair is decided.
+    `without_ties`: share of the decided pairs whose preferred video has the strictly higher reward; None without any.
     `with_ties`: share of all pairs judged right if |margin| <= `threshold` is called a tie. `threshold` is the best of
     all |margin| and None, which calls no tie; of equally good ones, the one that calls the fewest.
     `sweep`: the best share met while one pair at a time, by rising |margin| and then file order, becomes a tie
     (VideoAlign's calc_accuracy.py, used for VideoGen-RewardBench). It starts with one tie, so it may be up to 1/n
     below `with_ties`; it may stop between equal margins, which no threshold can, so it may also be above.
-    Without pairs all four are None.
 
-    Example: margins (3, -2, 0.5, 0.25) with labels (1, 1, 0, 0) are 1/2 without ties. Calling no tie is right once in
-    four, a threshold of 0.25 twice, 0.5 three times, 2 three times, 3 twice: with ties 3/4 at 0.5.
+    Example: margins (3, -2, 0.5, 0.25) with labels (1, 1, 0, 0) are 1/2 without ties, and with ties 3/4 at 0.5.
     """
 
     num_pairs: int
@@ -58,9 +55,8 @@ class PairAccuracy:
 class ModelRow:
     """One generator model over the `num_decided` pairs that it takes part in and that people decide.
 
-    `accuracy`: share of these on which the rewards agree with people. `human_win_rate`: share that people give to the
-    model. `reward_win_rate`: share in which the model's video has the strictly higher reward. All three are None
-    without a decided pair. A pair of a model with itself counts once; its win is half a win.
+    Shares of these pairs, None without any: on which the rewards agree with people, that people give to the model, in
+    which the model's video has the strictly higher reward. A pair of a model with itself counts once, half a win.
     """
 
     model: str
@@ -68,48 +64,6 @@ class ModelRow:
     accuracy: float | None
     human_win_rate: float | None
     reward_win_rate: float | None
-
-
-class _TieCurve:
-    """How many pairs are right as more and more of them, by rising |margin|, are called ties.
-
-    `magnitudes` float64 [n]: |margin|, sorted, file order among equals. `is_correct` int64 [n]: 1 where the sign of
-    the margin is right, never for a margin of 0 or a tie. `gains` int64 [n]: what calling the pair a tie adds.
-    `group_ends` int64 [g]: last index of each group of equal magnitudes; the real thresholds are there.
-
-    Example: margins (3, 0.5, -0.5), labels (1, 0, -1) give magnitudes (0.5, 0.5, 3), is_correct (0, 1, 1), gains
-    (1, -1, -1), group_ends (1, 2).
-    """
-
-    def __init__(self, margins: np.ndarray, labels: np.ndarray) -> None:
-        order = np.argsort(np.abs(margins), kind="stable")
-        self.magnitudes = np.abs(margins)[order]
-        self.is_correct = _is_correct(margins, labels)[order].astype(np.int64)
-        self.gains = (labels[order] == 0) - self.is_correct
-        self.group_ends = np.flatnonzero(np.append(self.magnitudes[1:] != self.magnitudes[:-1], True))
-
-    def count_correct(self, weights: np.ndarray) -> np.ndarray:
-        """int64 [1 + g]: right pairs without a called tie, then with each magnitude as the threshold.
-
-        `weights` int64 [n]: how often each of the sorted pairs counts. The magnitude of a pair with weight 0 repeats
-        the count before it and so is never the only best one.
-        """
-        gained = np.cumsum(weights * self.gains)[self.group_ends]
-        return weights @ self.is_correct + np.append(0, gained)
-
-    def find_threshold(self) -> float | None:
-        """The best threshold; of equals, the first has the fewest ties."""
-        best = int(self.count_correct(np.ones_like(self.gains)).argmax())
-        return float(self.magnitudes[self.group_ends[best - 1]]) if best else None
-
-    def resample(self, rng: np.random.Generator, num_resamples: int) -> np.ndarray:
-        """float64 [num_resamples]: the best accuracy of each resample, a weight per pair; O(n) in memory."""
-        num_pairs = len(self.gains)
-        best = np.empty(num_resamples, dtype=np.int64)
-        for index in range(num_resamples):
-            weights = np.bincount(rng.integers(num_pairs, size=num_pairs), minlength=num_pairs)
-            best[index] = self.count_correct(weights).max()
-        return best / num_pairs
 
 
 def compute_pair_accuracy(
@@ -122,19 +76,41 @@ def compute_pair_accuracy(
     """
     margins, labels = _check_pairs(margins, labels)
     num_pairs, num_decided = len(labels), int(np.count_nonzero(labels))
-    without_ties = with_ties = threshold = sweep = None
     rng = np.random.default_rng(seed)
+    without_ties, tied = None, (None, None, None)
     if num_decided:
         share = int(_is_correct(margins, labels).sum()) / num_decided
         # Drawing n right or wrong outcomes with replacement and counting the right ones is a binomial draw.
         without_ties = _estimate(share, rng.binomial(num_decided, share, size=num_resamples) / num_decided)
     if num_pairs:
-        curve = _TieCurve(margins, labels)
-        threshold = curve.find_threshold()
-        best = int(curve.count_correct(np.ones_like(curve.gains)).max()) / num_pairs
-        with_ties = _estimate(best, curve.resample(rng, num_resamples))
-        sweep = (int(curve.is_correct.sum()) + int(np.cumsum(curve.gains).max())) / num_pairs
-    return PairAccuracy(num_pairs, num_decided, num_pairs - num_decided, without_ties, with_ties, threshold, sweep)
+        tied = _compute_with_ties(margins, labels, rng, num_resamples)
+    return PairAccuracy(num_pairs, num_decided, num_pairs - num_decided, without_ties, *tied)
+
+
+def _compute_with_ties(
+    margins: np.ndarray, labels: np.ndarray, rng: np.random.Generator, num_resamples: int
+) -> tuple[Estimate, float | None, float]:
+    """`with_ties`, `threshold` and `sweep` of `PairAccuracy`, for at least one pair."""
+    num_pairs, order = len(labels), np.argsort(np.abs(margins), kind="stable")
+    magnitudes, is_correct = np.abs(margins)[order], _is_correct(margins, labels)[order].astype(np.int64)
+    gains = (labels[order] == 0) - is_correct  # what calling the pair a tie adds
+    ends = np.flatnonzero(np.append(np.diff(magnitudes) > 0, True))  # the last pair of each group of equal magnitudes
+
+    def count_correct(weights: np.ndarray) -> np.ndarray:
+        """int64 [1 + groups]: right pairs without a called tie, then with each magnitude as the threshold.
+
+        `weights` int64 [n]: how often each of the sorted pairs counts. The magnitude of a pair with weight 0 repeats
+        the count before it and so is never the only best one.
+        """
+        return weights @ is_correct + np.append(0, np.cumsum(weights * gains)[ends])
+
+    counts = count_correct(np.ones_like(gains))
+    best = int(counts.argmax())  # of equals, the first has the fewest ties
+    threshold = float(magnitudes[ends[best - 1]]) if best else None
+    draws = (rng.integers(num_pairs, size=num_pairs) for _ in range(num_resamples))
+    resampled = [count_correct(np.bincount(draw, minlength=num_pairs)).max() for draw in draws]
+    sweep = (int(is_correct.sum()) + int(np.cumsum(gains).max())) / num_pairs
+    return _estimate(int(counts[best]) / num_pairs, np.array(resampled) / num_pairs), threshold, sweep
 
 
 def compute_model_table(
@@ -143,17 +119,20 @@ def compute_model_table(
     """A row per generator model, by falling human win rate, then name; models without a decided pair come last.
 
     `models`: per pair the models of A and of B.
-
-    Example: margins (1, 1), labels (1, -1), models (("x", "y"), ("z", "x")). People give both pairs to x, the rewards
-    one, and they are right on that one: ModelRow("x", 2, 0.5, 1.0, 0.5). Then come ModelRow("y", 1, 1.0, 0.0, 0.0) and
-    ModelRow("z", 1, 0.0, 0.0, 1.0).
     """
     margins, labels = _check_pairs(margins, labels)
-    of_a, of_b = (np.array([pair[side] for pair in models], dtype=object) for side in (0, 1))
+    sides = np.array(models, dtype=object).reshape(-1, 2)
+    names, decided = set(sides.flat), labels != 0
+    sides, margins, labels = sides[decided], margins[decided], labels[decided]
+    is_correct = _is_correct(margins, labels)
+    won_by_people, won_by_reward = (np.stack([values > 0, values < 0], axis=1) for values in (labels, margins))
     rows = []
-    for name in {*of_a, *of_b}:
-        kept = (labels != 0) & ((of_a == name) | (of_b == name))
-        rows.append(_model_row(name, margins[kept], labels[kept], is_a=of_a[kept] == name, is_b=of_b[kept] == name))
+    for name in names:
+        is_own = sides == name  # bool [decided, 2]
+        kept = is_own.any(axis=1)
+        wins = [(is_own & won)[kept].sum(axis=1) / is_own[kept].sum(axis=1) for won in (won_by_people, won_by_reward)]
+        shares = [float(np.mean(share)) if len(share) else None for share in (is_correct[kept], *wins)]
+        rows.append(ModelRow(name, int(kept.sum()), *shares))
     return sorted(rows, key=lambda row: (row.human_win_rate is None, -(row.human_win_rate or 0.0), row.model))
 
 
@@ -173,14 +152,3 @@ def _is_correct(margins: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def _estimate(value: float, resampled: np.ndarray) -> Estimate:
     low, high = np.quantile(resampled, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
     return Estimate(value, float(low), float(high))
-
-
-def _model_row(name: str, margins: np.ndarray, labels: np.ndarray, *, is_a: np.ndarray, is_b: np.ndarray) -> ModelRow:
-    """The row of a model over its decided pairs; `is_a`, `is_b` bool [n]: the sides it is on."""
-    if not len(labels):
-        return ModelRow(name, 0, None, None, None)
-    num_sides = is_a.astype(np.int64) + is_b
-    human_win_rate, reward_win_rate = (
-        float(np.mean(((is_a & (signs > 0)) | (is_b & (signs < 0))) / num_sides)) for signs in (labels, margins)
-    )
-    return ModelRow(name, len(labels), float(np.mean(_is_correct(margins, labels))), human_win_rate, reward_win_rate)

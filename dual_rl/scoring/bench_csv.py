@@ -1,13 +1,13 @@
 """Benchmark CSVs: the pairs (or single videos) that inference scores, in the columns that each benchmark came with.
 
 Everything is read and checked before a model is loaded. Each distinct (video, problem) becomes one item, however many
-rows name it; rows hold item ids. Cells are not kept: `iterate_rows` streams them again for the file of results.
+rows name it; rows hold item ids.
 """
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import blake2b
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Literal
 
 from descore.answers import parse_annotation, parse_label
 from descore.csv_table import CsvError, CsvRow, CsvTable, is_path, row_of, shorten
+from scoring.types import VideoTask
 from verl.data.pair_csv import BARE_PROMPT_COLUMN
 from verl.data.scored_sequence import judge_problem
 
@@ -46,14 +47,31 @@ class BenchFormat:
         """Those of `columns` that have the name of a label column, in their order."""
         return tuple(name for name in columns if any(fnmatchcase(name, label) for label in self.label_columns))
 
-    def find_missing(self, columns: Sequence[str]) -> list[str]:
-        """What a file with these columns lacks, in words; empty if it has this format."""
-        missing = [column for column in self.video_columns if column not in columns]
-        if BARE_PROMPT_COLUMN not in columns and PROBLEM_COLUMN not in columns:
-            missing.append(BARE_PROMPT_COLUMN)
-        if self.label_columns and not self.find_labels(columns):
-            missing.append(" or ".join(self.label_columns))
-        return missing
+    def read_labels(self, columns: Sequence[str], rows: Sequence[CsvRow]) -> tuple[dict[str, list], list[str]]:
+        """Label column -> label of each row, None for `invalid`, a blank or a faulty cell; and the faults of all.
+
+        A column that matches only by `*`, such as GSB_MQ_A_reasoning, and holds text but no label is not a label
+        column, unless there is no other.
+        """
+        labels, faults, faults_of_texts = {}, [], []
+        for name in self.find_labels(columns):
+            column, wrong, num_blank = [], [], 0
+            for row in rows:
+                text = row.cells[name].strip()
+                is_blank = text.lower() in BLANK
+                num_blank += is_blank
+                try:
+                    column.append(None if is_blank else self.parse(text))
+                except ValueError as error:
+                    column.append(None)
+                    wrong.append(f"{row.name}: {name}: {error}")
+            if name not in self.label_columns and wrong and len(wrong) + num_blank == len(rows):
+                logger.info("no label in %s; it is not a label column", name)
+                faults_of_texts += wrong
+            else:
+                labels[name] = column
+                faults += wrong
+        return labels, faults if labels else faults_of_texts
 
 
 BENCH_FORMATS: dict[BenchType, BenchFormat] = {
@@ -70,73 +88,24 @@ BENCH_FORMATS: dict[BenchType, BenchFormat] = {
 }
 
 
-class LabelReader:
-    """Reads the labels of a file row by row, and finds out which columns hold labels.
-
-    A column that matches only by `*`, such as GSB_MQ_A_reasoning, and holds text but no label is not a label column.
-    Anywhere else a cell that is not a label is a fault.
-    """
-
-    def __init__(self, bench_format: BenchFormat, columns: Sequence[str]) -> None:
-        self._format, self.names = bench_format, bench_format.find_labels(columns)
-        self._faults: dict[str, list[str]] = {name: [] for name in self.names}
-        self._has_labels = dict.fromkeys(self.names, False)
-
-    def read(self, row: CsvRow) -> tuple[int | None, ...]:
-        """A label per candidate column; None for `invalid`, a blank or a faulty cell."""
-        return tuple(self._read_cell(row, name) for name in self.names)
-
-    def _read_cell(self, row: CsvRow, name: str) -> int | None:
-        text = row.cells[name].strip()
-        if text.lower() in BLANK:
-            return None
-        try:
-            label = self._format.parse(text)
-        except ValueError as error:
-            self._faults[name].append(f"{row.name}: {name}: {error}")
-            return None
-        self._has_labels[name] = True
-        return label
-
-    def find_columns(self) -> dict[str, int]:
-        """After the last row: name of each label column -> its index in what `read` returns."""
-        is_fixed = self._format.label_columns
-        return {
-            name: index
-            for index, name in enumerate(self.names)
-            if name in is_fixed or self._has_labels[name] or not self._faults[name]
-        }
-
-    def find_faults(self) -> list[str]:
-        """After the last row: the cells of label columns that are not labels, with their rows."""
-        return [fault for name in self.find_columns() or self.names for fault in self._faults[name]]
-
-
-@dataclass(frozen=True, slots=True)
-class BenchItem:
-    """One distinct (video, problem), scored once: its `compute_item_id`, absolute path and user turn."""
-
-    item_id: str
-    video: str
-    problem: str
-
-
 @dataclass(frozen=True, slots=True)
 class BenchRow:
-    """One row. `item_ids`: of A and B, or of the single video. `labels`: in the order of `Bench.label_columns`, each
-    +1, -1, 0 or None as from `BenchFormat.parse`. `models`: who made A and B, None if the file does not say.
+    """One row and its `cells`. `item_ids`: of A and B, or of the single video. `labels`: in the order of
+    `Bench.label_columns`, as from `BenchFormat.parse`. `models`: who made A and B, None if the file does not say.
 
-    With label columns VQ, Overall: BenchRow(("0f3a61c2d4e5b697", "b1c8800a72f35d4e"), (1, None), ("sora", "kling"))
+    With labels VQ, Overall: BenchRow(("0f3a61c2d4e5b697", "b1c8800a72f35d4e"), (1, None), ("sora", "kling"), {})
     """
 
     item_ids: tuple[str, ...]
     labels: tuple[int | None, ...]
-    models: tuple[str, str] | None
+    models: tuple[str, ...] | None
+    cells: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark file. `rows` and `iterate_rows(path)` have the same order; `items` has that of first mention.
+    """A benchmark file. `columns`: all names in its header line. `rows` are in its order. `items`: each distinct video
+    and problem by `compute_item_id`, in the order of first mention.
 
     `num_duplicate_rows`: rows with the items and labels of an earlier one; they stay in `rows`. `missing`: item_id ->
     "video not found: PATH" for items that cannot be scored.
@@ -144,8 +113,9 @@ class Bench:
 
     path: str
     bench_type: BenchType
+    columns: tuple[str, ...]
     label_columns: tuple[str, ...]
-    items: dict[str, BenchItem]
+    items: dict[str, VideoTask]
     rows: list[BenchRow]
     num_duplicate_rows: int
     missing: dict[str, str]
@@ -166,81 +136,51 @@ def read_bench(path: str | os.PathLike, bench_type: BenchType, *, video_root: st
 
     Relative video paths start from `video_root`, by default the CSV's folder. A label or model name that is empty or
     "nan" counts as none. Videos that do not exist are listed in `Bench.missing`. Raises CsvError for a file that is
-    not a UTF-8 CSV with this format's columns, or that lists all faults of the rows (counted from 1, without header).
+    not a UTF-8 CSV with this format's columns, or that lists the faults of its rows (counted from 1, without header).
     """
     if video_root and not Path(video_root).is_dir():
         raise CsvError(path, [f"video_root {video_root} is not a folder. Give the one that video paths start from."])
     root = Path(video_root or Path(path).parent).resolve()
-    table, form = CsvTable(path), BENCH_FORMATS[bench_type]
-    _require_columns(path, table.columns, bench_type)
-    reader, items, rows = LabelReader(form, table.columns), {}, []
-    for row in table.rows():
-        labels = reader.read(row)
-        if faults := _find_faults(form, row.cells):
-            table.problems += [f"{row.name}: {fault}" for fault in faults]
-        else:
-            item_ids = tuple(_add_item(items, root, row.cells, column) for column in form.video_columns)
-            rows.append(BenchRow(item_ids, labels, _read_models(form, row.cells)))
-    table.problems = sorted([*table.problems, *reader.find_faults()], key=row_of)
-    kept = reader.find_columns()
-    if len(kept) < len(reader.names):
-        left_out = ", ".join(name for name in reader.names if name not in kept)
-        logger.info("%s: no label in %s; these are not label columns", path, left_out)
-        rows = [replace(row, labels=tuple(row.labels[index] for index in kept.values())) for row in rows]
+    table, form, items = CsvTable(path), BENCH_FORMATS[bench_type], {}
+    needed = [*form.video_columns, *([] if PROBLEM_COLUMN in table.columns else [BARE_PROMPT_COLUMN])]
+    if form.label_columns and not form.find_labels(table.columns):
+        needed.append(" or ".join(form.label_columns))
+    table.require(needed, remedy=f"--bench_type {bench_type} needs it")
+    parsed = list(table.parse(lambda row: (row, _add_items(items, root, form, row.cells))))
+    labels, faults = form.read_labels(table.columns, [row for row, _ in parsed])
+    labels_by_row = zip(*labels.values(), strict=True) if labels else [()] * len(parsed)
+    rows = [
+        BenchRow(item_ids, of_row, _read_models(form, row.cells), row.cells)
+        for (row, item_ids), of_row in zip(parsed, labels_by_row, strict=True)
+    ]
+    table.problems = sorted([*table.problems, *faults], key=row_of)
     absent = {video for video in {item.video for item in items.values()} if not os.path.isfile(video)}
-    missing = {item.item_id: f"video not found: {item.video}" for item in items.values() if item.video in absent}
+    missing = {name: f"video not found: {item.video}" for name, item in items.items() if item.video in absent}
     if items and len(missing) == len(items):
         table.problems.append(f"no video exists, {min(absent)} for one; paths start from {root}. Set video_root.")
     table.require_clean()
     num_duplicate_rows = len(rows) - len({(row.item_ids, row.labels) for row in rows})
-    return Bench(str(path), bench_type, tuple(kept), items, rows, num_duplicate_rows, missing)
+    return Bench(str(path), bench_type, table.columns, tuple(labels), items, rows, num_duplicate_rows, missing)
 
 
-def read_columns(path: str | os.PathLike) -> tuple[str, ...]:
-    """The names in the header line. Raises CsvError if there are none or one occurs twice."""
-    return CsvTable(path).columns
-
-
-def iterate_rows(path: str | os.PathLike) -> Iterator[CsvRow]:
-    """Every row, unchanged and in the file's order. Raises CsvError at a row that cannot be read."""
-    table = CsvTable(path)
-    for row in table.rows():
-        table.require_clean()
-        yield row
-    table.require_clean()
-
-
-def _find_faults(form: BenchFormat, cells: dict[str, str]) -> list[str]:
-    faults = [
-        f"{name} is {shorten(cells[name])!r}; write the path of a video"
-        for name in form.video_columns
-        if not is_path(cells[name])
-    ]
-    if not cells.get(PROBLEM_COLUMN, "").strip() and not cells.get(BARE_PROMPT_COLUMN, "").strip():
-        faults.append(f"{BARE_PROMPT_COLUMN} is empty; write the text that the video was made from")
-    return faults
-
-
-def _add_item(items: dict[str, BenchItem], root: Path, cells: dict[str, str], column: str) -> str:
-    """Add the item of a row's video unless it is there; returns its id. Equal strings are held once."""
-    problem, video = cells.get(PROBLEM_COLUMN, ""), cells[column].strip()
-    if not problem.strip():
-        problem = judge_problem(cells[BARE_PROMPT_COLUMN])
-    item_id, path = compute_item_id(video, problem=problem), os.path.normpath(root / video)
-    item = items.setdefault(item_id, BenchItem(item_id, intern(path), intern(problem)))
-    assert (item.video, item.problem) == (path, problem), f"two items have the id {item_id}: {item.video}, {path}"
-    return item.item_id
+def _add_items(items: dict[str, VideoTask], root: Path, form: BenchFormat, cells: dict[str, str]) -> tuple[str, ...]:
+    """Add the items of a row's videos unless they are there; returns their ids. Raises ValueError."""
+    problem, prompt = cells.get(PROBLEM_COLUMN, ""), cells.get(BARE_PROMPT_COLUMN, "")
+    for name in form.video_columns:
+        if not is_path(cells[name]):
+            raise ValueError(f"{name} is {shorten(cells[name])!r}; write the path of a video")
+    if not problem.strip() and not prompt.strip():
+        raise ValueError(f"{BARE_PROMPT_COLUMN} is empty; write the text that the video was made from")
+    problem = intern(problem if problem.strip() else judge_problem(prompt))  # of all rows with this text one copy
+    item_ids = []
+    for video in (cells[name].strip() for name in form.video_columns):
+        item_ids.append(compute_item_id(video, problem=problem))
+        item = VideoTask(item_ids[-1], os.path.normpath(root / video), problem)
+        known = items.setdefault(item.name, item)
+        assert known == item, f"two items have the id {item.name}: {known.video}, {item.video}"
+    return tuple(item_ids)
 
 
 def _read_models(form: BenchFormat, cells: dict[str, str]) -> tuple[str, ...] | None:
-    models = tuple(intern(cells.get(column, "").strip()) for column in form.model_columns)
+    models = tuple(cells.get(column, "").strip() for column in form.model_columns)
     return None if not models or any(model.lower() in BLANK for model in models) else models
-
-
-def _require_columns(path: str | os.PathLike, columns: Sequence[str], bench_type: BenchType) -> None:
-    missing = BENCH_FORMATS[bench_type].find_missing(columns)
-    if missing:
-        fitting = [name for name, other in BENCH_FORMATS.items() if not other.find_missing(columns)]
-        remedy = f"it looks like --bench_type {' or '.join(fitting)}" if fitting else "add them to its header line"
-        has = ", ".join(columns)[:400]
-        raise CsvError(path, [f"{bench_type} needs {', '.join(missing)}; the file has {has}: {remedy}"])

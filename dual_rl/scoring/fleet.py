@@ -1,28 +1,18 @@
-"""Scoring on one device in this process, or on several with Ray: one engine per device, each fed as it has room.
+"""Scoring on one device in this process, or on several with Ray: one engine per device, each with its own videos."""
 
-An engine keeps its videos between two calls, so that batching stays continuous: a call hands over new ones and returns
-what has become ready.
-"""
-
-import time
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from scoring.options import ModelSource
-from scoring.reward_model import WINDOW, RewardModel
 from scoring.types import Outcome, VideoTask
 from verl.config import TrainerConfig
 from verl.trainer.cluster import WorkerError, connect
 
-SECONDS_PER_CALL = 1.0
-"""An engine works for at least this long before it reports."""
-
 
 def score_tasks(
-    source: ModelSource, tasks: Iterable[VideoTask], *, num_gpus: int, num_workers: int
+    source: ModelSource, tasks: Sequence[VideoTask], *, num_gpus: int, num_workers: int
 ) -> Iterator[Outcome]:
     """Outcomes as they become ready, in any order.
 
@@ -30,74 +20,32 @@ def score_tasks(
     a share of the CPUs. Raises ValueError for too many engines, WorkerError if one dies.
     """
     if num_workers == 1:
-        with source.load() as model:
-            yield from model.score_stream(tasks)
+        yield from _score_share(source, tasks)
         return
     if num_gpus and num_workers > num_gpus:
         raise ValueError(f"{num_workers} workers for {num_gpus} GPU(s): each needs one, lower --num_workers")
     connect(TrainerConfig(n_gpus_per_node=num_workers if num_gpus else 0, n_cpu_ranks_per_node=num_workers))
     try:
-        actor_class = ray.remote(num_cpus=1, num_gpus=int(num_gpus > 0))(ScoringActor)
-        actors = [actor_class.remote(source) for _ in range(num_workers)]
-        yield from _score_on_actors(actors, iter(tasks), window=WINDOW * source.settings.batch_size)
-        for closing in [actor.close.remote() for actor in actors]:
-            _get(closing)
-    finally:
-        ray.shutdown()
-
-
-def _score_on_actors(actors: list, tasks: Iterator[VideoTask], *, window: int) -> Iterator[Outcome]:
-    """`window`: videos that an engine has at a time."""
-    num_pending = dict.fromkeys(actors, 0)
-    calls: dict[ray.ObjectRef, object] = {}
-    idle, outcomes = list(actors), []
-    while True:
-        for actor in idle:
-            more = list(islice(tasks, window - num_pending[actor]))
-            num_pending[actor] += len(more)
-            if num_pending[actor]:
-                calls[actor.advance.remote(more)] = actor
-        yield from outcomes  # now that the engine they came from has work again
-        if not calls:
-            return
-        (done,), _ = ray.wait(list(calls), num_returns=1)
-        idle = [calls.pop(done)]
-        outcomes = _get(done)
-        num_pending[idle[0]] -= len(outcomes)
-
-
-def _get(call: ray.ObjectRef) -> list[Outcome]:
-    """What a call returned. Raises WorkerError if the engine failed or died."""
-    try:
-        return ray.get(call)
-    except RayActorError as error:
+        score_share = ray.remote(num_cpus=1, num_gpus=int(num_gpus > 0), max_retries=0)(_score_share)
+        streams = [score_share.remote(source, tasks[index::num_workers]) for index in range(num_workers)]
+        while streams:
+            (stream,), _ = ray.wait(streams, num_returns=1)
+            try:
+                yield ray.get(next(stream))
+            except StopIteration:
+                streams.remove(stream)
+    except RayTaskError as error:
+        raise WorkerError(str(error.cause) if isinstance(error.cause, ValueError) else str(error)) from error
+    except RayError as error:
         raise WorkerError(
             "an engine died: its process was killed, or crashed (if the kernel killed it for lack of memory, `dmesg` "
             "says so). The same command resumes where this run stopped"
         ) from error
-    except RayTaskError as error:
-        raise WorkerError(str(error.cause) if isinstance(error.cause, ValueError) else str(error)) from error
+    finally:
+        ray.shutdown()
 
 
-class ScoringActor:
-    """A reward model in a process of its own."""
-
-    def __init__(self, source: ModelSource) -> None:
-        self.source = source
-        self.model: RewardModel | None = None
-
-    def advance(self, tasks: list[VideoTask]) -> list[Outcome]:
-        """Take more tasks and work until something is ready. The first call loads the model."""
-        if self.model is None:
-            self.model = self.source.load()
-        self.model.submit(tasks)
-        outcomes: list[Outcome] = []
-        end = time.monotonic() + SECONDS_PER_CALL
-        while self.model.num_pending and (not outcomes or time.monotonic() < end):
-            outcomes += self.model.advance()
-        return outcomes
-
-    def close(self) -> None:
-        """Stop the engine and remove its files."""
-        if self.model is not None:
-            self.model.close()
+def _score_share(source: ModelSource, tasks: Sequence[VideoTask]) -> Iterator[Outcome]:
+    with source.load() as model:
+        for outcome in model.score_stream(tasks):  # noqa: UP028, Ray sends values, which lists do not take
+            yield outcome

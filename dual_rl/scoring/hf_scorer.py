@@ -9,33 +9,23 @@ from pathlib import Path
 
 import torch
 
-from scoring.types import ScoringSettings, ThoughtScore
+from scoring.types import ScoringEngine, ScoringSettings, ThoughtScore
 from verl.config import RolloutConfig
 from verl.model.reward_files import PolicyCheckpoint
 from verl.rollout.hf_engine import HfEngine
 from verl.types import Sampling, VideoPrompt
 
 
-class HfScorer:
-    """`ScoringEngine` with transformers; arguments as for `VllmScorer`. A step is a whole batch."""
+class HfScorer(ScoringEngine):
+    """A step is a whole batch."""
 
     is_continuous = False
 
     def __init__(
-        self,
-        folder: Path,
-        checkpoint: PolicyCheckpoint,
-        settings: ScoringSettings,
-        *,
-        forbidden_token_ids: Sequence[int],
-        reward_token_id: int,
-        max_model_len: int,
-        device: torch.device,
+        self, folder: Path, checkpoint: PolicyCheckpoint, settings: ScoringSettings, device: torch.device
     ) -> None:
-        self.reward_token_id = reward_token_id
-        self.mask_cot = settings.mask_cot
-        self.batch_size = settings.batch_size
-        self.head_weight = checkpoint.head_weight.to(device)
+        super().__init__(checkpoint, settings)
+        self.head_weight = self.head_weight.to(device)
         self.sampling = Sampling(
             n=1,
             temperature=0.0,
@@ -48,9 +38,9 @@ class HfScorer:
         self.engine = HfEngine(
             folder,
             config=RolloutConfig(name="hf", precision=settings.precision, max_num_seqs=settings.batch_size),
-            max_model_len=max_model_len,
-            forbidden_token_ids=forbidden_token_ids,
-            eos_token_id=checkpoint.processor.tokenizer.eos_token_id,
+            max_model_len=self.max_model_len,
+            forbidden_token_ids=self.forbidden_token_ids,
+            eos_token_id=self.eos_token_id,
             device=device,
         )
         self._waiting: list[tuple[str, VideoPrompt]] = []
@@ -62,12 +52,11 @@ class HfScorer:
         self._waiting.append((name, prompt))
 
     def step(self) -> list[tuple[str, ThoughtScore]]:
-        batch, self._waiting = self._waiting[: self.batch_size], self._waiting[self.batch_size :]
-        if not batch:
-            return []
+        size = self.settings.batch_size
+        batch, self._waiting = self._waiting[:size], self._waiting[size:]
         names, prompts = zip(*batch, strict=True)
         thoughts = [((), True)] * len(prompts)
-        if not self.mask_cot:
+        if not self.settings.mask_cot:
             responses = [response for (response,) in self.engine.generate(prompts, self.sampling)]
             thoughts = [(response.cot_ids, response.is_finished) for response in responses]
         rewards = self.compute_rewards(prompts, [cot_ids for cot_ids, _ in thoughts])
@@ -77,9 +66,6 @@ class HfScorer:
     @property
     def num_unfinished(self) -> int:
         return len(self._waiting)
-
-    def close(self) -> None:
-        pass
 
     @torch.no_grad()
     def compute_rewards(self, prompts: Sequence[VideoPrompt], cot_ids: Sequence[Sequence[int]]) -> list[float]:

@@ -22,7 +22,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ from descore.csv_table import CsvError
 from scoring.bench_csv import Bench, BenchRow
 from scoring.journal import Journal
 from scoring.report import build_accuracy_table, build_model_table, choose_main_label, describe_scale
-from scoring.report_charts import build_calibration, build_histogram, build_means, sigmoid
-from scoring.source import RewardScale
+from scoring.report_charts import build_calibration, build_histogram, sigmoid
+from scoring.source import RewardScale, apply_scale
 from verl.config import DataConfig
 from verl.data.pair_csv import read_pairs
 from verl.data.scored_sequence import JUDGE_PROMPT
@@ -44,8 +44,8 @@ from verl.trainer.checkpoints import write_atomically
 from verl.types import PreferencePair
 
 TEMPLATE = Path(__file__).with_name("html_report.html")
-RIGHT, WRONG, TIE, UNLABELLED, UNSCORED = VERDICTS = ("right", "wrong", "tie", "unlabelled", "unscored")
-WELL_FORMED, MALFORMED = FORMS = ("well-formed", "malformed")
+VERDICTS = ("right", "wrong", "tie", "unlabelled", "unscored")
+FORMS = ("well-formed", "malformed")
 CUT = "cut at the length limit: the reward is read after what there is"
 MAX_SCORE_CHARACTERS = 80
 OVERALL, HEAD = "reward/overall", "head_reward"
@@ -59,44 +59,29 @@ def check_page_path(path: str | os.PathLike) -> None:
         raise ValueError(f"the report is {path}; name a .html file")
 
 
-def _write_page(
-    path: str | os.PathLike,
-    *,
-    title: str,
-    facts: Mapping[str, object],
-    facets: Mapping[str, Sequence[str]],
-    failures: Sequence[str] = (),
-    data: Json,
-) -> None:
+def _write_page(path: Path, **content: Any) -> None:
     """Write the page, complete or not at all; its folder is made if needed.
 
-    `facts`: name -> value, None to leave it out. `facets`: name -> values that rows are filtered by. `data`: what is
-    embedded.
+    `content`: `title`; `facts`, name -> value, None to leave it out; `facets`, name -> values that rows are filtered
+    by; `failures`, messages; `data`, what is embedded.
     """
     check_page_path(path)
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    page = environment.get_template(TEMPLATE.name).render(
-        title=title,
-        facts=[(name.replace("_", " "), value) for name, value in facts.items() if value is not None],
-        facets=facets.items(),
-        failures=failures,
-        data=data,
-        nonce=secrets.token_hex(16),
-    )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(path), page)
+    page = environment.get_template(TEMPLATE.name).render(nonce=secrets.token_hex(16), **content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, page)
 
 
-def _build_item(path: Path, video: str | None, *, name: str, reward: float | None, **content: Any) -> Json:
-    clip = None if video is None else quote(os.fsencode(_relative_path(video, path)))
-    return {"clip": clip, "name": name, "reward": reward, "thought": None, "note": "", "scores": {}, **content}
+def _build_item(page: Path, video: str | None, thought: str | None, **content: Any) -> Json:
+    clip = None if video is None else quote(os.fsencode(_relative_path(video, page)))
+    return {"clip": clip, "thought": thought, "note": "", "scores": {}, **content}
 
 
-def _relative_path(video: str | os.PathLike, page: str | os.PathLike) -> str:
+def _relative_path(video: str, page: Path) -> str:
     """Path of a file from the page's folder; links to folders are resolved on both sides."""
-    target, folder = Path(video), Path(page).resolve().parent
-    return Path(os.path.relpath(target.parent.resolve() / target.name, folder)).as_posix()
+    target = Path(video)
+    return Path(os.path.relpath(target.parent.resolve() / target.name, page.resolve().parent)).as_posix()
 
 
 def _read_scores(thought: str) -> dict[str, str]:
@@ -107,6 +92,11 @@ def _read_scores(thought: str) -> dict[str, str]:
     if OVERALL_KEY in judgement:
         found["overall"] = judgement[OVERALL_KEY]
     return {name: str(score)[:MAX_SCORE_CHARACTERS] for name, score in found.items()}
+
+
+def _number(values: Iterable[str]) -> dict[str, int]:
+    """Index of each distinct value, in order of first mention."""
+    return {value: index for index, value in enumerate(dict.fromkeys(values))}
 
 
 def _unwrap_prompt(problem: str) -> str:
@@ -124,10 +114,9 @@ def write_report(path: str | os.PathLike, bench: Bench, journal: Journal, result
 
     Probabilities are of the unscaled margin: only that is Bradley-Terry's. Raises ValueError unless the page is .html.
     """
-    scale = None if result["scale"] is None else RewardScale(**result["scale"])
-    items = {name: _build_scored_item(Path(path), bench, journal, name, scale) for name in bench.items}
-    indices = {name: index for index, name in enumerate(items)}
-    prompts = {problem: n for n, problem in enumerate(dict.fromkeys(item.problem for item in bench.items.values()))}
+    path, scale = Path(path), None if result["scale"] is None else RewardScale(**result["scale"])
+    items = {name: _build_scored_item(path, bench, journal, name, scale) for name in bench.items}
+    indices, prompts = _number(items), _number(item.problem for item in bench.items.values())
     margins = [_compute_margin(row, journal.rewards) for row in bench.rows]
     rows = [
         {
@@ -144,13 +133,13 @@ def write_report(path: str | os.PathLike, bench: Bench, journal: Journal, result
     _write_page(
         path,
         title=f"{bench.bench_type}: {os.path.basename(bench.path)}",
-        facts=_build_facts(bench, result),
+        facts=_build_facts(result),
         facets={"generator model": sorted(models)} if models else {},
         failures=[failure["error"] for failure in result["failures"]],
         data={
             "sorts": ("margin", "|margin|", "reward A", "reward B") if bench.is_paired else ("reward",),
             "sides": ("A", "B") if bench.is_paired else ("",),
-            "verdicts": VERDICTS if bench.label_columns else (UNLABELLED, UNSCORED),
+            "verdicts": VERDICTS if bench.label_columns else VERDICTS[3:],
             "tables": [asdict(build_accuracy_table(result["labels"]))] if result["labels"] else [],
             "main": bench.label_columns.index(main) if main else 0,
             "views": _build_views(bench, margins, rows, result["labels"]),
@@ -161,8 +150,26 @@ def write_report(path: str | os.PathLike, bench: Bench, journal: Journal, result
     )
 
 
+def _build_scored_item(path: Path, bench: Bench, journal: Journal, name: str, scale: RewardScale | None) -> Json:
+    video = bench.items[name].video
+    found, shown = None if name in bench.missing else video, _relative_path(video, path)
+    if name not in journal.rewards:
+        return _build_item(path, found, None, name=shown, reward=None, note=journal.failures.get(name, "not scored"))
+    scored = journal.read(name)
+    reward, scores = apply_scale(scored.reward, scale), {"score": _read_scores(scored.cot)}
+    note = "" if scored.is_finished else CUT
+    return _build_item(path, found, scored.cot, name=shown, reward=reward, note=note, scores=scores)
+
+
+def _compute_margin(row: BenchRow, rewards: Mapping[str, float]) -> float | None:
+    """Unscaled; None for a single video, or without both rewards."""
+    if len(row.item_ids) != 2 or not all(name in rewards for name in row.item_ids):
+        return None
+    return rewards[row.item_ids[0]] - rewards[row.item_ids[1]]
+
+
 def _show_rewards(rewards: Sequence[float | None], margin: float | None) -> Json:
-    """Summary and numbers of a row. `margin`: unscaled, None for a single video or without both rewards."""
+    """Summary and numbers of a row. `rewards`: as shown. `margin`: unscaled."""
     if len(rewards) == 1 or margin is None:
         return {"summary": "", "numbers": rewards if len(rewards) == 1 else [None, None, *rewards]}
     shown = rewards[0] - rewards[1]
@@ -170,50 +177,25 @@ def _show_rewards(rewards: Sequence[float | None], margin: float | None) -> Json
     return {"summary": summary, "numbers": [shown, abs(shown), *rewards]}
 
 
-def _build_scored_item(path: Path, bench: Bench, journal: Journal, name: str, scale: RewardScale | None) -> Json:
-    video = bench.items[name].video
-    found = None if name in bench.missing else video
-    item = _build_item(path, found, name=_relative_path(video, path), reward=None)
-    if name not in journal.rewards:
-        return item | {"note": journal.failures.get(name, "not scored")}
-    scored = journal.read(name)
-    reward = scored.reward if scale is None else scale.apply(scored.reward)
-    scores = {"score": _read_scores(scored.cot)}
-    return item | {
-        "reward": reward,
-        "thought": scored.cot,
-        "note": "" if scored.is_finished else CUT,
-        "scores": scores,
-    }
-
-
-def _compute_margin(row: BenchRow, rewards: Mapping[str, float]) -> float | None:
-    """None for a single video, or without both rewards."""
-    if len(row.item_ids) != 2 or not all(name in rewards for name in row.item_ids):
-        return None
-    return rewards[row.item_ids[0]] - rewards[row.item_ids[1]]
-
-
 def _judge_row(row: Json, margin: float | None, label: int | None) -> str:
     """One of VERDICTS. As in the accuracies, equal rewards are wrong for a pair that people decide."""
     if None in row["numbers"]:
-        return UNSCORED
+        return "unscored"
     if label is None or margin is None:
-        return UNLABELLED
+        return "unlabelled"
     if label == 0:
-        return TIE
-    return RIGHT if margin * label > 0 else WRONG
+        return "tie"
+    return "right" if margin * label > 0 else "wrong"
 
 
 def _build_views(
     bench: Bench, margins: Sequence[float | None], rows: Sequence[Json], summaries: Mapping[str, Mapping]
 ) -> list[Json]:
     title, x_label = ("Margins", "reward of A minus reward of B") if bench.is_paired else ("Rewards", "reward")
-    views = []
+    values, views = [row["numbers"][0] for row in rows], []
     for column, name in enumerate(bench.label_columns or ("",)):
         labels = [row.labels[column] if bench.label_columns else None for row in bench.rows]
         verdicts = [_judge_row(*each) for each in zip(rows, margins, labels, strict=True)]
-        values = [row["numbers"][0] for row in rows]
         charts = [build_histogram(title, x_label, values, verdicts), build_calibration(margins, labels)]
         models = summaries[name]["models"] if name in summaries else ()
         tables = [asdict(build_model_table(name, models))] if models else []
@@ -221,22 +203,17 @@ def _build_views(
     return views
 
 
-def _build_facts(bench: Bench, result: Mapping[str, Any]) -> dict[str, object]:
+def _build_facts(result: Mapping[str, Any]) -> dict[str, object]:
     counts = f"{result['num_scored']} scored, {len(result['failures'])} failed, {result['num_cut']} cut"
-    mean = result["mean_reward"]
-    facts = {
+    return {
         "model": result.get("model_ckpt"),
-        "data": result.get("data_path", bench.path),
+        "data": result.get("data_path"),
         "rows": f"{result['num_rows']}, of which {result['num_duplicate_rows']} duplicate",
         "videos": f"{result['num_videos']}: {counts}",
-        "mean reward": None if mean is None else f"{mean:.4f}",
+        "mean reward": None if result["mean_reward"] is None else f"{result['mean_reward']:.4f}",
         "rewards are in": describe_scale(result["scale"]),
+        **{name: value for name, value in result.get("run", {}).items() if name not in ("data", "format_prompt")},
     }
-    for name, value in result.get("run", {}).items():
-        if name not in ("data", "format_prompt"):
-            is_many = isinstance(value, Mapping)
-            facts[name] = ", ".join(f"{key} {part}" for key, part in value.items()) if is_many else value
-    return facts
 
 
 # Generations of training
@@ -252,62 +229,47 @@ def write_generations_report(
     """The page of stage 2's generations.jsonl, one row per generation.
 
     `data`: the run's validation CSV, for the clips. `video_root`: folder of relative video paths, None for the CSV's.
-    Raises ValueError for a line that is not a generation, and for a CSV with other problems; a last line that is still
-    being written is left out.
+    Raises ValueError for another file, and for a CSV with other problems; a last line that is still being written is
+    left out.
     """
-    generations = _read_generations(generations_jsonl)
+    path, generations = Path(path), _read_generations(generations_jsonl)
     pairs = None if data is None else read_pairs(data, DataConfig(image_dir=video_root))
     for row in generations if pairs is not None else ():
         if row["pair_id"] >= len(pairs) or pairs[row["pair_id"]].problem != row["prompt"]:
             fault = f"row {row['pair_id'] + 1} is not what generations were made for: give the run's data.val_files"
             raise CsvError(data, [fault])
-    prompts = {prompt: index for index, prompt in enumerate(dict.fromkeys(row["prompt"] for row in generations))}
-    steps, rewards = [row["step"] for row in generations], [row.get(OVERALL) for row in generations]
-    verdicts = [MALFORMED if extract_judgement(row["response"]) is None else WELL_FORMED for row in generations]
-    charts = [
-        build_histogram("Rewards by rule", "overall reward", rewards, verdicts),
-        build_means("Reward by rule", "mean overall reward", steps, rewards),
-        build_means("Reward of the head", "mean head reward", steps, [row.get(HEAD) for row in generations]),
-    ]
-    of_steps = f"{len(generations)} of steps {', '.join(map(str, dict.fromkeys(steps)))}"
+    prompts, steps = _number(row["prompt"] for row in generations), _number(str(row["step"]) for row in generations)
+    verdicts = [FORMS[extract_judgement(row["response"]) is None] for row in generations]
+    rewards = [row.get(OVERALL) for row in generations]
+    chart = build_histogram("Rewards by rule", "overall reward", rewards, verdicts)
+    view = {"name": "", "labels": [None] * len(rewards), "verdicts": verdicts, "tables": [], "charts": [chart]}
     _write_page(
         path,
         title=f"Generations of {Path(generations_jsonl).resolve().parent.name}",
-        facts={"generations": of_steps, "file": generations_jsonl},
-        facets={"step": [str(step) for step in sorted(set(steps))], "side": tuple(SCORE_KEYS)},
+        facts={"generations": f"{len(generations)} of steps {', '.join(steps)}", "file": generations_jsonl},
+        facets={"step": list(steps), "side": tuple(SCORE_KEYS)},
         data={
             "sorts": ("step", "reward", "head reward"),
             "sides": ("",),
             "verdicts": FORMS,
             "tables": [],
             "main": 0,
-            "views": [
-                {"name": "", "labels": [None] * len(steps), "verdicts": verdicts, "tables": [], "charts": charts}
-            ],
+            "views": [view],
             "prompts": list(map(_unwrap_prompt, prompts)),
-            "items": [_build_generated_item(Path(path), row, pairs) for row in generations],
-            "rows": [
-                _build_generated_row(index, row, prompts[row["prompt"]]) for index, row in enumerate(generations)
-            ],
+            "items": [_build_generated_item(path, row, pairs) for row in generations],
+            "rows": [_build_generated_row(index, row, prompts) for index, row in enumerate(generations)],
         },
     )
 
 
 def _read_generations(path: str | os.PathLike) -> list[Json]:
     """The whole lines of a generations.jsonl, in order."""
-    if not Path(path).is_file():
-        raise ValueError(f"no {path}: give the generations.jsonl of a run with the `file` logger")
     generations = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(row, dict) or any(name not in row for name in NEEDED) or row["side"] not in SCORE_KEYS:
+        row = json.loads(line) if line.startswith(b"{") else {}
+        if not all(name in row for name in NEEDED):
             raise ValueError(f"{path}, line {number}: not a generation of stage 2, which has {', '.join(NEEDED)}")
         generations.append(row)
-    if not generations:
-        raise ValueError(f"{path} has no generations yet: stage 2 logs them when it validates")
     return generations
 
 
@@ -318,12 +280,16 @@ def _build_generated_item(path: Path, row: Json, pairs: Sequence[PreferencePair]
         video = pairs[row["pair_id"]].videos["AB".index(row["side"])]
         name += f": {_relative_path(video, path)}"
     scores = {"model": _read_scores(row["response"])}
-    if annotated := _read_annotation(row):
-        scores["annotators"] = annotated
-    return _build_item(path, video, name=name, reward=row.get(OVERALL), thought=row["response"], scores=scores)
+    try:
+        annotated = parse_annotation(row["answer"]).scores[row["side"]]
+    except ValueError:  # the run's own reward function may read another form
+        annotated = {}
+    if annotated:
+        scores["annotators"] = {name: str(score) for name, score in annotated.items()}
+    return _build_item(path, video, row["response"], name=name, reward=row.get(OVERALL), scores=scores)
 
 
-def _build_generated_row(index: int, row: Json, prompt: int) -> Json:
+def _build_generated_row(index: int, row: Json, prompts: Mapping[str, int]) -> Json:
     head = row.get(HEAD)
     parts = [f"step {row['step']}", f"sample {row['sample']}"]
     parts += [] if head is None else [f"head {head:.4f}"]
@@ -331,20 +297,12 @@ def _build_generated_row(index: int, row: Json, prompt: int) -> Json:
     return {
         "number": index + 1,
         "items": [index],
-        "prompt": prompt,
+        "prompt": prompts[row["prompt"]],
         "models": (),
         "summary": ", ".join(parts),
         "numbers": [row["step"], row.get(OVERALL), head],
         "facets": [[str(row["step"])], [row["side"]]],
     }
-
-
-def _read_annotation(row: Json) -> dict[str, str]:
-    try:
-        scores = parse_annotation(row["answer"]).scores[row["side"]]
-    except ValueError:  # the run's own reward function may read another form
-        return {}
-    return {name: str(score) for name, score in scores.items()}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -357,7 +315,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     try:
         write_generations_report(options.output, options.generations, data=options.data, video_root=options.video_root)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0

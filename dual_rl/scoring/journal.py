@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,47 +41,36 @@ class Journal:
         self.failures: dict[str, str] = {}
         self._offsets: dict[str, int] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")  # noqa: SIM115, closed by close()
-        try:
+        with ExitStack() as stack:
+            self._file = stack.enter_context(open(path, "a+b"))
             _lock(self._file)
             if overwrite:
                 self._file.truncate(0)
             self._begin(json.loads(json.dumps(identity)))
-        except ValueError:
-            self._file.close()
-            raise
+            stack.pop_all()
 
     def _begin(self, identity: dict) -> None:
-        self._file.seek(0)
+        """Read what is there, up to a torn line, which is cut off."""
+        offset = self._file.seek(0)
         first = self._file.readline()
-        if not first.endswith(b"\n"):  # new, or killed in its first line
-            if not (first.startswith(FIRST_BYTES) or FIRST_BYTES.startswith(first)):
-                raise self._not_a_journal()
-            self._file.truncate(0)
+        if not first.endswith(b"\n") and (first.startswith(FIRST_BYTES) or FIRST_BYTES.startswith(first)):
+            self._file.truncate(0)  # new, or killed in its first line
             self._write({"identity": identity})
             return
-        self._require_same(self._parse(first, "identity")["identity"], identity)
-        while True:
-            offset = self._file.tell()
-            line = self._file.readline()
-            if not line.endswith(b"\n"):
-                self._file.truncate(offset)
-                return
-            entry = self._parse(line, "name")
-            self.rewards[entry["name"]] = entry["reward"]
-            self._offsets[entry["name"]] = offset
-
-    def _parse(self, line: bytes, key: str) -> dict:
         try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise self._not_a_journal() from error
-        if not isinstance(entry, dict) or key not in entry:
-            raise self._not_a_journal()
-        return entry
-
-    def _not_a_journal(self) -> ValueError:
-        return ValueError(f"{self.path} is not a journal of rewards. Choose another output, or --overwrite.")
+            self._require_same(json.loads(first)["identity"], identity)
+            while True:
+                offset = self._file.tell()
+                line = self._file.readline()
+                if not line.endswith(b"\n"):
+                    break
+                entry = json.loads(line)
+                self.rewards[entry["name"]] = entry["reward"]
+                self._offsets[entry["name"]] = offset
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            message = f"{self.path} is not a journal of rewards. Choose another output, or --overwrite."
+            raise ValueError(message) from error
+        self._file.truncate(offset)
 
     def _require_same(self, found: Mapping[str, object], identity: Mapping[str, object]) -> None:
         changed = [name for name in {**found, **identity} if found.get(name) != identity.get(name)]

@@ -1,7 +1,6 @@
 """What a benchmark run found: a CSV with the rewards in it, a JSON with all counts, and tables to read."""
 
 import csv
-import json
 import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,10 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from scoring.accuracy import Estimate, compute_model_table, compute_pair_accuracy
-from scoring.bench_csv import Bench, iterate_rows, read_columns
+from scoring.bench_csv import Bench, BenchRow
 from scoring.journal import Journal
-from scoring.source import RewardScale
-from verl.trainer.checkpoints import write_atomically
+from scoring.source import RewardScale, apply_scale
 
 PAIR_COLUMNS = ("Reward_A", "Reward_B", "CoT_A", "CoT_B")
 SINGLE_COLUMNS = ("Reward", "CoT")
@@ -39,23 +37,14 @@ def write_csv(path: Path, bench: Bench, journal: Journal, *, scale: RewardScale 
     """The benchmark's rows with rewards (on `scale`) and chains of thought, complete or absent; blank without one."""
     temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=[*read_columns(bench.path), *added_columns(bench)])
+        writer = csv.DictWriter(file, fieldnames=[*bench.columns, *added_columns(bench)])
         writer.writeheader()
-        for row, source in zip(bench.rows, iterate_rows(bench.path), strict=True):
+        for row in bench.rows:
             scored = [journal.read(item) if item in journal.rewards else None for item in row.item_ids]
-            rewards = ["" if video is None else repr(_on_scale(video.reward, scale)) for video in scored]
+            rewards = ["" if video is None else repr(apply_scale(video.reward, scale)) for video in scored]
             cots = ["" if video is None else video.cot for video in scored]
-            writer.writerow(source.cells | dict(zip(added_columns(bench), rewards + cots, strict=True)))
+            writer.writerow(row.cells | dict(zip(added_columns(bench), rewards + cots, strict=True)))
     os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Complete or absent."""
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
-
-
-def _on_scale(reward: float, scale: RewardScale | None) -> float:
-    return reward if scale is None else scale.apply(reward)
 
 
 def summarise(bench: Bench, journal: Journal, *, seed: int, scale: RewardScale | None = None) -> dict[str, object]:
@@ -63,7 +52,7 @@ def summarise(bench: Bench, journal: Journal, *, seed: int, scale: RewardScale |
 
     `scale`: of the rewards, and so of the thresholds; the result names it.
     """
-    rewards = {name: _on_scale(journal.rewards[name], scale) for name in bench.items if name in journal.rewards}
+    rewards = {name: apply_scale(journal.rewards[name], scale) for name in bench.items if name in journal.rewards}
     return {
         "num_rows": len(bench.rows),
         "num_duplicate_rows": bench.num_duplicate_rows,
@@ -83,14 +72,19 @@ def summarise(bench: Bench, journal: Journal, *, seed: int, scale: RewardScale |
 def _summarise_label(bench: Bench, rewards: Mapping[str, float], column: int, *, seed: int) -> dict[str, object]:
     labelled = [row for row in bench.rows if row.labels[column] is not None]
     scored = [row for row in labelled if all(item in rewards for item in row.item_ids)]
-    judged = [(rewards[row.item_ids[0]] - rewards[row.item_ids[1]], row.labels[column], row.models) for row in scored]
-    margins, labels, _ = zip(*judged, strict=True) if judged else ((), (), ())
-    named = [pair for pair in judged if pair[2] is not None]
+    named = [row for row in scored if row.models is not None]
+
+    def judge(rows: Sequence[BenchRow]) -> tuple[list[float], list[int | None]]:
+        """Margins and labels."""
+        margins = [rewards[row.item_ids[0]] - rewards[row.item_ids[1]] for row in rows]
+        return margins, [row.labels[column] for row in rows]
+
+    models = compute_model_table(*judge(named), [row.models for row in named])
     return {
-        **asdict(compute_pair_accuracy(margins, labels, seed=seed)),
+        **asdict(compute_pair_accuracy(*judge(scored), seed=seed)),
         "num_unlabelled": len(bench.rows) - len(labelled),
         "num_unscored": len(labelled) - len(scored),
-        "models": [asdict(row) for row in compute_model_table(*(zip(*named, strict=True) if named else ((), (), ())))],
+        "models": [asdict(row) for row in models],
     }
 
 

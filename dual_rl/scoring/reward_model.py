@@ -18,32 +18,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import count, islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from scoring.source import (
-    NUM_TOKENS_AFTER_COT,
     RewardScale,
+    apply_scale,
     choose_budget,
     choose_prompt_length,
     find_model,
     load_model_scale,
     read_checkpoint,
 )
-from scoring.types import (
-    FailedVideo,
-    Outcome,
-    ScoredVideo,
-    ScoringEngine,
-    ScoringSettings,
-    ThoughtScore,
-    VideoTask,
-)
+from scoring.types import FailedVideo, Outcome, ScoredVideo, ScoringEngine, ScoringSettings, ThoughtScore, VideoTask
 from verl.data.loading import VideoLoader
-from verl.data.scored_sequence import SequenceBuilder, forbidden_token_ids, judge_problem, reward_token_id
+from verl.data.scored_sequence import SequenceBuilder, judge_problem
 from verl.data.vision_process import VideoBudget, VideoError, VideoFrames, sample_frames
 from verl.model.precision import resolve_precision
 from verl.model.reward_files import PolicyCheckpoint, save_engine_folder, stream_weights
@@ -72,25 +63,17 @@ class RewardModel:
     """
 
     def __init__(
-        self,
-        checkpoint: PolicyCheckpoint,
-        engine: ScoringEngine,
-        settings: ScoringSettings,
-        *,
-        budget: VideoBudget,
-        scale: RewardScale | None = None,
+        self, checkpoint: PolicyCheckpoint, engine: ScoringEngine, *, budget: VideoBudget, scale: RewardScale | None
     ) -> None:
-        self.checkpoint = checkpoint
         self.engine = engine
-        self.settings = settings
+        self.settings = engine.settings
         self.scale = scale
         self.files = ExitStack()
         """The engine's files, which it reads lazily."""
         self.builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
-        self.loader = VideoLoader(self.builder, budget, num_threads=settings.num_threads)
+        self.loader = VideoLoader(self.builder, budget, num_threads=self.settings.num_threads)
         self._decoding: deque[tuple[str, Future[VideoPrompt]]] = deque()
-        self._num_submitted = 0
-        self._calls = count()
+        self._numbers = count()
         self._sources: dict[str, str] = {}  # path of each video in progress, for messages
 
     @classmethod
@@ -100,60 +83,54 @@ class RewardModel:
         rm_ckpt: str | os.PathLike | None = None,
         *,
         settings: ScoringSettings | None = None,
-        fresh_head_seed: int | None = None,
         normalize: bool = False,
-        device: torch.device | str | None = None,
     ) -> "RewardModel":
         """Load stage 1's `checkpoint-N`, a merged model, or stage 2's `global_step_N` (or its `huggingface/`).
 
-        `rm_ckpt`: an `rm_head.pth` or its folder, by default the one beside the model. `device`: by default the GPU
-        if there is one. `fresh_head_seed`: see `read_checkpoint`. `normalize`: `score` returns rewards on the scale
-        that `inference.py --calibrate` kept beside the checkpoint. Raises ValueError like `read_checkpoint` and
-        `load_model_scale`.
+        `rm_ckpt`: an `rm_head.pth` or its folder, by default the one beside the model. `normalize`: `score` returns
+        rewards on the scale that `inference.py --calibrate` kept beside the checkpoint. Raises ValueError like
+        `read_checkpoint` and `load_model_scale`.
         """
-        settings, device = settings or ScoringSettings(), choose_device(device)
-        checkpoint = read_checkpoint(model_ckpt, rm_ckpt, fresh_head_seed=fresh_head_seed)
+        settings, device = settings or ScoringSettings(), choose_device()
+        checkpoint = read_checkpoint(model_ckpt, rm_ckpt)
         settings = dataclasses.replace(settings, max_prompt_length=choose_prompt_length(checkpoint, settings))
         scale = load_model_scale(model_ckpt, checkpoint, settings) if normalize else None
         budget = choose_budget(checkpoint, settings)
         if budget != checkpoint.video_budget:
             logger.warning("trained with %s, videos are now read with %s", checkpoint.video_budget, budget)
+        dtype = resolve_precision(settings.precision, device)
         with ExitStack() as files:
-            engine = _start_engine(files.enter_context(temporary_folder("engine")), checkpoint, settings, device)
-            dtype = resolve_precision(settings.precision, device)
+            folder = files.enter_context(temporary_folder("engine"))
+            save_engine_folder(folder, checkpoint, dtype=dtype)
+            engine = _find_engine_class(settings.backend)(folder, checkpoint, settings, device)
             engine.load_weights(stream_weights(find_model(model_ckpt), checkpoint, dtype=dtype))
-            model = cls(checkpoint, engine, settings, budget=budget, scale=scale)
+            model = cls(checkpoint, engine, budget=budget, scale=scale)
             model.files = files.pop_all()
         return model
 
     def score(
         self,
         videos: Sequence[str | os.PathLike | Frames],
-        prompts: Sequence[str] = (),
+        prompts: Sequence[str],
         *,
-        problems: Sequence[str] | None = None,
         fps: float | Sequence[float] | None = None,
     ) -> Scores:
         """Rewards and chains of thought, in order.
 
         `videos`: paths, or all frames of a clip as uint8 array [num_frames, height, width, 3] or tensor [num_frames,
         3, height, width] with their frames per second in `fps`, one for all or one each. `prompts`: what each was
-        generated from; `problems`: whole instructions that replace the built-in judge prompt around them. Raises
-        VideoError that lists every video that cannot be scored.
+        generated from. Raises VideoError that lists every video that cannot be scored.
         """
-        texts = list(problems) if problems is not None else [judge_problem(prompt) for prompt in prompts]
         rates = list(fps) if isinstance(fps, Sequence) else [fps] * len(videos)
-        call = next(self._calls)  # an earlier call that was interrupted may have left videos in progress
-        tasks = [
-            VideoTask(f"call {call}, video {number}", self._prepare(video, rate), text)
-            for number, (video, text, rate) in enumerate(zip(videos, texts, rates, strict=True))
+        tasks = [  # with new names: an earlier call that was interrupted may have left videos in progress
+            VideoTask(f"video {next(self._numbers)}", self._prepare(video, rate), judge_problem(prompt))
+            for video, prompt, rate in zip(videos, prompts, rates, strict=True)
         ]
         outcomes = {outcome.name: outcome for outcome in self.score_stream(tasks)}
         ordered = [outcomes[task.name] for task in tasks]
-        failures = [outcome.error for outcome in ordered if isinstance(outcome, FailedVideo)]
-        if failures:
+        if failures := [outcome.error for outcome in ordered if isinstance(outcome, FailedVideo)]:
             raise VideoError("\n".join(["videos could not be scored", *failures]))
-        rewards = [outcome.reward if self.scale is None else self.scale.apply(outcome.reward) for outcome in ordered]
+        rewards = [apply_scale(outcome.reward, self.scale) for outcome in ordered]
         return Scores(rewards, [outcome.cot for outcome in ordered])
 
     def score_stream(self, tasks: Iterable[VideoTask]) -> Iterator[Outcome]:
@@ -168,8 +145,7 @@ class RewardModel:
     def submit(self, tasks: Iterable[VideoTask]) -> None:
         """Start decoding; `advance` returns the outcomes."""
         for task in tasks:
-            key = VideoKey(self._num_submitted, "A")
-            self._num_submitted += 1
+            key = VideoKey(next(self._numbers), "A")
             self._sources[task.name] = "frames in memory" if isinstance(task.video, VideoFrames) else task.video
             self._decoding.append((task.name, self.loader.submit(key, task.problem, task.video)))
 
@@ -188,7 +164,8 @@ class RewardModel:
             self._decoding.popleft()
             try:
                 prompt = future.result()
-                self._check_length(prompt)
+                if (length := prompt.input_ids.numel()) > (limit := self.settings.max_prompt_length):
+                    raise ValueError(f"a prompt of {length} tokens, video included, is over max_prompt_length {limit}")
             except VideoError as error:  # names its file
                 outcomes.append(FailedVideo(name, str(error)))
             except ValueError as error:
@@ -220,11 +197,6 @@ class RewardModel:
             raise ValueError("frames have no rate. Give the frames per second: score(..., fps=24).")
         return sample_frames(video, fps=fps, budget=self.loader.budget, size_factor=self.builder.size_factor)
 
-    def _check_length(self, prompt: VideoPrompt) -> None:
-        length, longest = prompt.input_ids.numel(), self.settings.max_prompt_length
-        if length > longest:
-            raise ValueError(f"a prompt of {length} tokens, video included, is over max_prompt_length {longest}")
-
     def _outcome(self, name: str, score: ThoughtScore) -> Outcome:
         if not math.isfinite(score.reward):
             return FailedVideo(name, f"{self._sources[name]}: the reward is {score.reward}, not a number")
@@ -237,26 +209,14 @@ class RewardModel:
         )
 
 
-def choose_device(device: torch.device | str | None = None) -> torch.device:
-    """The named device; by default the GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def choose_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _start_engine(
-    folder: Path, checkpoint: PolicyCheckpoint, settings: ScoringSettings, device: torch.device
-) -> ScoringEngine:
-    """The engine of `settings.backend`, without weights; its files go into `folder`."""
-    if settings.backend == "vllm":
+def _find_engine_class(backend: str) -> type[ScoringEngine]:
+    if backend == "vllm":
         from scoring.vllm_scorer import VllmScorer as Engine
     else:
         from scoring.hf_scorer import HfScorer as Engine
-    save_engine_folder(folder, checkpoint, dtype=resolve_precision(settings.precision, device))
-    return Engine(
-        folder,
-        checkpoint,
-        settings,
-        forbidden_token_ids=forbidden_token_ids(checkpoint.processor, checkpoint.config.text_config.vocab_size),
-        reward_token_id=reward_token_id(checkpoint.processor.tokenizer),
-        max_model_len=settings.max_prompt_length + settings.max_new_tokens + NUM_TOKENS_AFTER_COT,
-        device=device,
-    )
+    return Engine

@@ -12,14 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from scoring.types import MAX_PROMPT_LENGTH, ScoringSettings
+from scoring.types import MAX_PROMPT_LENGTH, NUM_TOKENS_AFTER_COT, ScoringSettings
 from verl.data.vision_process import VideoBudget
 from verl.model.fingerprint import fingerprint
-from verl.model.reward_files import PolicyCheckpoint, find_folder, load_base, load_checkpoint
+from verl.model.reward_files import PolicyCheckpoint, find_folder, load_checkpoint
 from verl.trainer.checkpoints import write_atomically
 
-NUM_TOKENS_AFTER_COT = 2
-"""`<Reward>`, and one that vLLM writes after it."""
 SCALE_FILE = "reward_scale.json"
 
 logger = logging.getLogger(__name__)
@@ -33,20 +31,11 @@ def find_model(path: str | os.PathLike) -> str:
     return os.fspath(path)
 
 
-def read_checkpoint(
-    model_ckpt: str | os.PathLike, rm_ckpt: str | os.PathLike | None = None, *, fresh_head_seed: int | None = None
-) -> PolicyCheckpoint:
-    """A reward model without its weights; with `fresh_head_seed`, a base model with an untrained head.
-
-    Raises ValueError that says what is missing and how to get it.
-    """
+def read_checkpoint(model_ckpt: str | os.PathLike, rm_ckpt: str | os.PathLike | None = None) -> PolicyCheckpoint:
+    """A reward model without its weights. Raises ValueError that says what is missing and how to get it."""
     if os.path.isabs(model_ckpt) and not os.path.isdir(model_ckpt):
         raise ValueError(f"no model folder at {model_ckpt}")
-    if fresh_head_seed is None:
-        return load_checkpoint(find_model(model_ckpt), rm_ckpt, with_weights=False)
-    if rm_ckpt is not None:
-        raise ValueError(f"a fresh head and {rm_ckpt} exclude each other: give one of --fresh_head and --rm_ckpt")
-    return load_base(model_ckpt, seed=fresh_head_seed)
+    return load_checkpoint(find_model(model_ckpt), rm_ckpt, with_weights=False)
 
 
 def choose_prompt_length(checkpoint: PolicyCheckpoint, settings: ScoringSettings) -> int:
@@ -86,6 +75,11 @@ class RewardScale:
     def apply(self, reward: float) -> float:
         """The reward on this scale."""
         return (reward - self.mean) / self.std
+
+
+def apply_scale(reward: float, scale: RewardScale | None) -> float:
+    """The reward on `scale`; None for the head's own."""
+    return reward if scale is None else scale.apply(reward)
 
 
 def compute_scale(rewards: Sequence[float], *, data: str, weights: str, video: dict[str, float]) -> RewardScale:

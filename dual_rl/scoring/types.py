@@ -1,16 +1,19 @@
-"""What crosses module boundaries in scoring: tasks, outcomes, settings, and the interface of an engine."""
+"""What crosses module boundaries in scoring: tasks, outcomes, settings, and the base of an engine."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
-from verl.config import Precision
+from verl.data.scored_sequence import forbidden_token_ids, reward_token_id
 from verl.data.vision_process import VideoFrames
+from verl.model.reward_files import PolicyCheckpoint
 from verl.types import VideoPrompt
 
 MAX_PROMPT_LENGTH = 8192
+NUM_TOKENS_AFTER_COT = 2
+"""`<Reward>`, and one that vLLM writes after it."""
 
 
 @dataclass(frozen=True)
@@ -50,41 +53,38 @@ class FailedVideo:
 Outcome = ScoredVideo | FailedVideo
 
 
+def setting(default: object, text: str) -> Any:
+    """A field of a dataclass that is a flag of a command line, with its help."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How videos are scored. What changes rewards is recorded with them: `affecting_rewards`.
+    """How videos are scored; each is a flag of inference.py and serve.py.
 
-    `batch_size`: videos in an engine at a time. `max_prompt_length`, `max_new_tokens`: tokens of the user turn, video
-    included, and of the chain of thought; None for what the model's positions leave, at most MAX_PROMPT_LENGTH.
-    `precision`: auto is bf16 on GPUs, fp32 on CPUs. `kv_cache_gib`: of vLLM, None for what `gpu_memory_utilization`
-    leaves (2 on a CPU). `num_threads`: that decode videos. `video_fps`, `max_pixels`: None for what the model was
-    trained with.
+    `max_prompt_length`: None for what the model's positions leave, at most MAX_PROMPT_LENGTH. `video_fps`,
+    `max_pixels`: None for what the model was trained with.
     """
 
-    backend: Literal["vllm", "hf"] = "vllm"
-    batch_size: int = 64
-    max_prompt_length: int | None = None
-    max_new_tokens: int = 4096
-    repetition_penalty: float = 1.05
-    mask_cot: bool = False
-    precision: Precision = "auto"
-    gpu_memory_utilization: float = 0.9
-    kv_cache_gib: int | None = None
-    enforce_eager: bool = False
-    num_threads: int = 4
-    video_fps: float | None = None
-    max_pixels: int | None = None
+    backend: Literal["vllm", "hf"] = setting("vllm", "hf: plain transformers")
+    batch_size: int = setting(64, "videos in an engine at a time")
+    max_prompt_length: int | None = setting(None, "tokens, the video's included; default: what the model takes")
+    max_new_tokens: int = setting(4096, "tokens of the chain of thought")
+    repetition_penalty: float = setting(1.05, "1 for none")
+    mask_cot: bool = setting(False, "score without a chain of thought: <Reward> follows the prompt")
+    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "auto: bf16 on GPUs, fp32 on CPUs")
+    gpu_memory_utilization: float = setting(0.9, "share of the GPU for vLLM")
+    kv_cache_gib: int | None = setting(None, "of vLLM; default: what gpu_memory_utilization leaves, 2 on a CPU")
+    enforce_eager: bool = setting(False, "start faster, write slower")
+    num_threads: int = setting(4, "that decode videos, per engine")
+    video_fps: float | None = setting(None, "default: as the model was trained")
+    max_pixels: int | None = setting(None, "of a frame; default: as the model was trained")
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_prompt_length", "max_new_tokens", "kv_cache_gib", "num_threads"):
             require_positive(name, getattr(self, name))
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be positive, 1 for none")
-
-    def affecting_rewards(self) -> dict[str, object]:
-        """The settings that rewards depend on, besides video budget and precision."""
-        names = ("max_prompt_length", "max_new_tokens", "repetition_penalty", "mask_cot")
-        return {name: getattr(self, name) for name in names}
 
 
 def require_positive(name: str, value: int | None) -> None:
@@ -102,7 +102,7 @@ class ThoughtScore:
     reward: float
 
 
-class ScoringEngine(Protocol):
+class ScoringEngine:
     """Writes a greedy chain of thought for each prompt and reads the reward at `<Reward>` after it.
 
     With `mask_cot` there is no chain of thought: `cot_ids` is empty and `is_finished` true, as nothing was cut.
@@ -110,6 +110,16 @@ class ScoringEngine(Protocol):
     """
 
     is_continuous: bool
+
+    def __init__(self, checkpoint: PolicyCheckpoint, settings: ScoringSettings) -> None:
+        """`settings.max_prompt_length` must be set."""
+        processor = checkpoint.processor
+        self.settings = settings
+        self.head_weight = checkpoint.head_weight
+        self.reward_token_id = reward_token_id(processor.tokenizer)
+        self.eos_token_id = processor.tokenizer.eos_token_id
+        self.forbidden_token_ids = forbidden_token_ids(processor, checkpoint.config.text_config.vocab_size)
+        self.max_model_len = settings.max_prompt_length + settings.max_new_tokens + NUM_TOKENS_AFTER_COT
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take the model's weights, pairs of Hugging Face name and whole tensor; the head is the checkpoint's."""

@@ -11,13 +11,13 @@ embeddings stay tied.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from scoring.types import ScoringSettings, ThoughtScore
+from scoring.types import ScoringEngine, ScoringSettings, ThoughtScore
 from verl.config import RolloutConfig
 from verl.model.reward_files import PolicyCheckpoint
 from verl.rollout.vllm_engine import with_output_layer
@@ -45,29 +45,15 @@ class _Request:
     is_finished: bool = True
 
 
-class VllmScorer:
-    """`ScoringEngine`, whose methods are described there, with vLLM.
-
-    `cached_tokens`, `prompt_tokens`: over all scoring requests, tokens found in the prefix cache and all tokens.
-    """
+class VllmScorer(ScoringEngine):
+    """`cached_tokens`, `prompt_tokens`: over all scoring requests, tokens found in the prefix cache and all tokens."""
 
     is_continuous = True
 
     def __init__(
-        self,
-        folder: Path,
-        checkpoint: PolicyCheckpoint,
-        settings: ScoringSettings,
-        *,
-        forbidden_token_ids: Sequence[int],
-        reward_token_id: int,
-        max_model_len: int,
-        device: torch.device,
+        self, folder: Path, checkpoint: PolicyCheckpoint, settings: ScoringSettings, device: torch.device
     ) -> None:
-        self.settings = settings
-        self.head_weight = checkpoint.head_weight
-        self.reward_token_id = reward_token_id
-        self.eos_token_id = checkpoint.processor.tokenizer.eos_token_id
+        super().__init__(checkpoint, settings)
         self.cached_tokens = self.prompt_tokens = 0
         self._numbers = itertools.count()
         self._requests: dict[str, _Request] = {}
@@ -84,10 +70,10 @@ class VllmScorer:
             self.llm = start_llm(
                 folder,
                 config,
-                max_model_len,
-                forbidden_token_ids,
+                self.max_model_len,
+                self.forbidden_token_ids,
                 device,
-                hf_overrides={"architectures": [ARCHITECTURE], "reward_token_id": reward_token_id},
+                hf_overrides={"architectures": [ARCHITECTURE], "reward_token_id": self.reward_token_id},
                 logprobs_mode="raw_logits",
                 scheduling_policy="priority",
                 mm_processor_cache_gb=PROCESSOR_CACHE_GB,
@@ -99,24 +85,25 @@ class VllmScorer:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
     def submit(self, name: str, prompt: VideoPrompt) -> None:
-        self.form.learn(prompt, self._read_prompt)
+        self.form.learn(prompt, self.llm)
         request = _Request(name, prompt, video_id=f"video-{next(self._numbers)}")
         self._add(replace(request, cot_ids=()) if self.settings.mask_cot else request)
 
     def step(self) -> list[tuple[str, ThoughtScore]]:
-        """See `ScoringEngine`. Raises ValueError if vLLM reads other tokens than the trainer does."""
+        """Raises ValueError if vLLM reads other tokens than the trainer does."""
         ready = []
-        for output in self.llm.llm_engine.step():
-            if not output.finished:
-                continue
+        for output in filter(lambda output: output.finished, self.llm.llm_engine.step()):
             request = self._requests.pop(output.request_id)
+            require_same_prompt(request.prompt, output.prompt_token_ids, self._continuation(request))
             if request.cot_ids is None:
-                require_same_prompt(request.prompt, output.prompt_token_ids)
                 ids = tuple(output.outputs[0].token_ids)
                 is_finished = bool(ids) and ids[-1] == self.eos_token_id
                 self._add(replace(request, cot_ids=ids[:-1] if is_finished else ids, is_finished=is_finished))
             else:
-                ready.append((request.name, self._read_reward(request, output)))
+                self.cached_tokens += output.num_cached_tokens or 0
+                self.prompt_tokens += len(output.prompt_token_ids)
+                reward = output.outputs[0].logprobs[0][self.reward_token_id].logprob
+                ready.append((request.name, ThoughtScore(request.cot_ids, request.is_finished, float(reward))))
         return ready
 
     @property
@@ -128,32 +115,18 @@ class VllmScorer:
 
     def _add(self, request: _Request) -> None:
         """Hand a request to vLLM."""
-        if request.cot_ids is None:
-            content = self.form.request(request.prompt, video_id=request.video_id)
-            parameters, priority = self.thinking_parameters(request.name), THINKING
-        else:
-            continuation = (*request.cot_ids, self.reward_token_id)
-            content = self.form.request(request.prompt, video_id=request.video_id, continuation=continuation)
-            parameters, priority = self._scoring_parameters(), SCORING
+        content = self.form.request(
+            request.prompt, video_id=request.video_id, continuation=self._continuation(request)
+        )
+        is_thinking = request.cot_ids is None
+        parameters = self.thinking_parameters(request.name) if is_thinking else self._scoring_parameters()
         request_id = f"request-{next(self._numbers)}"
-        add_request(self.llm, request_id, content, parameters, priority=priority)
+        add_request(self.llm, request_id, content, parameters, priority=THINKING if is_thinking else SCORING)
         self._requests[request_id] = request
 
-    def _read_reward(self, request: _Request, output) -> ThoughtScore:
-        continuation = (*request.cot_ids, self.reward_token_id)
-        require_same_prompt(request.prompt, output.prompt_token_ids, continuation)
-        self.cached_tokens += output.num_cached_tokens or 0
-        self.prompt_tokens += len(output.prompt_token_ids)
-        reward = output.outputs[0].logprobs[0][self.reward_token_id].logprob
-        return ThoughtScore(request.cot_ids, request.is_finished, float(reward))
-
-    def _read_prompt(self, request: dict) -> Sequence[int]:
-        """The prompt's ids as vLLM makes them from a request; nothing else is in progress."""
-        add_request(self.llm, "form", request, self._scoring_parameters(), priority=THINKING)
-        while True:
-            for output in self.llm.llm_engine.step():
-                if output.finished:
-                    return output.prompt_token_ids
+    def _continuation(self, request: _Request) -> tuple[int, ...]:
+        """What follows the prompt."""
+        return () if request.cot_ids is None else (*request.cot_ids, self.reward_token_id)
 
     def thinking_parameters(self, name: str):
         """Sampling parameters of the chain of thought of the video `name`: the same for all."""

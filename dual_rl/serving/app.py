@@ -22,25 +22,28 @@ from pathlib import Path
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from scoring.source import RewardScale
+from scoring.source import RewardScale, apply_scale
 from scoring.types import FailedVideo, Outcome
 from serving.metrics import ServerMetrics
 from serving.requests import (
     MAX_JSON_MB,
     RETRY_SOON,
     AllowedRoots,
-    RefusedError,
     ServerLimits,
     Video,
     limit_body,
     read_form,
     read_json,
+    refuse,
 )
 from serving.scoring_thread import ScoringThread
 from verl.data.scored_sequence import judge_problem
+
+Answer = dict[str, object]
 
 
 @dataclass
@@ -61,29 +64,27 @@ class RewardService:
     _deadlines: set[asyncio.Timeout] = field(default_factory=set, init=False)
 
     async def require_token(self, request: Request) -> None:
-        """Raise RefusedError unless the request carries the token. Compares in constant time."""
+        """Raise HTTPException unless the request carries the token. Compares in constant time."""
         if self.token is None:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.token.encode()):
-            refusal = RefusedError(401, "unauthorized", "give the server's token: `Authorization: Bearer TOKEN`")
-            refusal.headers["WWW-Authenticate"] = "Bearer"
-            raise refusal
+            message = "give the server's token: `Authorization: Bearer TOKEN`"
+            raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
 
-    async def score_paths(self, request: Request) -> Response:
+    async def score_paths(self, request: Request) -> Answer:
         """`POST /v1/score`."""
         with self.metrics.request_seconds.labels("paths").time():
             self.scoring.require_room()
-            if not self.roots:
-                raise RefusedError(403, "no_roots", "the server was started without --roots: upload videos instead")
+            if not self.roots.roots:
+                raise refuse(403, "the server was started without --roots: upload videos instead")
             request = limit_body(request, min(MAX_JSON_MB, self.limits.max_body_mb))
             async with self._receive():
                 paths, prompts = await read_json(request, self.limits)
-            errors = [{"error": f"no file below the server's --roots: {path}"} for path in paths]
-            videos = [self.roots.find(path) or error for path, error in zip(paths, errors, strict=True)]
+            videos = [self.roots.find(path) or f"no file below the server's --roots: {path}" for path in paths]
             return await self._score(request, videos, prompts)
 
-    async def score_uploads(self, request: Request) -> Response:
+    async def score_uploads(self, request: Request) -> Answer:
         """`POST /v1/score/upload`."""
         with self.metrics.request_seconds.labels("upload").time():
             self.scoring.require_room()
@@ -93,14 +94,15 @@ class RewardService:
                     videos, prompts = await read_form(request, self.limits, Path(folder))
                 return await self._score(request, videos, prompts)
 
-    async def health(self) -> Response:
+    async def health(self, response: Response) -> Answer:
         """`GET /health`."""
-        is_ready = self.scoring.state == "ready"
-        return JSONResponse({"status": self.scoring.state}, status_code=200 if is_ready else 503)
+        state = self.scoring.state
+        response.status_code = 200 if state == "ready" else 503
+        return {"status": state}
 
     async def read_metrics(self) -> Response:
         """`GET /metrics`."""
-        return Response(self.metrics.render(), media_type=self.metrics.content_type)
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     def interrupt(self) -> None:
         """Refuse the bodies that are still arriving: the server stops."""
@@ -110,9 +112,9 @@ class RewardService:
 
     @contextlib.asynccontextmanager
     async def _receive(self) -> AsyncIterator[None]:
-        """While a body arrives: limits their number and the time of each. Raises RefusedError."""
+        """While a body arrives: limits their number and the time of each. Raises HTTPException."""
         if len(self._deadlines) >= self.limits.max_receiving:
-            raise RefusedError(503, "too_many_bodies", "too many requests are being received", retry_after=RETRY_SOON)
+            raise refuse(503, "too many requests are being received", retry_after=RETRY_SOON)
         seconds = self.limits.body_timeout
         deadline = asyncio.timeout(seconds)
         self._deadlines.add(deadline)
@@ -121,18 +123,19 @@ class RewardService:
                 yield
         except TimeoutError as error:
             self.scoring.require_room()  # refuses with 503 where the deadline was moved because the server stops
-            raise RefusedError(408, "slow_body", f"the body did not arrive within {seconds:g} s") from error
+            raise refuse(408, f"the body did not arrive within {seconds:g} s") from error
         finally:
             self._deadlines.discard(deadline)
 
-    async def _score(self, request: Request, videos: Sequence[Video | dict], prompts: Sequence[str]) -> Response:
-        """Results in order; those that are given in place of a video stay. Raises ClientDisconnect."""
-        found = [(video, prompt) for video, prompt in zip(videos, prompts, strict=True) if isinstance(video, Video)]
-        outcomes = await self._outcomes(request, [(video.path, judge_problem(prompt)) for video, prompt in found])
-        scored = iter(outcomes)
-        results = [self._describe(next(scored), video) if isinstance(video, Video) else video for video in videos]
-        scale = None if self.scale is None else asdict(self.scale)
-        return JSONResponse({"results": results, "model": self.model_name, "scale": scale})
+    async def _score(self, request: Request, videos: Sequence[Video | str], prompts: Sequence[str]) -> Answer:
+        """Results in order; a string in place of a video is its error. Raises ClientDisconnect."""
+        pairs = zip(videos, prompts, strict=True)
+        tasks = [(video.path, judge_problem(prompt)) for video, prompt in pairs if isinstance(video, Video)]
+        outcomes = iter(await self._outcomes(request, tasks))
+        results = [
+            self._describe(next(outcomes), video) if isinstance(video, Video) else {"error": video} for video in videos
+        ]
+        return {"results": results, "model": self.model_name, "scale": self.scale and asdict(self.scale)}
 
     async def _outcomes(self, request: Request, tasks: Sequence[tuple[str, str]]) -> list[Outcome]:
         """When the client leaves, what waits is dropped; what was started is finished before its files go."""
@@ -155,11 +158,11 @@ class RewardService:
                 raise outcome
         return outcomes
 
-    def _describe(self, outcome: Outcome, video: Video) -> dict[str, object]:
+    def _describe(self, outcome: Outcome, video: Video) -> Answer:
         """The outcome as JSON, its reward on `scale`, with the client's name for the video in place of our path."""
         if isinstance(outcome, FailedVideo):
             return {"error": outcome.error.replace(video.path, video.name)}
-        reward = outcome.reward if self.scale is None else self.scale.apply(outcome.reward)
+        reward = apply_scale(outcome.reward, self.scale)
         return {"reward": reward, **{name: getattr(outcome, name) for name in ("cot", "num_tokens", "is_finished")}}
 
 
@@ -173,9 +176,8 @@ def create_app(service: RewardService) -> FastAPI:
     app.add_api_route("/metrics", service.read_metrics, methods=["GET"], dependencies=guarded)
 
     @app.exception_handler(HTTPException)
-    async def refuse(request: Request, error: HTTPException) -> Response:
-        reason = error.reason if isinstance(error, RefusedError) else "invalid"
-        service.metrics.refused.labels(reason).inc()
+    async def answer_refusal(request: Request, error: HTTPException) -> Response:
+        service.metrics.refused.labels(error.status_code).inc()
         return JSONResponse({"error": error.detail}, status_code=error.status_code, headers=error.headers)
 
     @app.exception_handler(ClientDisconnect)

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message
 
+from scoring.types import setting
+
 MEGABYTE = 1 << 20
 MAX_JSON_MB = 4
 """A JSON body is held in memory."""
@@ -25,28 +27,21 @@ RETRY_SOON, RETRY_LATER = 2, 10
 """Seconds of Retry-After: while others are served, and while the server starts or stops."""
 
 
-class RefusedError(HTTPException):
-    """An answer other than 200: its status, the reason in the metrics, and the message for the client."""
-
-    def __init__(self, status: int, reason: str, message: str, *, retry_after: int | None = None) -> None:
-        super().__init__(status, message, {} if retry_after is None else {"Retry-After": str(retry_after)})
-        self.reason = reason
-
-
-def _limit(default: float, text: str) -> float:
-    return field(default=default, metadata={"help": text})
+def refuse(status: int, message: str, *, retry_after: int | None = None) -> HTTPException:
+    """The error to raise for an answer other than 200, with its message for the client."""
+    return HTTPException(status, message, {} if retry_after is None else {"Retry-After": str(retry_after)})
 
 
 @dataclass(frozen=True)
 class ServerLimits:
     """Each is a flag of serve.py."""
 
-    max_body_mb: float = _limit(256.0, "per upload")
-    max_videos: int = _limit(64, "per request")
-    max_prompt_chars: int = _limit(8000, "per prompt")
-    max_queue: int = _limit(1024, "videos that wait; more are refused with 503")
-    max_receiving: int = _limit(128, "bodies that arrive at the same time")
-    body_timeout: float = _limit(120.0, "seconds for a whole body")
+    max_body_mb: float = setting(256.0, "per upload")
+    max_videos: int = setting(64, "per request")
+    max_prompt_chars: int = setting(8000, "per prompt")
+    max_queue: int = setting(1024, "videos that wait; more are refused with 503")
+    max_receiving: int = setting(128, "bodies that arrive at the same time")
+    body_timeout: float = setting(120.0, "seconds for a whole body")
 
     def __post_init__(self) -> None:
         for limit in dataclasses.fields(self):
@@ -56,16 +51,13 @@ class ServerLimits:
             raise ValueError(f"max_videos={self.max_videos} is over max_queue={self.max_queue}; raise max_queue")
 
     def check(self, num_videos: int, prompts: Sequence[str]) -> None:
-        """Raise RefusedError unless there is one prompt per video, and neither too many nor too long ones."""
+        """Raise HTTPException unless there is one prompt per video, and neither too many nor too long ones."""
         if num_videos != len(prompts) or not num_videos:
-            message = f"{num_videos} video(s) and {len(prompts)} prompt(s); give one prompt for each video"
-        elif num_videos > self.max_videos:
-            message = f"{num_videos} videos in a request; send at most {self.max_videos}"
-        elif (longest := max(map(len, prompts))) > self.max_prompt_chars:
-            message = f"a prompt has {longest} characters; send at most {self.max_prompt_chars}"
-        else:
-            return
-        raise RefusedError(422, "invalid", message)
+            raise refuse(422, f"{num_videos} video(s) and {len(prompts)} prompt(s); give one prompt for each video")
+        if num_videos > self.max_videos:
+            raise refuse(422, f"{num_videos} videos in a request; send at most {self.max_videos}")
+        if (longest := max(map(len, prompts))) > self.max_prompt_chars:
+            raise refuse(422, f"a prompt has {longest} characters; send at most {self.max_prompt_chars}")
 
 
 class VideoPath(BaseModel):
@@ -91,9 +83,9 @@ class Video(NamedTuple):
 
 
 def limit_body(request: Request, max_mb: float) -> Request:
-    """The same request; reading more of its body raises RefusedError, at once where its length is announced."""
+    """The same request; reading more of its body raises HTTPException, at once where its length is announced."""
     max_bytes, num_bytes = int(max_mb * MEGABYTE), 0
-    refusal = RefusedError(413, "body_too_large", f"the body is over {max_bytes} bytes; send fewer or smaller videos")
+    refusal = refuse(413, f"the body is over {max_bytes} bytes; send fewer or smaller videos")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise refusal
@@ -110,36 +102,34 @@ def limit_body(request: Request, max_mb: float) -> Request:
 
 
 async def read_json(request: Request, limits: ServerLimits) -> tuple[list[str], list[str]]:
-    """Paths and prompts. Raises RefusedError for anything else."""
+    """Paths and prompts. Raises HTTPException for anything else."""
     try:
         asked = ScoreRequest.model_validate_json(await request.body())
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field_name = ".".join(map(str, first["loc"]))
-        message = f"the body is not a request to score: {field_name}: {first['msg']}"
-        raise RefusedError(422, "invalid", message) from error
+        raise refuse(422, f"the body is not a request to score: {field_name}: {first['msg']}") from error
     limits.check(len(asked.videos), asked.prompts)
     return [video.path for video in asked.videos], asked.prompts
 
 
 async def read_form(request: Request, limits: ServerLimits, folder: Path) -> tuple[list[Video], list[str]]:
-    """Videos, now in files of `folder`, and prompts. Raises RefusedError, or starlette's HTTPException."""
+    """Videos, now in files of `folder`, and prompts. Raises HTTPException."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise RefusedError(415, "invalid", "send multipart/form-data with files `videos` and fields `prompts`")
+        raise refuse(415, "send multipart/form-data with files `videos` and fields `prompts`")
     most, part_size = limits.max_videos, UTF8_BYTES * limits.max_prompt_chars
     try:
         async with request.form(max_files=most, max_fields=most, max_part_size=part_size) as form:
             uploads, prompts = form.getlist("videos"), form.getlist("prompts")
             has_files = all(isinstance(upload, UploadFile) for upload in uploads)
             if not has_files or not all(isinstance(prompt, str) for prompt in prompts):
-                raise RefusedError(422, "invalid", "send `videos` as files and `prompts` as fields")
+                raise refuse(422, "send `videos` as files and `prompts` as fields")
             if set(form) - {"videos", "prompts"}:
-                raise RefusedError(422, "invalid", "the form has other parts than `videos` and `prompts`")
+                raise refuse(422, "the form has other parts than `videos` and `prompts`")
             limits.check(len(uploads), prompts)
             return [await _store(upload, index, folder) for index, upload in enumerate(uploads)], prompts
     except OSError as error:
-        message = f"the server cannot store the upload: {error.strerror}"
-        raise RefusedError(503, "disk", message, retry_after=RETRY_LATER) from error
+        raise refuse(503, f"the server cannot store the upload: {error.strerror}", retry_after=RETRY_LATER) from error
 
 
 async def _store(upload: UploadFile, index: int, folder: Path) -> Video:
@@ -147,7 +137,6 @@ async def _store(upload: UploadFile, index: int, folder: Path) -> Video:
     path = folder / f"video_{index}"
     with path.open("xb") as file:
         await run_in_threadpool(shutil.copyfileobj, upload.file, file)
-    await upload.close()
     return Video(str(path), f"videos[{index}] {upload.filename}".rstrip())
 
 
@@ -163,9 +152,6 @@ class AllowedRoots:
         if missing:
             raise ValueError(f"--roots: no such folder: {', '.join(missing)}")
         self.roots = tuple(os.path.realpath(root, strict=True) for root in roots)
-
-    def __bool__(self) -> bool:
-        return bool(self.roots)
 
     def find(self, path: str) -> Video | None:
         """The regular file below a root that `path` names, or None; relative paths are searched below each root."""

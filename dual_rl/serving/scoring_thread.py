@@ -13,10 +13,12 @@ from contextlib import ExitStack
 from itertools import count
 from typing import Literal
 
+from starlette.exceptions import HTTPException
+
 from scoring.reward_model import WINDOW, RewardModel
 from scoring.types import Outcome, ScoredVideo, VideoTask
 from serving.metrics import ServerMetrics
-from serving.requests import RETRY_LATER, RETRY_SOON, RefusedError
+from serving.requests import RETRY_LATER, RETRY_SOON, refuse
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ State = Literal["loading", "ready", "stopping", "stopped", "failed"]
 
 
 class ScoringThread(threading.Thread):
-    """`submit` and `drop` videos from any thread; every future gets an outcome, is cancelled, or raises RefusedError.
+    """`submit` and `drop` videos from any thread. Every future gets an outcome, is cancelled, or raises HTTPException.
 
     `load`: returns the model; `max_queue`: videos that may wait. `ended`: done when no more answers will come;
     `failure` then says why, if the engine failed. `has_model`: loading is over.
@@ -43,21 +45,21 @@ class ScoringThread(threading.Thread):
         self._waiting: deque[tuple[VideoTask, Future[Outcome]]] = deque()
         self._running: dict[str, Future[Outcome]] = {}
         self._changed = threading.Condition()
-        metrics.watch("descore_queue_length", "Videos that wait.", lambda: len(self._waiting))
-        metrics.watch("descore_in_flight", "Videos that are decoded or scored.", lambda: len(self._running))
+        metrics.queue_length.set_function(lambda: len(self._waiting))
+        metrics.in_flight.set_function(lambda: len(self._running))
 
     def require_room(self, num_videos: int = 1) -> None:
-        """Raise RefusedError unless as many videos would be taken now."""
+        """Raise HTTPException unless as many videos would be taken now."""
         if self.state == "failed":
-            raise RefusedError(500, "failed", f"the engine failed: {self.failure}")
+            raise refuse(500, f"the engine failed: {self.failure}")
         if self.state != "ready":
-            raise RefusedError(503, self.state, f"the server is {self.state}", retry_after=RETRY_LATER)
+            raise refuse(503, f"the server is {self.state}", retry_after=RETRY_LATER)
         if len(self._waiting) + num_videos > self.max_queue:
             message = f"the queue is full: {len(self._waiting)} of {self.max_queue} videos wait"
-            raise RefusedError(503, "queue_full", message, retry_after=RETRY_SOON)
+            raise refuse(503, message, retry_after=RETRY_SOON)
 
     def submit(self, videos: Sequence[tuple[str, str]]) -> list[Future[Outcome]]:
-        """Queue all of these pairs of path and problem, or raise RefusedError and queue none."""
+        """Queue all of these pairs of path and problem, or raise HTTPException and queue none."""
         with self._changed:
             self.require_room(len(videos))
             entries = [(VideoTask(str(next(self._numbers)), *video), Future()) for video in videos]
@@ -83,7 +85,7 @@ class ScoringThread(threading.Thread):
 
     def abandon(self) -> None:
         """Refuse what has not been scored by now; the thread ends after its current step."""
-        self._end("stopped", RefusedError(503, "stopped", "the server has stopped", retry_after=RETRY_LATER))
+        self._end("stopped", refuse(503, "the server has stopped", retry_after=RETRY_LATER))
 
     def run(self) -> None:
         """The thread's work."""
@@ -94,7 +96,7 @@ class ScoringThread(threading.Thread):
                 self._score_until_stopped(model)
             except BaseException as error:
                 self.failure = f"{type(error).__name__}: {error}"
-                self._end("failed", RefusedError(500, "failed", f"the engine failed: {self.failure}"))
+                self._end("failed", refuse(500, f"the engine failed: {self.failure}"))
                 raise
             self.abandon()  # before the model is closed, which may take a while
 
@@ -128,7 +130,7 @@ class ScoringThread(threading.Thread):
             self.metrics.videos.labels("scored" if isinstance(outcome, ScoredVideo) else "failed").inc()
             future.set_result(outcome)
 
-    def _end(self, state: State, refusal: RefusedError) -> None:
+    def _end(self, state: State, refusal: HTTPException) -> None:
         with self._changed:
             if self.ended.done():
                 return

@@ -58,7 +58,7 @@ def build_service(options: argparse.Namespace, folder: Path) -> RewardService:
     source, metrics = build_source(options), ServerMetrics()
     limits = ServerLimits(**{limit.name: getattr(options, limit.name) for limit in dataclasses.fields(ServerLimits)})
     roots, token = AllowedRoots(options.roots), read_token(options.token_file)
-    checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt, fresh_head_seed=source.fresh_head_seed)
+    checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt)
     choose_prompt_length(checkpoint, source.settings)
     scale = load_model_scale(source.model_ckpt, checkpoint, source.settings) if options.normalize else None
     scoring = ScoringThread(source.load, max_queue=limits.max_queue, metrics=metrics)

@@ -93,23 +93,23 @@ def test_only_a_finite_number_is_a_score():
     assert compute_text_margin(judgement(4.5), "nothing") == 0.0
 
 
-def test_command_prints_accuracies_by_column_in_which_equal_scores_are_wrong(tmp_path, capsys):
-    """Four scored pairs in two sets, and one that could not be scored."""
+def test_command_prints_accuracies_in_which_equal_scores_are_wrong(tmp_path, capsys):
+    """Four scored pairs, and one that could not be scored."""
     rows = [("A", 4.0, 3.0, "x"), ("B", 4.0, 3.0, "x"), ("A", 2.0, 2.0, "y"), ("same", 1.0, 1.0, "y")]
     rows = [["a", "b", "p", label, name, 1, 2, judgement(a), judgement(b)] for label, a, b, name in rows]
     path = str(tmp_path / "scored.csv")
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([HEADER, *rows, ["a", "b", "p", "A", "y", "", "", "", ""]])
-    margins = read_text_margins(path, "tabench", by="set")
-    assert margins == {("answer", "x"): [(1.0, 1), (1.0, -1)], ("answer", "y"): [(0.0, 1), (0.0, 0)]}
+    assert read_text_margins(path, "tabench") == {"answer": [(1.0, 1), (1.0, -1), (0.0, 1), (0.0, 0)]}
     assert main([path, "--bench_type", "tabench"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["answer", "0.333"]
-    assert main([path, "--bench_type", "tabench", "--by", "sett"]) == 1
-    assert "it has no sett" in capsys.readouterr().err
+    (tmp_path / "scored.csv").write_text("video_A,video_B,answer\na,b,A\n")
+    assert main([path, "--bench_type", "tabench"]) == 1
+    assert "column CoT_A is missing" in capsys.readouterr().err
 
 
 def test_reasoning_columns_of_react_files_are_not_labels(tmp_path):
     columns = ["path_A", "path_B", "prompt", "GSB_MQ", "GSB_MQ_A_reasoning", *HEADER[-4:]]
     with (tmp_path / "scored.csv").open("w", newline="") as file:
         csv.writer(file).writerows([columns, ["a", "b", "p", "A", "it is blurred", 1, 2, judgement(3), judgement(2)]])
-    assert read_text_margins(str(tmp_path / "scored.csv"), "react") == {("GSB_MQ",): [(1.0, 1)]}
+    assert read_text_margins(str(tmp_path / "scored.csv"), "react") == {"GSB_MQ": [(1.0, 1)]}

@@ -72,22 +72,6 @@ def test_single_videos_have_one_reward_and_every_digit_of_it(tmp_path, journal):
     assert (summary["labels"], summary["num_duplicate_rows"], summary["num_scored"]) == ({}, 1, 2)
 
 
-def test_a_csv_that_fails_half_way_leaves_the_old_one(tmp_path, bench, journal):
-    path = tmp_path / "scores.csv"
-    write_csv(path, bench, journal)
-    content = path.read_bytes()
-    score(journal)
-    table = Path(bench.path)
-    whole = table.read_bytes()
-    table.write_bytes(whole + b"torn\n")
-    with pytest.raises(ValueError, match="it has 1 cells"):
-        write_csv(path, bench, journal)
-    assert path.read_bytes() == content
-    table.write_bytes(whole)
-    write_csv(path, bench, journal)  # what is left of the failure is in nobody's way
-    assert path.read_bytes() != content
-
-
 def test_the_summary_counts_as_by_hand(bench, journal):
     score(journal)
     summary = summarise(bench, journal, seed=0)

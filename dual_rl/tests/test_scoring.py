@@ -4,14 +4,14 @@ import dataclasses
 import importlib.util
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import decord
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3VLVideoProcessor
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VLVideoProcessor
 
 from infer_utils.scorer import Cot, RewardScorer
 from model_support import write_small_model
@@ -21,9 +21,10 @@ from scoring.types import ScoredVideo, ScoringSettings, ThoughtScore, VideoTask
 from slow_path import compute_reward, load_policy
 from test_reward_files import stage1_checkpoint
 from verl.config import ModelConfig
+from verl.data.scored_sequence import REWARD_TOKEN
 from verl.data.vision_process import VideoBudget, VideoError, load_video, sample_frames
 from verl.model.policy import PolicyModel
-from verl.model.reward_files import load_base, stream_weights
+from verl.model.reward_files import load_checkpoint, save_head
 from verl.rollout.vllm_start import CPU_BLOCK_SIZE
 from verl.types import Response, ResponseKey, VideoKey, VideoPrompt
 
@@ -33,21 +34,40 @@ CLIPS = sorted((DUAL_RL / "data" / "videos").glob("*.mp4"))[:4]
 PROMPTS = ["a red circle moves left over a plain gray background", "a blue star", "a green square grows", "a cat"]
 TOLERANCE = 1e-4  # of rewards, fp32
 SETTINGS = ScoringSettings(batch_size=4, max_prompt_length=1024, max_new_tokens=220, kv_cache_gib=1)
-HEAD_SEED = 3
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")
 BACKENDS = ["hf", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])]
 torch.set_num_threads(1)
 
 
-def load_tiny(backend: str, **changes: object) -> RewardModel:
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
     """The tiny base, which has learned to think, with a head that has not learned."""
-    settings = dataclasses.replace(SETTINGS, backend=backend, **changes)
-    return RewardModel.from_pretrained(TINY_BASE, settings=settings, fresh_head_seed=HEAD_SEED)
+    folder = tmp_path_factory.mktemp("tiny")
+    model, processor = (kind.from_pretrained(TINY_BASE) for kind in (Qwen3VLForConditionalGeneration, AutoProcessor))
+    processor.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "reward_config.json").write_text("{}")
+    hidden_size = model.config.text_config.hidden_size
+    generator = torch.Generator().manual_seed(3)
+    save_head(folder / "rm_head.pth", torch.randn(1, hidden_size, generator=generator) / hidden_size**0.5)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def models() -> Iterator[dict[str, RewardModel]]:
+def load_tiny(tiny_model) -> Callable[..., RewardModel]:
+    """Loads it in a backend, with changed settings."""
+
+    def load(backend: str, **changes: object) -> RewardModel:
+        settings = dataclasses.replace(SETTINGS, backend=backend, **changes)
+        return RewardModel.from_pretrained(tiny_model, settings=settings)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def models(load_tiny) -> Iterator[dict[str, RewardModel]]:
     """Each backend once: starting vLLM takes most of the time."""
     made = {backend: load_tiny(backend) for backend in (["hf", "vllm"] if HAS_VLLM else ["hf"])}
     yield made
@@ -62,11 +82,9 @@ def thoughts(models) -> dict[str, list[ThoughtScore]]:
 
 
 @pytest.fixture(scope="module")
-def policy() -> PolicyModel:
+def policy(tiny_model) -> PolicyModel:
     """The same weights for the plain slow path."""
-    checkpoint = load_base(TINY_BASE, seed=HEAD_SEED)
-    weights = dict(stream_weights(TINY_BASE, checkpoint, dtype=torch.float32))
-    return load_policy(dataclasses.replace(checkpoint, weights=weights), ModelConfig(model_path="")).eval()
+    return load_policy(load_checkpoint(tiny_model, with_weights=True), ModelConfig(model_path="")).eval()
 
 
 def encode(model: RewardModel) -> list[VideoPrompt]:
@@ -211,7 +229,7 @@ def test_checkpoints_of_both_stages_score_as_stage_1_does(small_model, tmp_path)
 
 
 @torch.no_grad()
-def test_a_head_in_fp32_reads_bf16_states_without_the_error_of_one_in_bf16(thoughts):
+def test_a_head_in_fp32_reads_bf16_states_without_the_error_of_one_in_bf16(thoughts, load_tiny):
     """Against the same states and many heads in float64."""
     with load_tiny("hf", precision="bf16") as in_bf16:
         prompts, engine = encode(in_bf16), in_bf16.engine.engine
@@ -235,7 +253,7 @@ def test_a_head_in_fp32_reads_bf16_states_without_the_error_of_one_in_bf16(thoug
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("changes", [{"max_new_tokens": 7}, {"mask_cot": True}], ids=["cut", "masked"])
-def test_a_thought_that_is_cut_or_masked_is_scored_as_it_is(thoughts, policy, backend, changes):
+def test_a_thought_that_is_cut_or_masked_is_scored_as_it_is(thoughts, policy, load_tiny, backend, changes):
     with load_tiny(backend, **changes) as model:
         scores = think_and_score(model, encode(model))
         cut = [(whole.cot_ids[:7], False) for whole in thoughts[backend]]
@@ -247,7 +265,7 @@ def test_a_thought_that_is_cut_or_masked_is_scored_as_it_is(thoughts, policy, ba
 
 @needs_vllm
 @pytest.mark.slow
-def test_vllm_in_bf16_keeps_the_head_in_fp32(thoughts):
+def test_vllm_in_bf16_keeps_the_head_in_fp32(thoughts, load_tiny):
     """Its rewards have the states' error only: they are not multiples of bf16's steps."""
     with load_tiny("vllm", precision="bf16") as in_bf16:
         rewards = [score.reward for score in think_and_score(in_bf16, encode(in_bf16))]

@@ -69,7 +69,7 @@ def test_64_clients_in_parallel_get_their_own_answers(serving, offline):
             else:
                 assert_scored(results(reply)[:1], [offline[number % len(CLIPS)]])
     assert all(b"408 Request Timeout" in read_all(connection) for connection in slow)
-    assert server.client.metric('descore_refused_total{reason="slow_body"}') == 8
+    assert server.client.metric('descore_refused_total{status="408"}') == 8
     assert server.client.health() == 200
 
 
@@ -187,6 +187,6 @@ def test_metrics_count_videos_requests_and_refusals(serving):
     assert client.get("/metrics").headers["content-type"].startswith("text/plain")
     assert client.metric('descore_videos_total{outcome="scored"}') == 1
     assert client.metric('descore_videos_total{outcome="failed"}') == 1
-    assert client.metric('descore_refused_total{reason="invalid"}') == 1
+    assert client.metric('descore_refused_total{status="422"}') == 1
     assert client.metric('descore_request_seconds_count{route="paths"}') == 2
     assert client.num_pending() == 0

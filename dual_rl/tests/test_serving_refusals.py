@@ -23,7 +23,7 @@ def test_a_body_over_the_limit_is_refused_while_it_arrives(serving, route, has_l
     length = {"Content-Length": str(len(start) + (num_pieces << 16))} if has_length else {}
     reply = server.client.post(route, content=pieces, headers=FORM_HEADERS | length)
     assert (reply.status_code, "over 524288 bytes" in reply.json()["error"]) == (413, True)
-    assert server.client.metric('descore_refused_total{reason="body_too_large"}') == 1
+    assert server.client.metric('descore_refused_total{status="413"}') == 1
 
 
 def test_without_the_token_nothing_but_health_is_answered(serving, scored_paths):

@@ -12,21 +12,21 @@ the order of the file; `pairs`: a digest of these pairs. `sub_scores`: share of 
 state, null without thoughts. A pair that could not be scored is wrong. `values` of a curve: one a training step.
 """
 
+import csv
 import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 
 from baselines.text_score import compute_text_margin
 from descore.answers import JUDGEMENT_KEY, NOT_ASKED, extract_judgement, parse_annotation, parse_score
-from evidence.plan import MASKED, OWN, Plan, Scoring
+from evidence.plan import OWN, Plan, Scoring
 from evidence.running import REPOSITORY
 from scoring.accuracy import compute_pair_accuracy
-from scoring.bench_csv import iterate_rows
 
 TEXT = "text"
 CURVES = {
@@ -46,69 +46,57 @@ CURVES = {
 DIGITS = 4
 
 
-@dataclass
-class _Set:
-    """The pairs of one held-out set of one scored file, in the order of the file."""
-
-    pairs: list[str] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    margins: dict[str, list[float | None]] = field(default_factory=lambda: defaultdict(list))
-    rewards: list[float] = field(default_factory=list)
-    matches: list[bool] = field(default_factory=list)
-
-
 def collect(plan: Plan, work: Path, *, name: str) -> dict[str, object]:
     """The results of all jobs that are done."""
-    marks = [json.loads(path.read_text()) for path in sorted((work / "done").glob("*.json"))]
-    order = {job: place for place, job in enumerate(plan.jobs)}
-    marks = sorted((mark for mark in marks if mark["name"] in order), key=lambda mark: order[mark["name"]])
-    done = [mark["name"] for mark in marks]
-    scores = [
-        record
-        for job in done
-        if job in plan.scorings
-        for record in summarise_scored(REPOSITORY / plan.jobs[job].environment["OUTPUT"], plan.scorings[job])
-    ]
-    logs = {job: work / job / "train_log.jsonl" for job in done if "train.sh" in plan.jobs[job].text}
-    curves = [curve for job, path in logs.items() if path.is_file() for curve in read_curves(path, job)]
+    paths = [work / "done" / f"{job}.json" for job in plan.jobs]
+    marks = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    scores, curves = [], []
+    for job in (mark["name"] for mark in marks):
+        if job in plan.scorings:
+            scores += summarise_scored(REPOSITORY / plan.jobs[job].environment["OUTPUT"], plan.scorings[job])
+        log = work / job / "train_log.jsonl"
+        if "train.sh" in plan.jobs[job].text and log.is_file():
+            curves += read_curves(log, job)
     settings, device = asdict(plan.size), asdict(plan.device)
     return {"size": name, "settings": settings, "device": device, "jobs": marks, "scores": scores, "curves": curves}
 
 
 def summarise_scored(path: Path, scoring: Scoring) -> list[dict[str, object]]:
     """Records of a CSV that inference.py wrote: for each set one by the head and, with thoughts, one by the text."""
-    sets: dict[str, _Set] = defaultdict(_Set)
-    for cells in (row.cells for row in iterate_rows(path)):
-        _add_row(sets[cells["set"]], cells, has_thoughts=scoring.read == OWN)
-    records = []
-    for name, group in sets.items():
-        decided = [pair for pair, label in zip(group.pairs, group.labels, strict=True) if label]
-        common = {"arm": scoring.arm, "seed": scoring.seed, "set": name}
-        extra = {
-            "pairs": blake2b("\n".join(decided).encode(), digest_size=6).hexdigest(),
-            "num_ties": group.labels.count(0),
-            "mean_reward": _rounded(group.rewards),
-            "sub_scores": _rounded(group.matches) if scoring.read == OWN else None,
-        }
-        for read, margins in group.margins.items():
-            records.append({**common, "read": read, **extra, **_summarise_margins(margins, group.labels)})
-    return records
+    sets: dict[str, list[dict[str, str]]] = defaultdict(list)
+    with path.open(newline="", encoding="utf-8") as file:
+        for cells in csv.DictReader(file):
+            if parse_annotation(cells["answer"]).preference is not None:
+                sets[cells["set"]].append(cells)
+    return [record for name, rows in sets.items() for record in _summarise_set(name, rows, scoring)]
 
 
-def _add_row(group: _Set, cells: dict[str, str], *, has_thoughts: bool) -> None:
-    annotation = parse_annotation(cells["answer"])
-    if annotation.preference is None:
-        return
-    group.pairs.append(f"{cells['video_A']} {cells['video_B']} {annotation.preference}")
-    group.labels.append(annotation.preference)
-    rewards = [float(cells[f"Reward_{side}"]) for side in "AB" if cells[f"Reward_{side}"]]
-    is_scored = len(rewards) == 2
-    group.rewards += rewards
-    group.margins[OWN if has_thoughts else MASKED].append(rewards[0] - rewards[1] if is_scored else None)
+def _summarise_set(name: str, rows: Sequence[dict[str, str]], scoring: Scoring) -> Iterator[dict[str, object]]:
+    has_thoughts = scoring.read == OWN
+    annotations = [parse_annotation(row["answer"]) for row in rows]
+    labels = [annotation.preference for annotation in annotations]
+    pairs = zip(rows, labels, strict=True)
+    decided = [f"{row['video_A']} {row['video_B']} {label}" for row, label in pairs if label]
+    rewards = [[float(row[f"Reward_{side}"]) for side in "AB" if row[f"Reward_{side}"]] for row in rows]
+    matches = [
+        match
+        for row, annotation in zip(rows, annotations, strict=True)
+        for side in "AB"
+        for match in match_sub_scores(row[f"CoT_{side}"], annotation.scores[side])
+    ]
+    common = {
+        **{"arm": scoring.arm, "seed": scoring.seed, "set": name, "read": scoring.read},
+        "pairs": blake2b("\n".join(decided).encode(), digest_size=6).hexdigest(),
+        "num_ties": labels.count(0),
+        "mean_reward": _rounded([reward for both in rewards for reward in both]),
+        "sub_scores": _rounded(matches) if has_thoughts else None,
+    }
+    margins = [both[0] - both[1] if len(both) == 2 else None for both in rewards]
+    yield {**common, **_summarise_margins(margins, labels)}
     if has_thoughts:
-        group.margins[TEXT].append(compute_text_margin(cells["CoT_A"], cells["CoT_B"]) if is_scored else None)
-        for side in "AB":
-            group.matches += match_sub_scores(cells[f"CoT_{side}"], annotation.scores[side])
+        of_texts = [compute_text_margin(row["CoT_A"], row["CoT_B"]) for row in rows]
+        margins = [None if margin is None else text for margin, text in zip(margins, of_texts, strict=True)]
+        yield {**common, "read": TEXT, **_summarise_margins(margins, labels)}
 
 
 def match_sub_scores(cot: str, truth: dict[str, object]) -> list[bool]:
@@ -146,8 +134,7 @@ def read_curves(path: Path, job: str) -> list[dict[str, object]]:
     return curves
 
 
-def _rounded(values: Iterable[float]) -> float | None:
-    values = list(values)
+def _rounded(values: Sequence[float]) -> float | None:
     return round(sum(values) / len(values), DIGITS) if values else None
 
 

@@ -27,8 +27,17 @@ class Interval:
 
 
 def estimate_accuracy(correct: np.ndarray, *, seed: int = 0) -> Interval:
-    """Mean over seeds and pairs of `correct`, bool [seeds, pairs]."""
-    return _bootstrap(np.asarray(correct, dtype=float), seed=seed)
+    """Mean over seeds and pairs of `correct`, bool [seeds, pairs]; weights of resampled seeds and pairs multiply."""
+    values = np.asarray(correct, dtype=float)
+    num_seeds, num_pairs = values.shape
+    rng = np.random.default_rng(seed)
+    pairs = rng.multinomial(num_pairs, np.full(num_pairs, 1 / num_pairs), size=NUM_RESAMPLES)
+    seeds = np.ones((NUM_RESAMPLES, 1))
+    if num_seeds > 1:
+        seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=NUM_RESAMPLES)
+    means = (pairs @ values.T * seeds).sum(axis=1) / values.size
+    low, high = np.quantile(means, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return Interval(float(values.mean()), float(low), float(high), num_seeds, num_pairs)
 
 
 def estimate_difference(correct: np.ndarray, reference: np.ndarray, *, seed: int = 0) -> Interval:
@@ -36,25 +45,9 @@ def estimate_difference(correct: np.ndarray, reference: np.ndarray, *, seed: int
 
     Raises ValueError when they are not of the same seeds and pairs.
     """
-    correct, reference = np.asarray(correct, dtype=float), np.asarray(reference, dtype=float)
     if correct.shape != reference.shape:
         raise ValueError(f"results over {correct.shape} and {reference.shape} seeds and pairs cannot be paired")
-    return _bootstrap(correct - reference, seed=seed)
-
-
-def _bootstrap(values: np.ndarray, *, seed: int) -> Interval:
-    """The mean of `values` [seeds, pairs]; weights of resampled seeds and pairs multiply."""
-    if values.ndim != 2 or not values.size:
-        raise ValueError(f"values of shape {values.shape}: give [seeds, pairs] with at least one of each")
-    num_seeds, num_pairs = values.shape
-    rng = np.random.default_rng(seed)
-    pairs = rng.multinomial(num_pairs, np.full(num_pairs, 1 / num_pairs), size=NUM_RESAMPLES)
-    seeds = np.ones((NUM_RESAMPLES, 1)) if num_seeds == 1 else rng.multinomial(
-        num_seeds, np.full(num_seeds, 1 / num_seeds), size=NUM_RESAMPLES
-    )  # fmt: skip
-    means = (pairs @ values.T * seeds).sum(axis=1) / values.size
-    low, high = np.quantile(means, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-    return Interval(float(values.mean()), float(low), float(high), num_seeds, num_pairs)
+    return estimate_accuracy(correct.astype(float) - reference, seed=seed)
 
 
 def judge(difference: Interval) -> str:
@@ -66,10 +59,6 @@ def judge(difference: Interval) -> str:
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Trailing mean over up to `width` values, of the same length; NaNs are left out where there is anything else."""
-    values = np.asarray(values, dtype=float)
-    is_number = np.isfinite(values)
-    sums, counts = (np.cumsum(np.insert(array, 0, 0.0)) for array in (np.where(is_number, values, 0.0), is_number))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
-    totals = counts[ends] - counts[starts]
-    return np.where(totals > 0, (sums[ends] - sums[starts]) / np.maximum(totals, 1), np.nan)
+    padded = np.concatenate([np.full(width - 1, np.nan), values])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, width)
+    return np.ma.masked_invalid(windows).mean(axis=1).filled(np.nan)

@@ -56,7 +56,8 @@ class VllmEngine:
         check_lengths(prompts, sampling, self.max_model_len)
         if not prompts:
             return []
-        self.form.learn(prompts[0], self._read_prompt)
+        with random_state_kept():
+            self.form.learn(prompts[0], self.llm)
         keys = [ResponseKey(*prompt.key, sample) for prompt in prompts for sample in range(sampling.n)]
         if self.draws:
             self.draws.begin([response_seed(sampling, key) for key in keys], max_tokens=sampling.max_tokens)
@@ -93,15 +94,6 @@ class VllmEngine:
         self.llm.reset_prefix_cache()
         self.llm.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
-
-    def _read_prompt(self, request: dict) -> Sequence[int]:
-        """The prompt's ids as vLLM makes them of a request."""
-        from vllm import SamplingParams
-
-        greedy_token = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-        with random_state_kept():
-            (output,) = self._run([request], [greedy_token])
-        return output.prompt_token_ids
 
     def _run(self, requests: Iterable[dict], parameters: Iterable) -> list:
         """vLLM's outputs of requests, in their order. The engine takes a step after each request, so that it reads

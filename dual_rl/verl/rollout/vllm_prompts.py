@@ -4,7 +4,7 @@ A request holds the ids of the chat text with its one video placeholder, which v
 tokens, and the ids of what the model has written so far; nothing is tokenised a second time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,8 +30,8 @@ class PromptForm:
         self.placeholder, self.wrapped_placeholder = f"{start}{pad}{end}", f"{start}{start}{pad}{end}{end}"
         self.wraps_video: bool | None = None
 
-    def learn(self, prompt: VideoPrompt, read_ids: Callable[[dict], Sequence[int]]) -> None:
-        """Find the form, once, by trying any prompt. `read_ids`: the prompt ids that vLLM makes of a request.
+    def learn(self, prompt: VideoPrompt, llm) -> None:
+        """Find the form, once, by trying any prompt on an engine that has no other request.
 
         Raises ValueError when neither form gives the trainer's ids.
         """
@@ -40,7 +40,7 @@ class PromptForm:
         ids_by_form = {}
         for wraps_video in (False, True):
             self.wraps_video = wraps_video
-            ids_by_form[wraps_video] = list(read_ids(self.request(prompt, video_id=f"form-{wraps_video}")))
+            ids_by_form[wraps_video] = _read_ids(llm, self.request(prompt, video_id=f"form-{wraps_video}"))
             if ids_by_form[wraps_video] == prompt.input_ids.tolist():
                 return
         self.wraps_video = None
@@ -57,6 +57,18 @@ class PromptForm:
             "multi_modal_uuids": {"video": [video_id]},
             "mm_processor_kwargs": self.processor_arguments,
         }
+
+
+def _read_ids(llm, request: dict) -> list[int]:
+    """The ids that vLLM makes of a prompt."""
+    from vllm import SamplingParams
+
+    add_request(llm, "form", request, SamplingParams(temperature=0, max_tokens=1, detokenize=False))
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                ids = list(output.prompt_token_ids)
+    return ids
 
 
 def add_request(llm, request_id: str, request: dict, parameters, *, priority: int = 0) -> None:
