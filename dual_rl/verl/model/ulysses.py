@@ -46,7 +46,6 @@ class RowPart:
     labels and responses among those of the row.
 
     Example: a row of 5 tokens over 2 ranks has runs of 0..3 and 3..5, the latter with one token of padding.
-
     Not a dataclass: FSDP2 would take it apart among a layer's arguments.
     """
 
@@ -85,12 +84,8 @@ class RowPart:
         repeats = math.lcm(key.shape[1], self.group.size) // key.shape[1]
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        query, key, value = (self._trade_heads_for_tokens(tensor) for tensor in (query, key, value))
-        return query, key, value
-
-    def _trade_heads_for_tokens(self, tensor: torch.Tensor) -> torch.Tensor:
-        by_rank = tensor.unflatten(1, (self.group.size, -1)).transpose(0, 1)  # [P, length, heads / P, dim]
-        return _Exchange.apply(by_rank, self.group.group).flatten(0, 1)[: self.num_tokens]
+        by_rank = (tensor.unflatten(1, (self.group.size, -1)).transpose(0, 1) for tensor in (query, key, value))
+        return tuple(_Exchange.apply(part, self.group.group).flatten(0, 1)[: self.num_tokens] for part in by_rank)
 
     def gather_heads(self, tensor: torch.Tensor) -> torch.Tensor:
         """The way back, for attention's output: [T, heads / P, dim] to the run's [length, heads, dim]."""

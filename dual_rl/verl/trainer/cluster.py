@@ -1,5 +1,6 @@
 """Ray: the cluster, one worker per GPU (or CPU rank), and calls that cannot hang when one of them fails."""
 
+import atexit
 import logging
 import os
 import socket
@@ -33,7 +34,7 @@ QUIET_LIBRARIES = {
 MAX_SESSION_FOLDER_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 """Paths of Unix sockets have at most 107 bytes."""
 session_folders = ExitStack()
-"""Of this process's Ray, until the process ends."""
+atexit.register(session_folders.close)
 
 
 class WorkerError(RuntimeError):
@@ -75,14 +76,14 @@ def _require_answer(address: str | None) -> None:
 
     Without an address, Ray would join any cluster that it finds on this machine, perhaps another user's.
     """
+    host, separator, port = (address or "").rpartition(":")
     if not address:
-        raise ConnectionError("RAY_ADDRESS is not set")
-    host, separator, port = address.rpartition(":")
+        raise ConnectionError
     if separator and "://" not in host and port.isdigit():
         try:
             socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_SECONDS).close()
         except OSError as error:
-            raise ConnectionError(f"{address}: {error}") from error
+            raise ConnectionError from error
 
 
 def _choose_session_folder() -> str | None:
@@ -159,8 +160,6 @@ class WorkerGroup:
         closing = {actor.close.remote(): actor for actor in self._actors}
         self._actors = []
         for _ in range(2):
-            if not closing:
-                return
             closed, _ = ray.wait(list(closing), num_returns=len(closing), timeout=CLOSE_SECONDS)
             for call in closed:
                 _kill(closing.pop(call))

@@ -9,7 +9,7 @@ from verl.config import Config
 from verl.core.advantages import compute_group_means
 from verl.reward.function import score_responses
 from verl.trainer.cluster import WorkerGroup
-from verl.trainer.preflight import Inputs, PairSet
+from verl.trainer.inputs import Inputs, PairSet
 from verl.types import PairRollout, PreferencePair, Response, ResponseKey, Sampling, VideoKey
 
 SEED_STRIDE = 1_000_003  # prime; keeps the seeds of steps, attempts and validation apart
@@ -96,16 +96,20 @@ class Generator:
         pairs: Sequence[PreferencePair],
         sampling: Sampling,
         *,
-        upcoming: Sequence[PreferencePair] = (),
+        upcoming: Sequence[PreferencePair],
     ) -> ScoredBatch:
         """n responses for both videos of every pair of `source` that loads, with rewards.
 
-        The videos of `upcoming` are decoded meanwhile.
+        The videos of `upcoming` are decoded meanwhile. With tensor parallelism, neighbouring ranks share an engine.
         """
         loaded = source.loader.load(pairs)
         source.loader.prefetch(upcoming)
         references = [ray.put(prompts) for _, prompts in loaded]
-        responses = self._write(references, sampling)
+        size = self.config.worker.rollout.tensor_parallel_size
+        num_engines = self.workers.world_size // size
+        arguments = [(references[rank // size :: num_engines], sampling) for rank in range(self.workers.world_size)]
+        results: list[list[list[Response]]] = self.workers.call_each("generate", arguments)
+        responses = {group[0].key.video: tuple(group) for result in results[::size] for group in result}
         rollouts = tuple(
             PairRollout(
                 pair=pair,
@@ -118,14 +122,6 @@ class Generator:
         )
         texts = {response.key: self.decode(response) for rollout in rollouts for response in rollout.responses}
         return ScoredBatch(rollouts, score_responses(self.reward_function, rollouts, texts=texts))
-
-    def _write(self, prompts: Sequence[ray.ObjectRef], sampling: Sampling) -> dict[VideoKey, tuple[Response, ...]]:
-        """Spread the pairs over the engines; with tensor parallelism, neighbouring ranks share an engine."""
-        size = self.config.worker.rollout.tensor_parallel_size
-        num_engines = self.workers.world_size // size
-        arguments = [(prompts[rank // size :: num_engines], sampling) for rank in range(self.workers.world_size)]
-        results: list[list[list[Response]]] = self.workers.call_each("generate", arguments)
-        return {group[0].key.video: tuple(group) for result in results[::size] for group in result}
 
     def decode(self, response: Response) -> str:
         """The CoT as text."""

@@ -14,8 +14,7 @@ from verl.config import Config
 from verl.config_loading import load_config
 from verl.trainer.checkpoints import CheckpointFolder, find_resume, load_state, step_of
 from verl.trainer.cluster import WorkerError, connect
-from verl.trainer.identity import read_identity, require_same_run
-from verl.trainer.preflight import check_inputs
+from verl.trainer.inputs import check_inputs, read_identity, require_same_run
 from verl.trainer.trainer import DualTrainer
 
 INTERRUPTED = 130
