@@ -19,20 +19,18 @@ LOCK_FILE = ".lock"
 @contextlib.contextmanager
 def temporary_folder(kind: str) -> Iterator[Path]:
     """A folder `descore_KIND_XXXX` in the temporary directory, removed at the end of the block or of the process."""
-    parent = Path(tempfile.gettempdir())
-    _remove_abandoned(parent)
+    remove_abandoned_folders()
     with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{kind}_", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         with open(folder / "new", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             (folder / "new").rename(folder / LOCK_FILE)  # under this name it was never unlocked
             yield folder
-    _remove_abandoned(parent)  # of processes that this one has started and killed
 
 
-def _remove_abandoned(parent: Path) -> None:
+def remove_abandoned_folders() -> None:
     """Remove this user's folders whose process is gone."""
-    for folder in parent.glob(f"{PREFIX}*"):
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):  # no such folder (any more), no lock file, or another process has the lock
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 continue

@@ -54,7 +54,7 @@ class VideoLoader:
 
 
 class PairLoader(VideoLoader):
-    """Prepares the pairs of one CSV, `source`, which has `num_pairs`, ahead of the step that needs them.
+    """Prepares `pairs`, those of one CSV, `source`, ahead of the step that needs them.
 
     A pair with a video that no longer loads is dropped as a whole: `dropped` holds the reasons by pair_id.
     `max_dropped_share`: the share of the pairs that may be dropped.
@@ -62,17 +62,16 @@ class PairLoader(VideoLoader):
 
     def __init__(
         self,
+        pairs: Sequence[PreferencePair],
         builder: SequenceBuilder,
         budget: VideoBudget,
         *,
         source: str | Path,
-        num_pairs: int,
         max_dropped_share: float,
-        num_threads: int = 4,
     ) -> None:
-        super().__init__(builder, budget, num_threads=num_threads)
+        super().__init__(builder, budget)
+        self.pairs = pairs
         self.source = source
-        self.num_pairs = num_pairs
         self.max_dropped_share = max_dropped_share
         self.dropped: dict[int, str] = {}
         self._pending: dict[VideoKey, Future[VideoPrompt]] = {}
@@ -105,7 +104,7 @@ class PairLoader(VideoLoader):
             elif pair.pair_id not in self.dropped:
                 self.dropped[pair.pair_id] = "; ".join(problems)
                 logger.warning("%s: pair dropped: %s", self.source, self.dropped[pair.pair_id])
-        if len(self.dropped) > self.max_dropped_share * self.num_pairs:
+        if len(self.dropped) > self.max_dropped_share * len(self.pairs):
             raise VideoError(
                 f"{self.describe_dropped()}\nMore than data.max_dropped_share={self.max_dropped_share:g} of the pairs "
                 "were dropped. Replace the files and start the same command again, or raise data.max_dropped_share."
@@ -114,7 +113,7 @@ class PairLoader(VideoLoader):
 
     def describe_dropped(self) -> str:
         """The pairs dropped so far, one line each."""
-        heading = f"{self.source}: {len(self.dropped)} of {self.num_pairs} pairs dropped"
+        heading = f"{self.source}: {len(self.dropped)} of {len(self.pairs)} pairs dropped"
         return "\n".join([heading, *(f"  {self.dropped[pair_id]}" for pair_id in sorted(self.dropped))])
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Qwen3VLForConditionalGeneration
 
@@ -22,7 +23,7 @@ from verl.core.objective import PolicyOutput
 from verl.core.packing import PackedGroups
 from verl.core.token_log_probs import Distributions, compute_token_log_probs
 from verl.model.attention import compile_around_attention
-from verl.model.ulysses import RowPart, SequenceGroup
+from verl.model.ulysses import RowPart
 
 ADAPTER = "default"
 BACKBONE_PREFIX = "backbone."
@@ -48,7 +49,7 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         backbone.model.language_model._deepstack_process = _add_vision_features
-        self.sequence_group: SequenceGroup | None = None
+        self.sequence_group: ProcessGroup | None = None
         self.is_compiled = False
         self.reward_token_id = reward_token_id
         self.reward_embedding = nn.Parameter(reward_embedding.detach().float().clone())

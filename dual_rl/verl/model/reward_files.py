@@ -15,6 +15,7 @@ import logging
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,25 +70,17 @@ def load_checkpoint(
     `head_path`: an `rm_head.pth` or its folder; None for the one in `model_path`. Raises ValueError that says what is
     missing and how to get it.
     """
-    processor = _load_processor(model_path)
+    with _loading(f"the processor of {model_path}"):
+        processor = AutoProcessor.from_pretrained(model_path)
     if REWARD_TOKEN not in processor.tokenizer.get_vocab():
         raise ValueError(
             f"{model_path} is no reward model: it does not know {REWARD_TOKEN!r}. Train it in stage 1 first, "
             f"MODEL_PATH={model_path} bash cold_start/train.sh, and give the checkpoint-N it writes as model_path"
         )
     folder = find_folder(model_path)
-    values, source = _read_reward_config(folder), _find_base(folder)
-    config = _load_config(source, num_tokens=len(processor.tokenizer))
-    token_id = reward_token_id(processor.tokenizer)
-    checkpoint = PolicyCheckpoint(
-        config=config,
-        generation_config=_load_generation_config(source, config),
-        processor=processor,
-        video_budget=VideoBudget(**values.get("video", {})),
-        format_prompt=values.get("format_prompt", DEFAULT_FORMAT_PROMPT),
-        reward_embedding=_load_reward_row(folder, token_id),
-        head_weight=load_head(_find_head(folder, head_path), hidden_size=config.text_config.hidden_size),
-    )
+    row = _load_reward_row(folder, reward_token_id(processor.tokenizer))
+    head = load_head(_find_head(folder, head_path), hidden_size=len(row))
+    checkpoint = _describe_model(folder, processor, row, head)
     if not with_weights:
         return checkpoint
     return dataclasses.replace(checkpoint, weights=dict(stream_weights(model_path, checkpoint, dtype=torch.float32)))
@@ -98,23 +91,38 @@ def load_base(model_path: str | os.PathLike, *, seed: int) -> PolicyCheckpoint:
 
     `<Reward>` is added, its row is the mean of the others, and a fresh head is drawn with `seed`.
     """
-    processor = _load_processor(model_path)
+    with _loading(f"the processor of {model_path}"):
+        processor = AutoProcessor.from_pretrained(model_path)
     processor.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
-    token_id = reward_token_id(processor.tokenizer)
     folder = find_folder(model_path)
-    config = _load_config(folder, num_tokens=len(processor.tokenizer))
-    hidden_size = config.text_config.hidden_size
-    generator = torch.Generator().manual_seed(seed)
-    with _open_embedding(folder) as file:
-        row = file.get_slice(EMBEDDING_KEY)[:token_id].float().mean(dim=0)
+    with _loading(f"the embedding of {folder}"), _open_embedding(folder) as file:
+        row = file.get_slice(EMBEDDING_KEY)[: reward_token_id(processor.tokenizer)].float().mean(dim=0)
+    head = torch.randn(1, len(row), generator=torch.Generator().manual_seed(seed)) / (len(row) + 1) ** 0.5
+    return _describe_model(folder, processor, row, head)
+
+
+def _describe_model(folder: Path, processor, row: torch.Tensor, head: torch.Tensor) -> PolicyCheckpoint:
+    """A checkpoint without weights, of the model in `folder` with the `<Reward>` row and the head given."""
+    values, source = _read_reward_config(folder), _find_base(folder)
+    with _loading(source):
+        config = AutoConfig.from_pretrained(source)
+    if config.model_type != "qwen3_vl":
+        raise ValueError(f"{source} is a {config.model_type!r} model. Give a Qwen3-VL one (qwen3_vl).")
+    text, num_tokens = config.text_config, len(processor.tokenizer)
+    if text.vocab_size < num_tokens:  # as resize_token_embeddings(num_tokens, pad_to_multiple_of=64) does
+        text.vocab_size = -(-num_tokens // EMBEDDING_ROWS_MULTIPLE) * EMBEDDING_ROWS_MULTIPLE
+    try:
+        generation_config = GenerationConfig.from_pretrained(source)
+    except OSError:  # the model has none
+        generation_config = GenerationConfig.from_model_config(config)
     return PolicyCheckpoint(
         config=config,
-        generation_config=_load_generation_config(folder, config),
+        generation_config=generation_config,
         processor=processor,
-        video_budget=VideoBudget(**_read_reward_config(folder).get("video", {})),
-        format_prompt=DEFAULT_FORMAT_PROMPT,
+        video_budget=VideoBudget(**values.get("video", {})),
+        format_prompt=values.get("format_prompt", DEFAULT_FORMAT_PROMPT),
         reward_embedding=row,
-        head_weight=torch.randn(1, hidden_size, generator=generator) / (hidden_size + 1) ** 0.5,
+        head_weight=head,
     )
 
 
@@ -127,10 +135,8 @@ def stream_weights(
     """
     folder = find_folder(model_path)
     source = _find_base(folder)
-    try:
+    with _loading(f"the weights of {source}"):
         backbone = Qwen3VLForConditionalGeneration.from_pretrained(source, dtype=dtype)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"the weights of {source} cannot be read: {error}. Copy the model folder again.") from error
     if backbone.get_input_embeddings().num_embeddings < checkpoint.config.text_config.vocab_size:
         backbone.resize_token_embeddings(checkpoint.config.text_config.vocab_size, mean_resizing=False)
     if (folder / ADAPTER_CONFIG_FILE).is_file():
@@ -171,11 +177,13 @@ def find_folder(model_path: str | os.PathLike) -> Path:
     return Path(model_path) if os.path.isdir(model_path) else Path(snapshot_download(str(model_path)))
 
 
-def _load_processor(model_path: str | os.PathLike):
+@contextmanager
+def _loading(what: object) -> Iterator[None]:
+    """Raise ValueError that names `what` if it does not load."""
     try:
-        return AutoProcessor.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the processor of {model_path} does not load: {str(error).splitlines()[0]}") from error
+        yield
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        raise ValueError(f"{what} does not load: {str(error).splitlines()[0]}") from error
 
 
 def _read_reward_config(folder: Path) -> dict:
@@ -183,10 +191,8 @@ def _read_reward_config(folder: Path) -> dict:
     if not file.is_file():
         logger.warning("%s has no %s: using the default video budget and format prompt", folder, CONFIG_FILE)
         return {}
-    try:
+    with _loading(file):
         values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}. Copy the checkpoint again.") from error
     FormatPrompt(values.get("format_prompt", DEFAULT_FORMAT_PROMPT), source=str(file))
     mode = values.get("reward_token", "special")
     if mode != "special":
@@ -207,27 +213,6 @@ def _find_base(folder: Path) -> Path | str:
             f"cd cold_start && python -m infer_utils.merge {folder} OUT"
         )
     return base_model or folder
-
-
-def _load_config(source: Path | str, *, num_tokens: int) -> Qwen3VLConfig:
-    """The model's config, with as many embedding rows as `num_tokens` need."""
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"transformers cannot load {source}: {str(error).splitlines()[0]}") from error
-    if config.model_type != "qwen3_vl":
-        raise ValueError(f"{source} is a {config.model_type!r} model. Give a Qwen3-VL one (qwen3_vl).")
-    text = config.text_config
-    if text.vocab_size < num_tokens:  # as resize_token_embeddings(num_tokens, pad_to_multiple_of=64) does
-        text.vocab_size = -(-num_tokens // EMBEDDING_ROWS_MULTIPLE) * EMBEDDING_ROWS_MULTIPLE
-    return config
-
-
-def _load_generation_config(source: Path | str, config: Qwen3VLConfig) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(source)
-    except OSError:  # the model has none
-        return GenerationConfig.from_model_config(config)
 
 
 def _find_head(folder: Path, head_path: str | os.PathLike | None) -> Path:
@@ -265,9 +250,9 @@ def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
 def _load_reward_row(folder: Path, token_id: int) -> torch.Tensor:
     """fp32 [hidden], read without the rest of the weights."""
     if (folder / TUNED_FILE).is_file():
-        with _open_safetensors(folder / TUNED_FILE) as file:
+        with _loading(folder / TUNED_FILE), safe_open(folder / TUNED_FILE, framework="pt") as file:
             return file.get_tensor(ROW_KEY).float()
-    with _open_embedding(folder) as file:
+    with _loading(f"the embedding of {folder}"), _open_embedding(folder) as file:
         return file.get_slice(EMBEDDING_KEY)[token_id].float()
 
 
@@ -275,14 +260,7 @@ def _open_embedding(folder: Path):
     """The open safetensors file that holds the embedding."""
     index = folder / WEIGHTS_INDEX_FILE
     name = json.loads(index.read_text())["weight_map"][EMBEDDING_KEY] if index.is_file() else WEIGHTS_FILE
-    return _open_safetensors(folder / name)
-
-
-def _open_safetensors(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"the weights at {path} cannot be read: {error}. Copy the model folder again.") from error
+    return safe_open(folder / name, framework="pt")
 
 
 def save_head(path: Path, weight: torch.Tensor) -> None:

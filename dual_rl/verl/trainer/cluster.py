@@ -14,14 +14,13 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.config import Config, TrainerConfig
-from verl.temporary import temporary_folder
+from verl.temporary import remove_abandoned_folders, temporary_folder
 from verl.workers.worker import Worker
 
 logger = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_SECONDS = 10
 PLACEMENT_TIMEOUT_SECONDS = 120
-CLOSE_SECONDS = 5.0
 SECONDS_FOR_OTHER_FAILURES = 5.0  # one rank's failure makes others fail, and the cause need not be the first to arrive
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 QUIET_LIBRARIES = {
@@ -35,6 +34,7 @@ MAX_SESSION_FOLDER_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_123456
 """Paths of Unix sockets have at most 107 bytes."""
 session_folders = ExitStack()
 atexit.register(session_folders.close)
+atexit.register(remove_abandoned_folders)  # of killed workers
 
 
 class WorkerError(RuntimeError):
@@ -125,8 +125,7 @@ class WorkerGroup:
                 reserved, placement_group_bundle_index=rank // settings.ranks_per_node
             )
             self._actors.append(actor_class.options(scheduling_strategy=node).remote(config, rank, self.world_size))
-        meeting_point = self._actors[0].choose_meeting_point.remote(settings.master_port)
-        ((address, port),) = self._wait("choose_meeting_point", [meeting_point])
+        ((address, port),) = self._wait("choose_meeting_point", [self._actors[0].choose_meeting_point.remote()])
         self.call("start", address, port)
 
     def call(self, method: str, *arguments: object) -> list:
@@ -152,24 +151,11 @@ class WorkerGroup:
         return ray.get(calls)
 
     def stop(self) -> None:
-        """Let every worker remove its files, and end it; may be called twice.
-
-        A rank that waits for a collective cannot close. On most networks it is freed by the end of those that it
-        waits for, so those that close are ended first, and what is left after a second round is ended as it is.
-        """
-        closing = {actor.close.remote(): actor for actor in self._actors}
+        """End every worker; may be called twice."""
+        for actor in self._actors:
+            with suppress(RayError):  # it is gone already
+                ray.kill(actor)
         self._actors = []
-        for _ in range(2):
-            closed, _ = ray.wait(list(closing), num_returns=len(closing), timeout=CLOSE_SECONDS)
-            for call in closed:
-                _kill(closing.pop(call))
-        for actor in closing.values():
-            _kill(actor)
-
-
-def _kill(actor: ray.actor.ActorHandle) -> None:
-    with suppress(RayError):  # it is gone already
-        ray.kill(actor)
 
 
 def _reserve(settings: TrainerConfig) -> PlacementGroup:

@@ -7,9 +7,10 @@ import ray
 
 from verl.config import Config
 from verl.core.advantages import compute_group_means
+from verl.data.loading import PairLoader
 from verl.reward.function import score_responses
 from verl.trainer.cluster import WorkerGroup
-from verl.trainer.inputs import Inputs, PairSet
+from verl.trainer.inputs import Inputs
 from verl.types import PairRollout, PreferencePair, Response, ResponseKey, Sampling, VideoKey
 
 SEED_STRIDE = 1_000_003  # prime; keeps the seeds of steps, attempts and validation apart
@@ -92,7 +93,7 @@ class Generator:
 
     def generate(
         self,
-        source: PairSet,
+        source: PairLoader,
         pairs: Sequence[PreferencePair],
         sampling: Sampling,
         *,
@@ -102,8 +103,8 @@ class Generator:
 
         The videos of `upcoming` are decoded meanwhile. With tensor parallelism, neighbouring ranks share an engine.
         """
-        loaded = source.loader.load(pairs)
-        source.loader.prefetch(upcoming)
+        loaded = source.load(pairs)
+        source.prefetch(upcoming)
         references = [ray.put(prompts) for _, prompts in loaded]
         size = self.config.worker.rollout.tensor_parallel_size
         num_engines = self.workers.world_size // size

@@ -32,19 +32,14 @@ Identity = dict[str, object]
 
 
 @dataclass(frozen=True)
-class PairSet:
-    """The pairs of a CSV and what loads them. Every video was opened, and every prompt fits."""
-
-    pairs: list[PreferencePair]
-    loader: PairLoader
-
-
-@dataclass(frozen=True)
 class Inputs:
-    """What a run works on; `val` is None without held-out pairs. `identity`: see `describe_run`."""
+    """What a run works on. Every video was opened, and every prompt fits.
 
-    train: PairSet
-    val: PairSet | None
+    `val` is None without held-out pairs. `identity`: see `describe_run`.
+    """
+
+    train: PairLoader
+    val: PairLoader | None
     builder: SequenceBuilder
     reward_function: RewardFunction
     identity: Identity
@@ -64,11 +59,10 @@ def check_inputs(config: Config) -> Inputs:
     builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
     budget = checkpoint.video_budget
 
-    def read(path: str, *, should_filter: bool) -> PairSet:
+    def read(path: str, *, should_filter: bool) -> PairLoader:
         limits = {"max_prompt_length": data.max_prompt_length, "should_filter": should_filter}
         pairs = check_pairs(read_pairs(path, data), builder, budget, source=path, **limits)
-        share = data.max_dropped_share
-        return PairSet(pairs, PairLoader(builder, budget, source=path, num_pairs=len(pairs), max_dropped_share=share))
+        return PairLoader(pairs, builder, budget, source=path, max_dropped_share=data.max_dropped_share)
 
     train = read(data.train_files, should_filter=data.filter_overlong_prompts)
     val = read(data.val_files, should_filter=False) if data.val_files else None

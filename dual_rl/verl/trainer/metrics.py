@@ -54,25 +54,11 @@ def response_metrics(responses: Sequence[Response], *, prefix: str = "response_l
     }
 
 
-def packing_metrics(rollouts: Sequence[PairRollout], *, seconds: float, num_devices: int) -> dict[str, float]:
-    """What packing with a shared prompt saves, and the speed of a step of `seconds`, rollout included.
-
-    `perf/packed_tokens`: positions of one forward over all pairs. `perf/packing_efficiency`: these as a share of what
-    one row per response would compute, each with its own prompt and `<Reward>`, padded to the longest row of its pair;
-    lower is better. `perf/tokens_per_second_per_device`: packed tokens.
-
-    Example: prompts of 100 tokens, CoTs of 9 and 19 tokens on each video: 2 x (100 + 10 + 20) = 260 packed, against
-    4 x 120 = 480, is 0.54.
-    """
-    packed = separate = 0
-    for rollout in rollouts:
-        sides = zip(rollout.prompt_tokens, (rollout.responses_a, rollout.responses_b), strict=True)
-        rows = [prompt + len(response.cot_ids) + 1 for prompt, responses in sides for response in responses]
-        packed += rollout.num_tokens
-        separate += len(rows) * max(rows)
+def speed_metrics(rollouts: Sequence[PairRollout], *, seconds: float, num_devices: int) -> dict[str, float]:
+    """Tokens of the packed rows, and how many of them each device managed per second of a step, rollout included."""
+    packed = sum(rollout.num_tokens for rollout in rollouts)
     return {
         "perf/packed_tokens": float(packed),
-        "perf/packing_efficiency": packed / separate,
         "perf/tokens_per_second_per_device": packed / seconds / num_devices,
     }
 

@@ -158,7 +158,6 @@ class Tracker:
         self._loggers = [LOGGERS[name](config, start_step, num_steps) for name in dict.fromkeys(config.trainer.logger)]
 
     def log(self, metrics: Metrics, step: int) -> None:
-        """Log metrics of a step; a step may be logged in several parts."""
         for logger in self._loggers:
             logger.log(metrics, step)
 

@@ -18,18 +18,19 @@ from verl.config_loading import save_config
 from verl.core.advantages import compute_advantages
 from verl.core.balancing import distribute_pairs
 from verl.data.batches import BatchStream
-from verl.data.loading import PairLoader
 from verl.trainer.checkpoints import CheckpointFolder, load_state
 from verl.trainer.cluster import WorkerGroup
 from verl.trainer.generation import Generator, ScoredBatch
 from verl.trainer.inputs import Inputs
-from verl.trainer.metrics import Stopwatch, group_metrics, packing_metrics, response_metrics, reward_metrics
+from verl.trainer.metrics import Stopwatch, group_metrics, response_metrics, reward_metrics, speed_metrics
 from verl.trainer.tracking import Tracker
 from verl.trainer.validation import SCORE, run_validation
 from verl.types import ResponseKey
 from verl.workers.optimizer import learning_rate_factor
 
 logger = logging.getLogger(__name__)
+
+MAX_FILTER_ROUNDS = 20  # batches that may be drawn for one step
 
 
 class DualTrainer:
@@ -95,11 +96,11 @@ class DualTrainer:
             if len(kept.rollouts) >= wanted:
                 break
             logger.info("step %d: %d of %d pairs so far, drawing more", step, len(kept.rollouts), wanted)
-            if algorithm.online_filtering and attempt == algorithm.max_filter_rounds:
+            if algorithm.online_filtering and attempt == MAX_FILTER_ROUNDS:
                 raise ValueError(
                     f"step {step}: {attempt} batches gave only {len(kept.rollouts)} of {wanted} pairs with a mean "
                     f"{algorithm.filter_key!r} between {algorithm.filter_low} and {algorithm.filter_high}. Widen "
-                    "algorithm.filter_low and filter_high or raise algorithm.max_filter_rounds."
+                    "algorithm.filter_low and filter_high."
                 )
         return kept
 
@@ -132,7 +133,7 @@ class DualTrainer:
             **group_metrics(batch.overall),
             **response_metrics(responses),
             **({"reward/kl/mean": statistics.fmean(kl.values())} if kl else {}),
-            **packing_metrics(batch.rollouts, seconds=seconds, num_devices=self.workers.world_size),
+            **speed_metrics(batch.rollouts, seconds=seconds, num_devices=self.workers.world_size),
         }
 
     def validate(self, step: int) -> dict[str, float]:
@@ -146,7 +147,7 @@ class DualTrainer:
     def save(self, step: int, *, val: float | None) -> None:
         """Write a checkpoint that is complete or absent."""
         settings = self.config.trainer
-        dropped = list(self.inputs.train.loader.dropped.items())
+        dropped = list(self.inputs.train.dropped.items())
         state = {"stream": self.stream.state_dict(), "identity": self.inputs.identity, "dropped": dropped}
         resumable = None if settings.save_model_only else state
         with self.checkpoints.writing(step, state=resumable, val=val, save_limit=settings.save_limit) as folder:
@@ -157,12 +158,12 @@ class DualTrainer:
         """Restore the state of `checkpoint`, that of `start_step`."""
         state = load_state(checkpoint)
         self.stream.load_state_dict(state["stream"])
-        self.inputs.train.loader.dropped.update(state.get("dropped", ()))
+        self.inputs.train.dropped.update(state.get("dropped", ()))
         self.workers.call("load", str(checkpoint))
 
     def list_dropped(self) -> None:
         """List the dropped pairs once more at the end of the log."""
-        for loader in self._loaders:
+        for loader in filter(None, (self.inputs.train, self.inputs.val)):
             if loader.dropped:
                 logger.warning("%s", loader.describe_dropped())
 
@@ -171,12 +172,8 @@ class DualTrainer:
         with ExitStack() as stack:
             stack.callback(self.tracker.close)
             stack.callback(self.workers.stop)
-            for loader in self._loaders:
+            for loader in filter(None, (self.inputs.train, self.inputs.val)):
                 stack.callback(loader.close)
-
-    @property
-    def _loaders(self) -> list[PairLoader]:
-        return [pair_set.loader for pair_set in (self.inputs.train, self.inputs.val) if pair_set]
 
     def _is_due(self, step: int, frequency: int) -> bool:
         return step == self.total_steps or (frequency > 0 and step % frequency == 0)

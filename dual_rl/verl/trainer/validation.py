@@ -1,9 +1,9 @@
 """Validation: the policy thinks about held-out pairs, the rule judges the thoughts, the head ranks the videos."""
 
 from verl.config import Config
+from verl.data.loading import PairLoader
 from verl.trainer.cluster import WorkerGroup
 from verl.trainer.generation import Generator, ScoredBatch
-from verl.trainer.inputs import PairSet
 from verl.trainer.metrics import pair_metrics, response_metrics, reward_metrics
 from verl.trainer.tracking import Generation
 from verl.types import ResponseKey
@@ -12,7 +12,7 @@ SCORE = "val/gsb_acc"
 
 
 def run_validation(
-    config: Config, held_out: PairSet, generator: Generator, workers: WorkerGroup
+    config: Config, held_out: PairLoader, generator: Generator, workers: WorkerGroup
 ) -> tuple[dict[str, float], list[Generation]]:
     """Metrics under `val/` on all pairs that load, and the generations of the first `val_generations_to_log` pairs."""
     sampling = generator.validation_sampling()

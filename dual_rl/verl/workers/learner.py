@@ -18,7 +18,6 @@ from verl.types import PairRollout, ResponseKey
 from verl.workers.experience import ExperienceMaker, MicroBatch, RankBatch
 from verl.workers.model_setup import PolicyRuntime
 from verl.workers.offload import MomentOffload
-from verl.workers.optimizer import set_learning_rates
 from verl.workers.parallel import average_replicated_gradients, clip_gradients, max_over_ranks, sum_over_ranks
 
 MAXIMUM_SUFFIX = "_max"  # of metrics that are reduced by their maximum, not by sum or mean
@@ -49,7 +48,8 @@ class Learner:
         actor.train()
         if self.runtime.activations is not None:
             self.runtime.activations.start()
-        learning_rate = set_learning_rates(self.runtime.optimizer, lr_factor)
+        for group in self.runtime.optimizer.param_groups:
+            group["lr"] = lr_factor * group["base_lr"]
         history: dict[str, list[float]] = defaultdict(list)
         for epoch in range(settings.ppo_epochs):
             for mini_batch in batch.mini_batches:
@@ -69,7 +69,7 @@ class Learner:
                         history[name].append(value)
         return {
             **{name: max(v) if name.endswith(MAXIMUM_SUFFIX) else sum(v) / len(v) for name, v in history.items()},
-            "actor/lr": learning_rate,
+            "actor/lr": self.runtime.optimizer.param_groups[0]["lr"],
             "actor/head_norm": actor.rm_head.weight.detach().norm().item(),
         }
 

@@ -77,10 +77,8 @@ def read_checkpoint(config: Config, *, with_weights: bool) -> PolicyCheckpoint:
             f"worker.actor.ulysses_size={ranks} does not divide the {num_heads} attention heads of "
             f"{settings.model_path}. Choose a divisor."
         )
-    budget = checkpoint.video_budget.replace(
-        fps=data.video_fps, min_pixels=data.min_pixels, max_pixels=data.max_pixels
-    )
-    format_prompt = checkpoint.format_prompt
+    limits = {"fps": data.video_fps, "min_pixels": data.min_pixels, "max_pixels": data.max_pixels}
+    budget, format_prompt = checkpoint.video_budget.replace(**limits), checkpoint.format_prompt
     if data.format_prompt is not None:
         format_prompt = Path(data.format_prompt).read_text()
         FormatPrompt(format_prompt, source=data.format_prompt)

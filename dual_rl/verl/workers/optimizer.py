@@ -45,10 +45,3 @@ def learning_rate_factor(step: int, settings: OptimConfig, *, total_steps: int) 
     progress = (step - warmup) / max(total_steps - warmup, 1)
     cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
     return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * cosine
-
-
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group to `factor` of its full learning rate; returns the model's."""
-    for group in optimizer.param_groups:
-        group["lr"] = factor * group["base_lr"]
-    return optimizer.param_groups[0]["lr"]

@@ -34,19 +34,11 @@ class Worker:
         self.index, self.world_size = rank, world_size
         self.engine_files = ExitStack()
 
-    def choose_meeting_point(self, port: int) -> tuple[str, int]:
-        """Address of this rank's node, and `port` or, for 0, a free one. Raises ValueError when the port is taken."""
-        address = ray.util.get_node_ip_address()
+    def choose_meeting_point(self) -> tuple[str, int]:
+        """Address of this rank's node and a free port."""
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections of the last run linger
-            try:
-                probe.bind(("", port))
-                probe.listen()
-            except OSError as error:
-                raise ValueError(
-                    f"port {port} on {address} is in use. Choose another with trainer.master_port, or 0 for any."
-                ) from error
-            return address, probe.getsockname()[1]
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def start(self, address: str, port: int) -> None:
         """Join the process group, build the policy, the reference and the engine, and hand over the first weights."""
@@ -147,10 +139,6 @@ class Worker:
         if self.config.worker.actor.offload.offload_optimizer:
             self.learner.moments.release()
         self.hand_over_weights()
-
-    def close(self) -> None:
-        """Remove the engine's files, in any state of this rank; the process is ended from outside."""
-        self.engine_files.close()
 
     def _restore_policy(self) -> None:
         for weights in self.offloaded_weights:
