@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from verl.core.row_layout import SharedPromptLayout
+from verl.core.packing import SharedPromptLayout
 from verl.model.flash_kernels import choose_kernels
 from verl.model.ulysses import RowPart
 

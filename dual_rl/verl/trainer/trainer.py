@@ -20,11 +20,10 @@ from verl.core.balancing import distribute_pairs
 from verl.data.batches import BatchStream
 from verl.trainer.checkpoints import CheckpointFolder, load_state
 from verl.trainer.cluster import WorkerGroup
-from verl.trainer.generation import Generator, ScoredBatch
+from verl.trainer.generation import SCORE, Generator, ScoredBatch, run_validation
 from verl.trainer.inputs import Inputs
 from verl.trainer.metrics import Stopwatch, group_metrics, response_metrics, reward_metrics, speed_metrics
 from verl.trainer.tracking import Tracker
-from verl.trainer.validation import SCORE, run_validation
 from verl.types import ResponseKey
 from verl.workers.optimizer import learning_rate_factor
 

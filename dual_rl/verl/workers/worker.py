@@ -12,7 +12,7 @@ import ray
 import torch
 
 from verl.config import Config
-from verl.core.kl import compute_kl
+from verl.core.losses import compute_kl
 from verl.model.precision import resolve_precision
 from verl.temporary import temporary_folder
 from verl.types import PairRollout, Response, ResponseKey, Sampling, VideoPrompt
