@@ -26,7 +26,6 @@ from verl.model.attention import compile_around_attention
 from verl.model.ulysses import RowPart
 
 ADAPTER = "default"
-BACKBONE_PREFIX = "backbone."
 
 
 class PolicyModel(nn.Module):
@@ -155,23 +154,17 @@ class PolicyModel(nn.Module):
         """LoRA layers by name within the backbone; none in full fine-tuning."""
         return {name: module for name, module in self.backbone.named_modules() if isinstance(module, LoraLayer)}
 
-    @property
-    def lora_scale(self) -> float:
-        """Factor of B @ A: alpha / rank."""
-        return next(module for module in self.backbone.modules() if isinstance(module, LoraLayer)).scaling[ADAPTER]
-
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
         """Within it the model is the reference: LoRA off."""
-        layers = list(self.adapters.values())
-        assert layers, "a model without an adapter needs a reference model of its own"
+        assert self.adapters, "a model without an adapter needs a reference model of its own"
         # peft's enable_adapters also changes requires_grad, which FSDP2 has already read.
-        for layer in layers:
+        for layer in self.adapters.values():
             layer._disable_adapters = True
         try:
             yield
         finally:
-            for layer in layers:
+            for layer in self.adapters.values():
                 layer._disable_adapters = False
 
     @torch.no_grad()
@@ -201,7 +194,7 @@ class PolicyModel(nn.Module):
 
     def hub_name(self, name: str) -> str:
         """Name that a parameter of the backbone (or of this model) has in a plain Hugging Face checkpoint."""
-        return name.removeprefix(BACKBONE_PREFIX).replace(".base_layer.", ".")
+        return name.removeprefix("backbone.").replace(".base_layer.", ".")
 
     def sharding_units(self) -> list[nn.Module]:
         """The modules that FSDP2 shards one by one, before the root: text layers and vision blocks."""
@@ -213,10 +206,9 @@ class PolicyModel(nn.Module):
 
 
 def _add_vision_features(hidden: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Replaces transformers' `_deepstack_process`: takes positions in a row, int64 [N], besides a mask.
+    """Replaces transformers' `_deepstack_process`: takes positions in a row, int64 [N], besides a mask [batch, T].
 
-    Finding the positions of a mask waits for the GPU. `hidden`: [1, T, hidden] (with a mask [batch, T, hidden]);
-    `features`: [N, hidden].
+    Finding the positions of a mask waits for the GPU. `hidden`: [1 or batch, T, hidden]. `features`: [N, hidden].
     """
     features = features.to(hidden.dtype)
     if where.dtype == torch.bool:

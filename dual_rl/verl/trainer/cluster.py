@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_SECONDS = 10
 PLACEMENT_TIMEOUT_SECONDS = 120
+CLOSE_SECONDS = 5.0
 SECONDS_FOR_OTHER_FAILURES = 5.0  # one rank's failure makes others fail, and the cause need not be the first to arrive
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 QUIET_LIBRARIES = {
@@ -33,8 +34,6 @@ QUIET_LIBRARIES = {
 MAX_SESSION_FOLDER_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 """Paths of Unix sockets have at most 107 bytes."""
 session_folders = ExitStack()
-atexit.register(session_folders.close)
-atexit.register(remove_abandoned_folders)  # of killed workers
 
 
 class WorkerError(RuntimeError):
@@ -69,6 +68,14 @@ def connect(settings: TrainerConfig) -> None:
         folder = _choose_session_folder()
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, _temp_dir=folder, **arguments)
     _require_resources(settings)
+
+
+@atexit.register
+def disconnect() -> None:
+    """Leave the cluster, or end it, and remove the temporary folders of its processes."""
+    ray.shutdown()
+    session_folders.close()
+    remove_abandoned_folders()
 
 
 def _require_answer(address: str | None) -> None:
@@ -151,7 +158,9 @@ class WorkerGroup:
         return ray.get(calls)
 
     def stop(self) -> None:
-        """End every worker; may be called twice."""
+        """Let every worker that is not held up by a collective remove its files, and end all; may be called twice."""
+        closing = [actor.close.remote() for actor in self._actors]
+        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
         for actor in self._actors:
             with suppress(RayError):  # it is gone already
                 ray.kill(actor)

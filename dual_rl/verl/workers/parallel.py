@@ -17,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from verl.config import FsdpConfig
-from verl.model.policy import PolicyModel
+from verl.model.policy import ADAPTER, PolicyModel
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)  # a rank may wait for another's long responses
 
@@ -111,17 +111,16 @@ def iterate_weights(model: PolicyModel, *, dtype: torch.dtype) -> Iterator[tuple
     A collective: every rank iterates over all of them, one in memory at a time. Adapters are merged in fp32.
     """
     parameters = dict(model.backbone.named_parameters())
-    scale = model.lora_scale if any(".lora_" in name for name in parameters) else 0.0
+    adapters = model.adapters
     for name, parameter in parameters.items():
         if ".lora_" in name:
             continue
-        is_adapted = ".base_layer." in name
-        whole = gather_tensor(parameter if is_adapted else parameter.detach().to(dtype))  # half the bytes to gather
+        layer, is_adapted, _ = name.partition(".base_layer.")
         if is_adapted:
-            down = gather_tensor(parameters[name.replace("base_layer", "lora_A.default")])
-            up = gather_tensor(parameters[name.replace("base_layer", "lora_B.default")])
-            whole = whole.float() + scale * (up.float() @ down.float())
-        whole = whole.to(dtype)
+            down, up = (gather_tensor(parameters[f"{layer}.lora_{each}.{ADAPTER}.weight"]).float() for each in "AB")
+            whole = (gather_tensor(parameter).float() + adapters[layer].scaling[ADAPTER] * (up @ down)).to(dtype)
+        else:
+            whole = gather_tensor(parameter.detach().to(dtype))  # half the bytes to gather
         if parameter is model.embedding_weight:
             whole = whole.clone()
             whole[model.reward_token_id] = model.reward_embedding.to(whole)

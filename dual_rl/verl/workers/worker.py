@@ -140,6 +140,10 @@ class Worker:
             self.learner.moments.release()
         self.hand_over_weights()
 
+    def close(self) -> None:
+        """Remove the engine's files, in any state of this rank; the process is ended from outside."""
+        self.engine_files.close()
+
     def _restore_policy(self) -> None:
         for weights in self.offloaded_weights:
             weights.restore()
