@@ -44,11 +44,10 @@ from shapes import build_checkpoint, build_config, count_row_flops, count_vision
 from verl.config import Config
 from verl.model.flash_kernels import choose_kernels
 from verl.model.reward_files import PolicyCheckpoint
-from verl.workers.experience import ExperienceMaker
+from verl.workers.experience import ExperienceMaker, RankBatch
 from verl.workers.learner import Learner
 from verl.workers.model_setup import PolicyRuntime, build_runtime
 from verl.workers.parallel import join_process_group
-from verl.workers.rank_batch import RankBatch
 
 PORT = 29511
 PHASES = ("vision", "reference", "update")

@@ -36,9 +36,8 @@ from scoring.source import (
     save_scale,
 )
 from scoring.types import ScoringSettings, require_positive
-from verl.model.fingerprint import fingerprint
 from verl.model.precision import resolve_precision
-from verl.model.reward_files import PolicyCheckpoint, find_folder
+from verl.model.reward_files import PolicyCheckpoint, find_folder, fingerprint
 from verl.trainer.checkpoints import write_atomically
 
 JOURNAL_SUFFIX = ".rewards.jsonl"

@@ -14,8 +14,7 @@ from statistics import fmean, stdev
 
 from scoring.types import MAX_PROMPT_LENGTH, NUM_TOKENS_AFTER_COT, ScoringSettings
 from verl.data.vision_process import VideoBudget
-from verl.model.fingerprint import fingerprint
-from verl.model.reward_files import PolicyCheckpoint, find_folder, load_checkpoint
+from verl.model.reward_files import PolicyCheckpoint, find_folder, fingerprint, load_checkpoint
 from verl.trainer.checkpoints import write_atomically
 
 SCALE_FILE = "reward_scale.json"

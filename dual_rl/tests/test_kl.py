@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from verl.core.kl import compute_full_kl, compute_kl
+from verl.core.losses import compute_full_kl, compute_kl
 
 LOG2 = math.log(2.0)
 

@@ -34,14 +34,13 @@ def pairs() -> list[PreferencePair]:
 
 
 @pytest.fixture
-def loader(builder):
-    with make_loader(builder) as loader:
+def loader(builder, pairs):
+    with make_loader(builder, pairs) as loader:
         yield loader
 
 
-def make_loader(builder, *, num_pairs=4, max_dropped_share=0.0) -> PairLoader:
-    limits = {"num_pairs": num_pairs, "max_dropped_share": max_dropped_share}
-    return PairLoader(builder, BUDGET, source="some.csv", num_threads=3, **limits)
+def make_loader(builder, pairs, *, max_dropped_share=0.0) -> PairLoader:
+    return PairLoader(pairs, builder, BUDGET, source="some.csv", max_dropped_share=max_dropped_share)
 
 
 def broken_pair(pair: PreferencePair, folder: Path, *, pair_id: int) -> PreferencePair:
@@ -90,7 +89,7 @@ def test_videos_are_fetched_once_not_kept_and_tokenised_one_at_a_time(loader, bu
 def test_pairs_with_a_video_that_fails_are_dropped_whole_and_listed_once(builder, pairs, tmp_path, caplog):
     gone = replace(pairs[1], videos=(str(tmp_path / "gone.mp4"), pairs[1].videos[1]))
     half_gone = [pairs[0], gone, broken_pair(pairs[2], tmp_path, pair_id=7), pairs[3]]
-    with make_loader(builder, max_dropped_share=0.5) as loader, caplog.at_level(logging.WARNING):
+    with make_loader(builder, pairs, max_dropped_share=0.5) as loader, caplog.at_level(logging.WARNING):
         for _ in range(2):
             loaded = loader.load(half_gone)
             assert [pair for pair, _ in loaded] == [half_gone[0], half_gone[3]]
@@ -99,7 +98,7 @@ def test_pairs_with_a_video_that_fails_are_dropped_whole_and_listed_once(builder
         assert said[0] == f"some.csv: pair dropped: row 2, video A: video not found: {tmp_path / 'gone.mp4'}"
         assert said[1].startswith("some.csv: pair dropped: row 8, video B: ")
         assert str(tmp_path / "cut_7.mp4") in said[1]
-    with make_loader(builder, max_dropped_share=0.3) as loader:
+    with make_loader(builder, pairs, max_dropped_share=0.3) as loader:
         loader.load(half_gone[:2])
         with pytest.raises(VideoError, match=r"(?s)2 of 4 pairs dropped.*row 2.*row 8.*data\.max_dropped_share=0\.3"):
             loader.load(half_gone[2:])

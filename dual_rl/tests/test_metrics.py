@@ -9,10 +9,10 @@ from model_support import make_pair, make_response, make_rollout
 from verl.trainer.metrics import (
     Stopwatch,
     group_metrics,
-    packing_metrics,
     pair_metrics,
     response_metrics,
     reward_metrics,
+    speed_metrics,
 )
 from verl.types import ResponseKey
 
@@ -54,15 +54,14 @@ def test_lengths_leave_eos_out_and_cut_responses_are_counted():
     }
 
 
-def test_packing_is_measured_against_padded_rows():
+def test_speed_counts_each_prompt_once():
     rollouts = [
         make_rollout(0, [9, 19], [9, 19], prompt_tokens=(100, 100)),
         make_rollout(1, [1], [1], prompt_tokens=(10, 20)),
     ]
-    packed, separate = 260 + 12 + 22, 4 * 120 + 2 * 22
-    assert packing_metrics(rollouts, seconds=2.0, num_devices=3) == {
+    packed = 260 + 12 + 22
+    assert speed_metrics(rollouts, seconds=2.0, num_devices=3) == {
         "perf/packed_tokens": packed,
-        "perf/packing_efficiency": pytest.approx(packed / separate),
         "perf/tokens_per_second_per_device": pytest.approx(packed / 6),
     }
 

@@ -5,8 +5,7 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from model_support import Group, make_builder, make_group, small_checkpoint
-from verl.core.packing import PackedGroups, join_labels, pack_groups, split_labels
-from verl.core.row_layout import SharedPromptLayout
+from verl.core.packing import PackedGroups, SharedPromptLayout, join_labels, pack_groups, split_labels
 from verl.data.scored_sequence import SequenceBuilder
 
 MIXED = [[7, 0, -4], [12, -1], [5]]

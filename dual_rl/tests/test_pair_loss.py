@@ -8,7 +8,7 @@ import torch
 
 from losses import PairLabels
 from losses import compute_pair_loss as stage1_pair_loss
-from verl.core.pair_loss import PairLoss, compute_pair_loss
+from verl.core.losses import LossSums, compute_pair_loss
 from verl.types import ResponseKey
 
 # Differences A - B: 1.0 preferred, 0.5 against, tie, unlabelled, 0.0 preferred.
@@ -23,7 +23,7 @@ def make_rewards() -> torch.Tensor:
     return torch.tensor(REWARDS_A + REWARDS_B, requires_grad=True)
 
 
-def loss_of(rewards: torch.Tensor, order=range(10)) -> PairLoss:
+def loss_of(rewards: torch.Tensor, order=range(10)) -> LossSums:
     order = list(order)
     return compute_pair_loss(rewards[order], [KEYS[index] for index in order], dict(enumerate(PREFERENCES)))
 

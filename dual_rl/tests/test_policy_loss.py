@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from verl.config import ActorConfig
-from verl.core.policy_loss import (
-    PolicyLoss,
+from verl.core.losses import (
+    LossSums,
     compute_importance_weights,
     compute_policy_loss,
     compute_token_weights,
@@ -18,7 +18,7 @@ OWNER = torch.arange(4).repeat_interleave(torch.tensor([3, 1, 4, 2]))
 WEIGHTS = compute_token_weights(OWNER, mode="seq", num_tokens=10, num_responses=4).double()
 
 
-def policy_loss(log_probs, old, advantages, owner=OWNER, weights=WEIGHTS, *, kind="default") -> PolicyLoss:
+def policy_loss(log_probs, old, advantages, owner=OWNER, weights=WEIGHTS, *, kind="default") -> LossSums:
     return compute_policy_loss(
         log_probs,
         old_log_probs=torch.as_tensor(old),

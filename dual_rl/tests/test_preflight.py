@@ -10,7 +10,7 @@ import pytest
 from verl.config import Config
 from verl.config_loading import save_config
 from verl.model.reward_files import load_checkpoint
-from verl.trainer.identity import Identity, describe_run, read_identity, require_same_run
+from verl.trainer.inputs import Identity, describe_run, read_identity, require_same_run
 from verl.types import PreferencePair
 
 CHECKPOINT = Path("results/mine/global_step_2")

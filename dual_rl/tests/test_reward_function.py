@@ -81,8 +81,8 @@ GOOD = {"overall": 1.0}
     [
         ([GOOD] * 7, "returned 7 items for 8 responses. Return a list with one dict per response"),
         (None, "returned NoneType for 8 responses. Return a list"),
-        ([GOOD] * 3 + [1.0] * 5, "item 3: 1.0 is not a dict. Return a dict"),
-        ([GOOD] * 5 + [{"score": 1.0}] * 3, "item 5: has no 'overall' among .'score'."),
+        ([GOOD] * 3 + [1.0] * 5, "item 3: 1.0 is not a dict with 'overall'"),
+        ([GOOD] * 5 + [{"score": 1.0}] * 3, "item 5: .'score': 1.0. is not a dict with 'overall'"),
         ([{"overall": 1.0, "sub": math.inf}] * 8, "item 0: 'sub' is inf"),
         ([{"overall": "1.0"}] * 8, "item 0: 'overall' is '1.0'. Return finite numbers"),
         ([GOOD] * 6 + [{"overall": 1.0, "extra": 2.0}] * 2, "item 6: has .'extra', 'overall'. where item 0 has"),

@@ -12,8 +12,7 @@ import torch
 from scoring.reward_model import RewardModel
 from scoring.source import compute_scale, load_model_scale, read_checkpoint, save_scale
 from scoring.types import ScoringSettings
-from verl.model.fingerprint import fingerprint
-from verl.model.reward_files import save_head
+from verl.model.reward_files import fingerprint, save_head
 
 CLIPS = sorted((Path(__file__).resolve().parents[1] / "data" / "videos").glob("*.mp4"))[:4]
 SETTINGS = ScoringSettings(backend="hf", batch_size=4, max_new_tokens=6)

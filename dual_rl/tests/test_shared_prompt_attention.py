@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from plain_kernels import PlainKernels
-from verl.core.row_layout import SharedPromptLayout
+from verl.core.packing import SharedPromptLayout
 from verl.model.attention import SharedPromptFlash, merge_attention, shared_prompt_attention
 from verl.model.flash_kernels import FlashAttention2, FlashAttention4, has_flash4
 

@@ -80,7 +80,7 @@ def test_tensorboard_shows_a_resumed_run_as_one_curve(tmp_path):
     assert "generations/0/text_summary" in events.Tags()["tensors"]
 
 
-def test_console_shows_a_line_per_step_a_table_and_on_a_terminal_a_bar(tmp_path, monkeypatch, capsys):
+def test_console_shows_a_line_per_step_and_on_a_terminal_a_bar(tmp_path, monkeypatch, capsys):
     """Standard error is a pseudo-terminal, as it is for a user who watches."""
     reader, writer = pty.openpty()
     termios.tcsetwinsize(writer, (24, 100))
@@ -98,11 +98,7 @@ def test_console_shows_a_line_per_step_a_table_and_on_a_terminal_a_bar(tmp_path,
     os.close(reader)
     for words in (b"2/8", b"3/8", b"generate"):
         assert words in shown
-    output = capsys.readouterr().out.splitlines()
-    assert output[0] == "step 3/8  reward 0.6123  bt 0.69  seconds 34.1"
-    assert output[1] == "generations of step 3:"
-    assert output[3].startswith("  7     B     0.750    -0.500   I see a red circle. It moves.")
-    assert output[3].endswith(" ...")
+    assert capsys.readouterr().out == "step 3/8  reward 0.6123  bt 0.69  seconds 34.1\n"
 
 
 WANDB_PROGRAM = """

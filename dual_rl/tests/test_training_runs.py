@@ -148,7 +148,7 @@ def assert_complete_log(run: Run) -> None:
     assert [line["step"] for line in run.log] == [0, 1, 2]
     last = run.log[-1]
     expected = {
-        "reward/overall/mean", "response_length/clip_ratio", "group/zero_variance", "perf/packing_efficiency",
+        "reward/overall/mean", "response_length/clip_ratio", "group/zero_variance", "perf/packed_tokens",
         "actor/kl", "actor/entropy", "actor/grad_norm", "bt/loss", "bt/accuracy", "timing/share/generate",
     }  # fmt: skip
     assert expected <= last.keys()

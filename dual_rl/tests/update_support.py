@@ -18,12 +18,11 @@ from verl.core.balancing import distribute_pairs
 from verl.data.scored_sequence import SequenceBuilder
 from verl.model.policy import PolicyModel
 from verl.types import PairRollout, PreferencePair, ResponseKey, VideoKey, VideoPrompt
-from verl.workers.experience import ExperienceMaker
+from verl.workers.experience import ExperienceMaker, RankBatch
 from verl.workers.learner import Learner
 from verl.workers.model_setup import PolicyRuntime, build_runtime, read_checkpoint
 from verl.workers.offload import WeightOffload, local_part
 from verl.workers.parallel import Rank, gather_tensor, join_process_group
-from verl.workers.rank_batch import RankBatch
 from verl.workers.state import load_training_state, save_training_state
 
 TEMPERATURE = 0.8

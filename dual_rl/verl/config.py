@@ -84,8 +84,6 @@ class AlgorithmConfig:
     filter_key: str = "overall"
     filter_low: float = 0.01
     filter_high: float = 0.99
-    max_filter_rounds: Count = 20
-    """Stop with an error when this many batches do not fill one step."""
 
     @property
     def has_kl_loss(self) -> bool:
@@ -268,8 +266,6 @@ class TrainerConfig:
     """0: train on CPUs."""
     n_cpu_ranks_per_node: Count = 1
     """Training processes per node where n_gpus_per_node is 0."""
-    master_port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port at which the training processes meet; 0: any free one."""
     val_freq: MinusOneOrCount = -1
     """Steps between validations; -1: only after the last."""
     val_before_train: bool = True

@@ -6,14 +6,12 @@ Paths are relative to the working directory and become absolute, so that process
 find the same files.
 """
 
-import difflib
 import functools
 import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -41,24 +39,20 @@ logger = logging.getLogger(__name__)
 def load_config(argv: Sequence[str]) -> Config:
     """The settings that `argv` asks for: complete, checked, with absolute paths.
 
-    `argv`: `config=FILE` at most once, and `key=value` in any order; later ones win, all of them over the file.
+    `argv`: `config=FILE` and `key=value` in any order; later ones win, all of them over the file.
     Raises ValueError, naming key and remedy, for whatever cannot be used.
     """
     arguments = [_split(argument) for argument in argv]
-    files = [value for key, value in arguments if key == CONFIG_ARGUMENT]
-    if len(files) > 1:
-        raise ValueError(f"{CONFIG_ARGUMENT}= is given {len(files)} times. Give one file at most.")
-    sources = [_read_yaml(file) for file in files]
-    for file, values in zip(files, sources, strict=True):
-        _build(values, source=f"{file}: ")
-    sources += [_read_override(key, value) for key, value in arguments if key != CONFIG_ARGUMENT]
-    config = _build(OmegaConf.merge({}, *sources))
+    files = [_read_yaml(value) for key, value in arguments if key == CONFIG_ARGUMENT]
+    overrides = [_read_override(key, value) for key, value in arguments if key != CONFIG_ARGUMENT]
+    config = _build(OmegaConf.merge({}, *files, *overrides))
     if missing := [key for key in REQUIRED if not get_setting(config, key)]:
         raise ValueError(f"not set: {', '.join(missing)}. Give each as key=value.\n{USAGE}")
     _make_paths_absolute(config)
-    if problems := find_problems(config):
+    if problems := _find_problems(config):
         raise ValueError("settings do not fit together:\n" + "\n".join(f"- {problem}" for problem in problems))
-    _warn(config)
+    if config.worker.rollout.top_p < 1.0 or config.worker.rollout.top_k != -1:
+        logger.warning("top_p or top_k cuts the distribution that responses are drawn from; the update ignores that")
     return config
 
 
@@ -95,12 +89,10 @@ def _split(argument: str) -> tuple[str, str]:
 
 
 def _read_yaml(file: str) -> DictConfig:
-    if not Path(file).is_file():
-        raise ValueError(f"{CONFIG_ARGUMENT}={file}: no such file (from {Path.cwd()})")
     try:
         loaded = OmegaConf.load(file)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{CONFIG_ARGUMENT}={file} cannot be read: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"{file} is not a mapping of keys to values")
     return loaded
@@ -108,36 +100,29 @@ def _read_yaml(file: str) -> DictConfig:
 
 def _read_override(key: str, value: str) -> DictConfig:
     """One `key=value`. Strings are taken literally: `experiment_name=007` is not the number 7."""
-    if dict(leaf_types()).get(key) in (str, str | None) and value not in ("", "null", "~"):
-        override = OmegaConf.create({})
-        OmegaConf.update(override, key, value)
-        return override
+    is_text = dict(leaf_types()).get(key) in (str, str | None) and value not in ("", "null", "~")
     try:
-        return OmegaConf.from_dotlist([f"{key}={value}"])
+        return OmegaConf.from_dotlist([f"{key}={json.dumps(value, ensure_ascii=False) if is_text else value}"])
     except yaml.YAMLError as error:
         raise ValueError(f"{key}={value}: the value is not valid YAML: {error}") from error
 
 
-def _build(values: DictConfig, *, source: str = "") -> Config:
+def _build(values: DictConfig) -> Config:
     """Raises ValueError that lists every unknown key and every value of the wrong type or out of bounds."""
     try:
         return ADAPTER.validate_json(json.dumps(OmegaConf.to_container(values, resolve=True)))
     except ValidationError as errors:
-        raise ValueError(source + "\n".join(map(_describe, errors.errors()))) from errors
+        raise ValueError("\n".join(map(_describe, errors.errors()))) from errors
     except OmegaConfBaseException as error:
-        raise ValueError(f"{source}{str(error).splitlines()[0]}") from error
+        raise ValueError(str(error).splitlines()[0]) from error
 
 
 def _describe(error: dict[str, Any]) -> str:
     key = ".".join(map(str, error["loc"]))
-    if error["type"] != "unexpected_keyword_argument":
-        wrong = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        return f"{key}={error['input']} {wrong}"
-    known = dict.fromkeys(name for leaf, _ in leaf_types() for name in accumulate(leaf.split("."), "{}.{}".format))
-    close = [name for name in known if name.endswith(f".{key.rpartition('.')[2]}")]
-    close += difflib.get_close_matches(key, known, n=2, cutoff=0.7)
-    hint = f"; did you mean {' or '.join(dict.fromkeys(close[:3]))}?" if close else ""
-    return f"unknown key {key}{hint}"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"unknown key {key}. All keys are in verl/config.py."
+    wrong = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{key}={error['input']} {wrong}"
 
 
 def _make_paths_absolute(config: Config) -> None:
@@ -163,24 +148,21 @@ def _existing(path: str | None, key: str) -> str | None:
     return None if path is None else os.path.abspath(path)
 
 
-def find_problems(config: Config) -> list[str]:
+def _find_problems(config: Config) -> list[str]:
     """Which settings do not go together, one sentence each with its remedy; empty when all is well."""
     data, algorithm, actor, ref = config.data, config.algorithm, config.worker.actor, config.worker.ref
-    rollout, trainer, name = config.worker.rollout, config.trainer, config.trainer.experiment_name
-    ranks, rows = trainer.num_ranks, actor.global_batch_size * actor.ulysses_size
+    rollout, trainer, ranks = config.worker.rollout, config.trainer, config.trainer.num_ranks
     rules = [
         (data.rollout_batch_size % actor.global_batch_size,
          f"data.rollout_batch_size={data.rollout_batch_size} is not a multiple of "
          f"worker.actor.global_batch_size={actor.global_batch_size} (both count pairs). Make it one."),
-        (data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels,
-         f"data.min_pixels={data.min_pixels} is above data.max_pixels={data.max_pixels}. Swap or change them."),
         (algorithm.kl_penalty == "full" and algorithm.has_kl_reward,
          "algorithm.kl_penalty=full compares whole distributions, which only the loss does. Set "
          "algorithm.use_kl_loss=true, or low_var_kl for KL in the reward."),
         (algorithm.online_filtering and algorithm.filter_low >= algorithm.filter_high,
          f"algorithm.filter_low={algorithm.filter_low} is not below algorithm.filter_high={algorithm.filter_high}, so "
          "that no pair passes. Lower the first."),
-        (ranks > rows,
+        (ranks > actor.global_batch_size * actor.ulysses_size,
          f"worker.actor.global_batch_size={actor.global_batch_size} pairs leave some of the {ranks} ranks without "
          "one. Raise it, or use fewer ranks."),
         (trainer.ranks_per_node % rollout.tensor_parallel_size,
@@ -195,28 +177,12 @@ def find_problems(config: Config) -> list[str]:
          "worker.actor.model.freeze_vision_tower=true, or lora.rank=0 to tune the vision tower too."),
         (trainer.val_only and data.val_files is None,
          "trainer.val_only=true, but data.val_files is not set. Name the CSV to validate on."),
-        (not name.strip() or name in (".", "..") or set(name) & set("/\\\0"),
-         f"trainer.experiment_name={name!r} names a folder. Use no slashes and do not leave it empty."),
+        (actor.fsdp.enable_cpu_offload and (actor.offload.offload_params or actor.offload.offload_optimizer),
+         "worker.actor.fsdp.enable_cpu_offload=true keeps all in host memory. Leave out worker.actor.offload.*"),
+        (ref.fsdp.enable_cpu_offload and ref.offload.offload_params,
+         "worker.ref.fsdp.enable_cpu_offload=true keeps all in host memory. Leave out worker.ref.offload.*"),
     ]  # fmt: skip
     for key in ("worker.actor.fsdp.fsdp_size", "worker.ref.fsdp.fsdp_size", "worker.actor.ulysses_size"):
         size = get_setting(config, key)
         rules.append((size != -1 and ranks % size, f"{key}={size} does not divide the {ranks} rank(s) of the run."))
-    for key, part, offload in (("actor", actor, actor.offload), ("ref", ref, ref.offload)):
-        moves = offload.offload_params or getattr(offload, "offload_optimizer", False)
-        message = (
-            f"worker.{key}.fsdp.enable_cpu_offload=true keeps all in host memory. Leave out worker.{key}.offload.*"
-        )
-        rules.append((part.fsdp.enable_cpu_offload and moves, message))
     return [message for is_wrong, message in rules if is_wrong]
-
-
-def _warn(config: Config) -> None:
-    rollout, trainer = config.worker.rollout, config.trainer
-    if rollout.top_p < 1.0 or rollout.top_k != -1:
-        logger.warning("top_p or top_k cuts the distribution that responses are drawn from; the update ignores that")
-    validates = config.data.val_files and trainer.val_freq > 0
-    if validates and trainer.save_freq > 0 and trainer.save_freq % trainer.val_freq:
-        logger.warning(
-            "trainer.save_freq=%d is not a multiple of trainer.val_freq=%d: the best checkpoint is chosen only among "
-            "those that were validated at their own step", trainer.save_freq, trainer.val_freq,
-        )  # fmt: skip

@@ -58,8 +58,7 @@ class VideoPrompt:
     """The user turn of one video, ready for generation and for the packed forward.
 
     `text`: rendered chat text with one video placeholder token, ending in the generation prompt. `input_ids`: int64
-    [prompt_length], the same with the placeholder expanded. `video`: sampled, resized uint8 frames with metadata.
-    `grid_thw`: patches along time, height and width.
+    [prompt_length], the same with the placeholder expanded. `grid_thw`: patches along time, height and width.
     """
 
     key: VideoKey

@@ -21,27 +21,19 @@ def compute_advantages(
     With the scores s_1 .. s_n of a group and their mean m:
     `grpo` (Shao et al. 2024, arXiv 2402.03300): (s_i - m) / (std + 1e-6), std with n - 1 in the denominator;
     `rloo` (Ahmadian et al. 2024, arXiv 2402.14740): s_i minus the mean of the other n - 1, without scaling.
-    A group of equal scores, also of a single response, gets exactly 0.
+    A group of equal scores gets exactly 0.
 
     Example: grpo of 0, 0, 1, 1 is -0.866, -0.866, 0.866, 0.866 (std 0.577); rloo is -0.667, -0.667, 0.667, 0.667.
     """
-    advantages: dict[ResponseKey, float] = {}
+    advantages = dict.fromkeys(scores, 0.0)
     for group in group_by_video(scores).values():
-        advantages |= _compute_group_advantages(group, estimator)
-    return {key: advantages[key] for key in scores}
-
-
-def _compute_group_advantages(
-    group: Mapping[ResponseKey, float], estimator: AdvantageEstimator
-) -> dict[ResponseKey, float]:
-    if len(set(group.values())) == 1:
-        return dict.fromkeys(group, 0.0)
-    count = len(group)
-    mean = math.fsum(group.values()) / count
-    if estimator == "rloo":
-        return {key: (score - mean) * count / (count - 1) for key, score in group.items()}
-    std = math.sqrt(math.fsum((score - mean) ** 2 for score in group.values()) / (count - 1))
-    return {key: (score - mean) / (std + STD_EPSILON) for key, score in group.items()}
+        if len(set(group.values())) > 1:
+            count = len(group)
+            mean = math.fsum(group.values()) / count
+            std = math.sqrt(math.fsum((score - mean) ** 2 for score in group.values()) / (count - 1))
+            divisor = std + STD_EPSILON if estimator == "grpo" else (count - 1) / count
+            advantages |= {key: (score - mean) / divisor for key, score in group.items()}
+    return advantages
 
 
 def group_by_video(scores: Mapping[ResponseKey, float]) -> dict[VideoKey, dict[ResponseKey, float]]:

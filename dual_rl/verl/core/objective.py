@@ -18,10 +18,14 @@ from typing import NamedTuple
 import torch
 
 from verl.config import AlgorithmConfig, Config
-from verl.core.kl import compute_kl
+from verl.core.losses import (
+    compute_importance_weights,
+    compute_kl,
+    compute_pair_loss,
+    compute_policy_loss,
+    compute_token_weights,
+)
 from verl.core.packing import PackedGroups, join_labels
-from verl.core.pair_loss import compute_pair_loss
-from verl.core.policy_loss import compute_importance_weights, compute_policy_loss, compute_token_weights
 from verl.core.token_log_probs import Distributions
 from verl.types import ResponseKey
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from verl.core.kl import compute_full_kl
+from verl.core.losses import compute_full_kl
 
 CHUNK_ELEMENTS = 2**27  # logits at a time: half a GiB in fp32, 883 rows of Qwen3-VL's vocabulary
 FORBIDDEN_LOGIT = -1e30  # finite, so that p * log p of a forbidden token is 0 and not NaN

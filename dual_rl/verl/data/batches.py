@@ -1,7 +1,6 @@
 """The order in which pairs are drawn: a permutation per epoch that depends on seed and epoch only.
 
-Drawing never ends. The position is two numbers, so that a resumed run draws what the uninterrupted one would have, on
-any number of ranks.
+The position is two numbers, so that a resumed run draws what the uninterrupted one would have, on any number of ranks.
 """
 
 import logging
@@ -14,12 +13,9 @@ logger = logging.getLogger(__name__)
 
 
 class BatchStream:
-    """Batches of pairs, epoch after epoch; the last incomplete batch of an epoch is left out.
+    """Batches of pairs, epoch after epoch; the last incomplete batch of an epoch is left out, other pairs each time.
 
-    The permutation differs between epochs, and so do the pairs that are left out. Raises ValueError when the pairs do
-    not fill a batch.
-
-    Example: 10 pairs in batches of 4 are 2 batches per epoch; 2 pairs are left out of each epoch.
+    Raises ValueError when the pairs do not fill a batch.
     """
 
     def __init__(self, pairs: Sequence[PreferencePair], *, batch_size: int, shuffle: bool, seed: int) -> None:

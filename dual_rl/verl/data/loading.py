@@ -5,7 +5,7 @@ A pair with a video that does not decode is dropped as a whole and listed; the v
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from descore.checked import check_all, digest
 from descore.csv_table import CsvError
 from verl.data.scored_sequence import SequenceBuilder
 from verl.data.vision_process import VideoBudget, VideoError, VideoFrames, VideoHeader, load_video, probe_videos
-from verl.types import SIDES, PreferencePair, Side, VideoKey, VideoPrompt
+from verl.types import SIDES, PreferencePair, VideoKey, VideoPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +21,9 @@ LENGTH_REMEDY = "lower data.video_fps or data.max_pixels, raise data.max_prompt_
 
 
 class VideoLoader:
-    """Decodes and tokenises videos in threads.
+    """Decodes and tokenises videos in threads. Close it, or use it as a context manager.
 
     Decoding releases the interpreter. A lock guards tokenising: tokenizers must not run in two threads at a time.
-    Close the loader, or use it as a context manager.
     """
 
     def __init__(self, builder: SequenceBuilder, budget: VideoBudget, *, num_threads: int = 4) -> None:
@@ -37,6 +36,12 @@ class VideoLoader:
         """Start to load a video, a path or sampled frames; the future raises VideoError or ValueError."""
         return self._pool.submit(self._load, key, problem, video)
 
+    def _load(self, key: VideoKey, problem: str, video: str | VideoFrames) -> VideoPrompt:
+        if not isinstance(video, VideoFrames):
+            video = load_video(video, self.budget, size_factor=self.builder.size_factor)
+        with self._lock:
+            return self.builder.encode_prompt(key, problem, video)
+
     def close(self) -> None:
         """Cancel what has not begun and stop the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -47,41 +52,32 @@ class VideoLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _load(self, key: VideoKey, problem: str, video: str | VideoFrames) -> VideoPrompt:
-        if not isinstance(video, VideoFrames):
-            video = load_video(video, self.budget, size_factor=self.builder.size_factor)
-        with self._lock:
-            return self.builder.encode_prompt(key, problem, video)
-
 
 class PairLoader(VideoLoader):
-    """Prepares the pairs of one CSV, ahead of the step that needs them.
+    """Prepares `pairs`, those of one CSV, `source`, ahead of the step that needs them.
 
-    `prefetch` starts the work and returns at once; `load` waits for it and keeps nothing. A pair with a video that no
-    longer loads is dropped as a whole: `dropped` holds the reasons by pair_id.
-
-    `source`: the CSV. `num_pairs`: how many pairs it has. `max_dropped_share`: the share of them that may be dropped.
+    A pair with a video that no longer loads is dropped as a whole: `dropped` holds the reasons by pair_id.
+    `max_dropped_share`: the share of the pairs that may be dropped.
     """
 
     def __init__(
         self,
+        pairs: Sequence[PreferencePair],
         builder: SequenceBuilder,
         budget: VideoBudget,
         *,
         source: str | Path,
-        num_pairs: int,
         max_dropped_share: float,
-        num_threads: int = 4,
     ) -> None:
-        super().__init__(builder, budget, num_threads=num_threads)
+        super().__init__(builder, budget)
+        self.pairs = pairs
         self.source = source
-        self.num_pairs = num_pairs
         self.max_dropped_share = max_dropped_share
         self.dropped: dict[int, str] = {}
         self._pending: dict[VideoKey, Future[VideoPrompt]] = {}
 
     def prefetch(self, pairs: Sequence[PreferencePair]) -> None:
-        """Start to decode the videos that are not being decoded yet."""
+        """Start to decode the videos that are not being decoded yet, and return at once."""
         for pair in pairs:
             for side, path in zip(SIDES, pair.videos, strict=True):
                 key = VideoKey(pair.pair_id, side)
@@ -97,18 +93,18 @@ class PairLoader(VideoLoader):
         self.prefetch(pairs)
         loaded = []
         for pair in pairs:
-            futures = {side: self._pending.pop(VideoKey(pair.pair_id, side)) for side in SIDES}
-            errors = {side: future.exception() for side, future in futures.items()}
-            for error in errors.values():
-                if error is not None and not isinstance(error, VideoError):
-                    raise error
-            problems = [f"{_name_video(pair, side)}: {error}" for side, error in errors.items() if error is not None]
+            prompts, problems = [], []
+            for side in SIDES:
+                try:
+                    prompts.append(self._pending.pop(VideoKey(pair.pair_id, side)).result())
+                except VideoError as error:
+                    problems.append(f"row {pair.pair_id + 1}, video {side}: {error}")
             if not problems:
-                loaded.append((pair, (futures["A"].result(), futures["B"].result())))
+                loaded.append((pair, tuple(prompts)))
             elif pair.pair_id not in self.dropped:
                 self.dropped[pair.pair_id] = "; ".join(problems)
                 logger.warning("%s: pair dropped: %s", self.source, self.dropped[pair.pair_id])
-        if len(self.dropped) > self.max_dropped_share * self.num_pairs:
+        if len(self.dropped) > self.max_dropped_share * len(self.pairs):
             raise VideoError(
                 f"{self.describe_dropped()}\nMore than data.max_dropped_share={self.max_dropped_share:g} of the pairs "
                 "were dropped. Replace the files and start the same command again, or raise data.max_dropped_share."
@@ -117,12 +113,8 @@ class PairLoader(VideoLoader):
 
     def describe_dropped(self) -> str:
         """The pairs dropped so far, one line each."""
-        heading = f"{self.source}: {len(self.dropped)} of {self.num_pairs} pairs dropped"
+        heading = f"{self.source}: {len(self.dropped)} of {len(self.pairs)} pairs dropped"
         return "\n".join([heading, *(f"  {self.dropped[pair_id]}" for pair_id in sorted(self.dropped))])
-
-    def close(self) -> None:
-        super().close()
-        self._pending.clear()
 
 
 def check_pairs(
@@ -141,28 +133,29 @@ def check_pairs(
     tokens, prompts that are too long (unless filtered), and no pair left.
     """
     headers = probe_videos((path for pair in pairs for path in pair.videos), budget)
+    texts = ((pair.problem, headers[path]) for pair in pairs for path in pair.videos)
     lengths = check_all(
-        (
-            (pair.problem, headers[path])
-            for pair in pairs
-            for path in pair.videos
-            if isinstance(headers[path], VideoHeader)
-        ),
+        (text for text in texts if isinstance(text[1], VideoHeader)),
         lambda text: builder.count_prompt_tokens(*text, budget),
         key=lambda text: digest("prompt", builder.fingerprint, budget, text),
         description="texts",
     )
-    problems: list[str] = []
-    kept = []
+    problems, kept = [], []
     for pair in pairs:
-        found = [_find_fault(pair, side, headers, lengths) for side in SIDES]
-        longest = max(length for _, length in found)
-        faults = [fault for fault, _ in found if fault]
+        row, faults, longest = f"row {pair.pair_id + 1}", [], 0
+        for side, path in zip(SIDES, pair.videos, strict=True):
+            header = headers[path]
+            length = lengths.get((pair.problem, header))
+            if isinstance(header, VideoError):
+                faults.append(f"{row}, video {side}: {header}; replace the file or remove the row")
+            elif isinstance(length, ValueError):
+                faults.append(f"{row}, video {side}: {length}")
+            else:
+                longest = max(longest, length)
         if longest > max_prompt_length and not should_filter:
-            remedy = f"{LENGTH_REMEDY}, or leave rows out (of training: data.filter_overlong_prompts)"
-            row = f"row {pair.pair_id + 1}"
             faults.append(
-                f"{row}: prompt of {longest} tokens, over data.max_prompt_length {max_prompt_length}; {remedy}"
+                f"{row}: prompt of {longest} tokens, over data.max_prompt_length {max_prompt_length}; "
+                f"{LENGTH_REMEDY}, or leave rows out (of training: data.filter_overlong_prompts)"
             )
         problems += faults
         if not faults and longest <= max_prompt_length:
@@ -175,20 +168,3 @@ def check_pairs(
         message = "%s: %d of %d pairs left out, prompt over %d tokens"
         logger.warning(message, source, excess, len(pairs), max_prompt_length)
     return kept
-
-
-def _find_fault(
-    pair: PreferencePair, side: Side, headers: Mapping[str, object], lengths: Mapping[tuple, object]
-) -> tuple[str, int]:
-    """What is wrong with one video of a pair (empty if nothing), and the tokens of its prompt."""
-    header = headers[pair.videos[SIDES.index(side)]]
-    if isinstance(header, VideoError):
-        return f"{_name_video(pair, side)}: {header}; replace the file or remove the row", 0
-    length = lengths[pair.problem, header]
-    if isinstance(length, ValueError):
-        return f"{_name_video(pair, side)}: {length}", 0
-    return "", length
-
-
-def _name_video(pair: PreferencePair, side: Side) -> str:
-    return f"row {pair.pair_id + 1}, video {side}"

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from verl.core.row_layout import SharedPromptLayout
+from verl.core.packing import SharedPromptLayout
 from verl.model.flash_kernels import choose_kernels
 from verl.model.ulysses import RowPart
 
@@ -69,18 +69,21 @@ def shared_prompt_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention signature: query [1, heads, T, dim], key and value [1, kv_heads, T, dim].
 
-    `layout`: structure of the row (text); with `cu_seq_lens_q` (vision) frames attend to themselves. `row_part`: the
-    tokens of the row that these are, if ranks share it. `merge`: a compiled `merge_attention`, or None for itself.
+    `layout`: structure of the row (text); without it (vision) frames, from `cu_seq_lens_q`, attend to themselves.
+    `row_part`: the tokens of the row that these are, if ranks share it. `merge`: a compiled `merge_attention`.
     Returns [1, T, heads, dim].
     """
     assert attention_mask is None, "packed rows carry their structure in a layout, not in a mask"
     query, key = query.to(value.dtype), key.to(value.dtype)
     is_flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, dim]
     if layout is None:
-        bounds, longest = arguments["cu_seq_lens_q"], arguments["max_length_q"]
-        attend = _attend_frames_by_flash if is_flash else _attend_frames
-        return attend(query, key, value, bounds, int(longest), scaling=scaling), None
-    flat = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        bounds, longest = arguments["cu_seq_lens_q"], int(arguments["max_length_q"])
+        if is_flash:
+            output = varlen_attn(*flat, bounds, bounds, longest, longest, scale=scaling, window_size=FULL_WINDOW)
+        else:
+            output = _attend_frames(query, key, value, bounds, scaling)
+        return output.unsqueeze(0), None
     if row_part is not None:
         flat = row_part.gather_tokens(*flat)
     if is_flash:
@@ -107,15 +110,9 @@ def _attend_unrolled(
 
 
 def _attend_frames(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds: torch.Tensor,
-    longest: int,
-    *,
-    scaling: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """[1, heads, T, dim] each: SDPA within frames, one call per run of frames of one size."""
+    """[1, heads, T, dim] each to [T, heads, dim]: SDPA within frames, one call per run of frames of one size."""
     runs = [(length, len(list(frames))) for length, frames in groupby(torch.diff(bounds).tolist())]
     sizes = [length * count for length, count in runs]
     pieces = zip(*(tensor[0].split(sizes, dim=1) for tensor in (query, key, value)), strict=True)
@@ -123,29 +120,14 @@ def _attend_frames(
     for piece, (length, count) in zip(pieces, runs, strict=True):
         batched = (tensor.unflatten(1, (count, length)).transpose(0, 1) for tensor in piece)
         outputs.append(F.scaled_dot_product_attention(*batched, scale=scaling).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).unsqueeze(0)
-
-
-def _attend_frames_by_flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds: torch.Tensor,
-    longest: int,
-    *,
-    scaling: float,
-) -> torch.Tensor:
-    flat = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    output = varlen_attn(*flat, bounds, bounds, longest, longest, scale=scaling, window_size=FULL_WINDOW)
-    return output.unsqueeze(0)
+    return torch.cat(outputs)
 
 
 class SharedPromptFlash(torch.autograd.Function):
     """The two merged passes of the module's docstring: query [T, heads, dim], key and value [T, kv_heads, dim].
 
-    The responses of a group follow their prompt side by side, so that the second pass takes both as they lie, in one
-    call per group. `kernels`: FlashAttention2, or another implementation of the same functions. `merge`: see
-    `merge_attention`.
+    The responses of a group lie side by side, so that the second pass is one call per group. `kernels`:
+    FlashAttention2, or another implementation of the same functions. `merge`: `merge_attention`, compiled or not.
     """
 
     @staticmethod

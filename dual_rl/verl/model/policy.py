@@ -9,13 +9,13 @@ The `<Reward>` row is a parameter of its own that replaces the token's embedding
 """
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Qwen3VLForConditionalGeneration
 
@@ -23,45 +23,9 @@ from verl.core.objective import PolicyOutput
 from verl.core.packing import PackedGroups
 from verl.core.token_log_probs import Distributions, compute_token_log_probs
 from verl.model.attention import compile_around_attention
-from verl.model.ulysses import RowPart, SequenceGroup
+from verl.model.ulysses import RowPart
 
 ADAPTER = "default"
-BACKBONE_PREFIX = "backbone."
-
-
-class VisionFeatures(NamedTuple):
-    """Output of the vision tower for N merged tokens (patches / merge_size ** 2) of one or more videos.
-
-    `embeddings`: [N, hidden], of the video tokens. `deepstack`: [N, hidden] for each of the first text layers, added
-    to its output at these tokens. `num_tokens`: of each video.
-    """
-
-    embeddings: torch.Tensor
-    deepstack: tuple[torch.Tensor, ...]
-    num_tokens: tuple[int, ...]
-
-    def split(self) -> list["VisionFeatures"]:
-        """Features of each video (copies: a view would keep the others' memory)."""
-        pieces = zip(*(tensor.split(self.num_tokens) for tensor in (self.embeddings, *self.deepstack)), strict=True)
-        return [
-            VisionFeatures(embeddings.clone(), tuple(layer.clone() for layer in deepstack), (len(embeddings),))
-            for embeddings, *deepstack in pieces
-        ]
-
-    def take(self, tokens: torch.Tensor) -> "VisionFeatures":
-        """Features of some of the N tokens, `tokens` int64, as if they were one video's."""
-        deepstack = tuple(layer.index_select(0, tokens) for layer in self.deepstack)
-        return VisionFeatures(self.embeddings.index_select(0, tokens), deepstack, (len(tokens),))
-
-    @staticmethod
-    def concatenate(features: Iterable["VisionFeatures"]) -> "VisionFeatures":
-        """Features of several videos in one, in their order."""
-        embeddings, deepstack, num_tokens = zip(*features, strict=True)
-        return VisionFeatures(
-            torch.cat(embeddings),
-            tuple(torch.cat(layer) for layer in zip(*deepstack, strict=True)),
-            tuple(count for counts in num_tokens for count in counts),
-        )
 
 
 class PolicyModel(nn.Module):
@@ -84,7 +48,7 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         backbone.model.language_model._deepstack_process = _add_vision_features
-        self.sequence_group: SequenceGroup | None = None
+        self.sequence_group: ProcessGroup | None = None
         self.is_compiled = False
         self.reward_token_id = reward_token_id
         self.reward_embedding = nn.Parameter(reward_embedding.detach().float().clone())
@@ -93,10 +57,12 @@ class PolicyModel(nn.Module):
             self.rm_head.weight.copy_(head_weight)
         self.register_buffer("forbidden_ids", torch.tensor(list(forbidden_ids)), persistent=False)
 
-    def encode_videos(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> VisionFeatures:
-        """The vision tower over all videos at once, [patches of all, patch_dim]; with gradient only if it is tuned.
+    def encode_videos(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        """The vision tower over all videos at once; with gradient only if it is tuned.
 
-        `grid_thw`: int64 [num_videos, 3], best on the CPU, because its values are read.
+        `pixel_values`: [patches of all, patch_dim]. `grid_thw`: int64 [num_videos, 3]. Returns [1 + D, N, hidden] for
+        N merged tokens (patches / merge_size ** 2): the embeddings of the video tokens, and for each of the first D
+        text layers what is added to its output at these tokens (DeepStack).
         """
         visual = self.backbone.model.visual
         is_tuned = any(parameter.requires_grad for parameter in visual.parameters())
@@ -106,14 +72,12 @@ class PolicyModel(nn.Module):
                 grid_thw=grid_thw.to(pixel_values.device),
                 return_dict=True,
             )
-        merged = visual.spatial_merge_size**2
-        num_tokens = tuple(groups * height * width // merged for groups, height, width in grid_thw.tolist())
-        return VisionFeatures(output.pooler_output, tuple(output.deepstack_features), num_tokens)
+        return torch.stack([output.pooler_output, *output.deepstack_features])
 
     def forward(
         self,
         batch: PackedGroups,
-        vision: VisionFeatures | None = None,
+        vision: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         *,
         temperature: float | None,
@@ -122,9 +86,9 @@ class PolicyModel(nn.Module):
     ) -> PolicyOutput:
         """Log-probs and rewards of a row.
 
-        `vision`: features of the row's videos, in order; without them `pixel_values` are encoded here. `temperature`:
-        of the policy distribution, 0 (greedy) counting as 1; None leaves out the language head and gives rewards only.
-        `ref_distributions`: of the same row, adds the full KL.
+        `vision`: what `encode_videos` returns for the row's videos; without it `pixel_values` are encoded here.
+        `temperature`: of the policy distribution, 0 (greedy) counting as 1; None leaves out the language head and
+        gives rewards only. `ref_distributions`: of the same row, adds the full KL.
         """
         if vision is None:
             assert pixel_values is not None, "the forward needs vision features or pixel values"
@@ -132,7 +96,7 @@ class PolicyModel(nn.Module):
         part = None
         if self.sequence_group is not None:
             part = RowPart(batch, self.sequence_group)
-            batch, vision = part.batch, vision.take(part.videos)
+            batch, vision = part.batch, vision.index_select(1, part.videos)
         hidden = self._compute_hidden_states(batch, vision, part)
         output = PolicyOutput(hidden[batch.reward_positions].float() @ self.rm_head.weight.float()[0])
         if temperature is not None:
@@ -153,20 +117,18 @@ class PolicyModel(nn.Module):
             output = PolicyOutput(output.rewards, *scores, distributions)
         return output if part is None else part.join(output)
 
-    def _compute_hidden_states(
-        self, batch: PackedGroups, vision: VisionFeatures, part: RowPart | None
-    ) -> torch.Tensor:
+    def _compute_hidden_states(self, batch: PackedGroups, vision: torch.Tensor, part: RowPart | None) -> torch.Tensor:
         """Final normed hidden states of the row, [T, hidden]."""
         embeddings = self.backbone.get_input_embeddings()(batch.input_ids.unsqueeze(0))
         row = self.reward_embedding.to(embeddings.dtype).expand(1, len(batch.reward_positions), -1)
         embeddings = embeddings.index_copy(1, batch.reward_positions, row)
-        videos = vision.embeddings.to(embeddings.dtype).unsqueeze(0)
-        embeddings = embeddings.index_copy(1, batch.video_positions, videos)  # no view: layers are compiled once
+        videos, *deepstack = vision.to(embeddings.dtype).unbind()
+        embeddings = embeddings.index_copy(1, batch.video_positions, videos.unsqueeze(0))  # no view: one compilation
         output = self.backbone.model.language_model(
             inputs_embeds=embeddings,
             position_ids=batch.position_ids.unsqueeze(1),
             visual_pos_masks=batch.video_positions,
-            deepstack_visual_embeds=list(vision.deepstack),
+            deepstack_visual_embeds=deepstack,
             layout=batch.layout,
             row_part=part,
             use_cache=False,
@@ -192,23 +154,17 @@ class PolicyModel(nn.Module):
         """LoRA layers by name within the backbone; none in full fine-tuning."""
         return {name: module for name, module in self.backbone.named_modules() if isinstance(module, LoraLayer)}
 
-    @property
-    def lora_scale(self) -> float:
-        """Factor of B @ A: alpha / rank."""
-        return next(module for module in self.backbone.modules() if isinstance(module, LoraLayer)).scaling[ADAPTER]
-
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
         """Within it the model is the reference: LoRA off."""
-        layers = list(self.adapters.values())
-        assert layers, "a model without an adapter needs a reference model of its own"
+        assert self.adapters, "a model without an adapter needs a reference model of its own"
         # peft's enable_adapters also changes requires_grad, which FSDP2 has already read.
-        for layer in layers:
+        for layer in self.adapters.values():
             layer._disable_adapters = True
         try:
             yield
         finally:
-            for layer in layers:
+            for layer in self.adapters.values():
                 layer._disable_adapters = False
 
     @torch.no_grad()
@@ -238,7 +194,7 @@ class PolicyModel(nn.Module):
 
     def hub_name(self, name: str) -> str:
         """Name that a parameter of the backbone (or of this model) has in a plain Hugging Face checkpoint."""
-        return name.removeprefix(BACKBONE_PREFIX).replace(".base_layer.", ".")
+        return name.removeprefix("backbone.").replace(".base_layer.", ".")
 
     def sharding_units(self) -> list[nn.Module]:
         """The modules that FSDP2 shards one by one, before the root: text layers and vision blocks."""
@@ -250,10 +206,9 @@ class PolicyModel(nn.Module):
 
 
 def _add_vision_features(hidden: torch.Tensor, where: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Replaces transformers' `_deepstack_process`: takes positions in a row, int64 [N], besides a mask.
+    """Replaces transformers' `_deepstack_process`: takes positions in a row, int64 [N], besides a mask [batch, T].
 
-    Finding the positions of a mask waits for the GPU. `hidden`: [1, T, hidden] (with a mask [batch, T, hidden]);
-    `features`: [N, hidden].
+    Finding the positions of a mask waits for the GPU. `hidden`: [1 or batch, T, hidden]. `features`: [N, hidden].
     """
     features = features.to(hidden.dtype)
     if where.dtype == torch.bool:

@@ -11,12 +11,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-SPARE_SHARE = 0.06
-"""Share of device memory that stays free for fragmentation and other allocations of a step."""
-SPARE_BYTES = 3 * 2**30
-"""Stays free for a chunk of logits and its temporaries."""
-WORKING_LAYERS = 2
-"""Room, in layers that keep, for the one that is being recomputed and its gradients."""
+SPARE_SHARE = 0.06  # of device memory, for fragmentation and other allocations of a step
+SPARE_BYTES = 3 * 2**30  # for a chunk of logits and its temporaries
+WORKING_LAYERS = 2  # room, in layers that keep, for the one that is being recomputed and its gradients
 
 
 class ActivationPlan:

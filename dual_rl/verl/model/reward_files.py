@@ -9,39 +9,36 @@ video budget, format prompt).
 
 import copy
 import dataclasses
+import hashlib
 import json
 import logging
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from descore.format_prompt import FormatPrompt
 from verl.data.scored_sequence import DEFAULT_FORMAT_PROMPT, REWARD_TOKEN, reward_token_id
 from verl.data.vision_process import VideoBudget
-from verl.model.weight_shards import (
-    SHARD_BYTES,
-    WEIGHTS_FILE,
-    WEIGHTS_INDEX_FILE,
-    iterate_shards,
-    open_shard,
-    save_shards,
-)
 
 HEAD_FILE, CONFIG_FILE = "rm_head.pth", "reward_config.json"
 ADAPTER_CONFIG_FILE, TUNED_FILE = "adapter_config.json", "tuned_weights.safetensors"
+WEIGHTS_FILE, WEIGHTS_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 HEAD_KEY = "rm_head.weight"
 HEAD_KEYS = (HEAD_KEY, f"base_model.model.{HEAD_KEY}")
 ROW_KEY, EMBEDDING_KEY = "reward_embedding", "model.language_model.embed_tokens.weight"
-OUTPUT_KEY = "lm_head.weight"
 EMBEDDING_ROWS_MULTIPLE = 64
+SHARD_BYTES = 5 * 10**9
+PROBES_PER_FILE, PROBE_BYTES = 256, 4096
 
 logger = logging.getLogger(__name__)
 
@@ -66,40 +63,27 @@ class PolicyCheckpoint:
 
 
 def load_checkpoint(
-    model_path: str | os.PathLike,
-    head_path: str | os.PathLike | None = None,
-    *,
-    with_weights: bool,
-    dtype: torch.dtype = torch.float32,
+    model_path: str | os.PathLike, head_path: str | os.PathLike | None = None, *, with_weights: bool
 ) -> PolicyCheckpoint:
-    """Read stage 1's `checkpoint-N/` or a merged model; `dtype` is that of `weights`.
+    """Read stage 1's `checkpoint-N/` or a merged model; its weights in fp32.
 
     `head_path`: an `rm_head.pth` or its folder; None for the one in `model_path`. Raises ValueError that says what is
     missing and how to get it.
     """
-    processor = _load_processor(model_path)
+    with _loading(f"the processor of {model_path}"):
+        processor = AutoProcessor.from_pretrained(model_path)
     if REWARD_TOKEN not in processor.tokenizer.get_vocab():
         raise ValueError(
             f"{model_path} is no reward model: it does not know {REWARD_TOKEN!r}. Train it in stage 1 first, "
             f"MODEL_PATH={model_path} bash cold_start/train.sh, and give the checkpoint-N it writes as model_path"
         )
     folder = find_folder(model_path)
-    values = _read_reward_config(folder)
-    source = _find_base(values["base_model"], folder) if values.get("base_model") else folder
-    config = _load_config(source, num_tokens=len(processor.tokenizer))
-    head = load_head(_find_head(folder, head_path), hidden_size=config.text_config.hidden_size)
-    token_id = reward_token_id(processor.tokenizer)
-    weights = _load_weights(source, folder, config, token_id=token_id, dtype=dtype) if with_weights else None
-    return PolicyCheckpoint(
-        config=config,
-        generation_config=_load_generation_config(source, config),
-        processor=processor,
-        video_budget=VideoBudget(**values.get("video", {})),
-        format_prompt=values.get("format_prompt", DEFAULT_FORMAT_PROMPT),
-        reward_embedding=_load_reward_row(folder, token_id),
-        head_weight=head,
-        weights=weights,
-    )
+    row = _load_reward_row(folder, reward_token_id(processor.tokenizer))
+    head = load_head(_find_head(folder, head_path), hidden_size=len(row))
+    checkpoint = _describe_model(folder, processor, row, head)
+    if not with_weights:
+        return checkpoint
+    return dataclasses.replace(checkpoint, weights=dict(stream_weights(model_path, checkpoint, dtype=torch.float32)))
 
 
 def load_base(model_path: str | os.PathLike, *, seed: int) -> PolicyCheckpoint:
@@ -107,57 +91,85 @@ def load_base(model_path: str | os.PathLike, *, seed: int) -> PolicyCheckpoint:
 
     `<Reward>` is added, its row is the mean of the others, and a fresh head is drawn with `seed`.
     """
-    processor = _load_processor(model_path)
+    with _loading(f"the processor of {model_path}"):
+        processor = AutoProcessor.from_pretrained(model_path)
     processor.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
-    token_id = reward_token_id(processor.tokenizer)
     folder = find_folder(model_path)
-    config = _load_config(folder, num_tokens=len(processor.tokenizer))
-    hidden_size = config.text_config.hidden_size
-    generator = torch.Generator().manual_seed(seed)
-    with _open_embedding(folder) as file:
-        row = file.get_slice(EMBEDDING_KEY)[:token_id].float().mean(dim=0)
+    with _loading(f"the embedding of {folder}"), _open_embedding(folder) as file:
+        row = file.get_slice(EMBEDDING_KEY)[: reward_token_id(processor.tokenizer)].float().mean(dim=0)
+    head = torch.randn(1, len(row), generator=torch.Generator().manual_seed(seed)) / (len(row) + 1) ** 0.5
+    return _describe_model(folder, processor, row, head)
+
+
+def _describe_model(folder: Path, processor, row: torch.Tensor, head: torch.Tensor) -> PolicyCheckpoint:
+    """A checkpoint without weights, of the model in `folder` with the `<Reward>` row and the head given."""
+    values, source = _read_reward_config(folder), _find_base(folder)
+    with _loading(source):
+        config = AutoConfig.from_pretrained(source)
+    if config.model_type != "qwen3_vl":
+        raise ValueError(f"{source} is a {config.model_type!r} model. Give a Qwen3-VL one (qwen3_vl).")
+    text, num_tokens = config.text_config, len(processor.tokenizer)
+    if text.vocab_size < num_tokens:  # as resize_token_embeddings(num_tokens, pad_to_multiple_of=64) does
+        text.vocab_size = -(-num_tokens // EMBEDDING_ROWS_MULTIPLE) * EMBEDDING_ROWS_MULTIPLE
+    try:
+        generation_config = GenerationConfig.from_pretrained(source)
+    except OSError:  # the model has none
+        generation_config = GenerationConfig.from_model_config(config)
     return PolicyCheckpoint(
         config=config,
-        generation_config=_load_generation_config(folder, config),
+        generation_config=generation_config,
         processor=processor,
-        video_budget=VideoBudget(**_read_reward_config(folder).get("video", {})),
-        format_prompt=DEFAULT_FORMAT_PROMPT,
+        video_budget=VideoBudget(**values.get("video", {})),
+        format_prompt=values.get("format_prompt", DEFAULT_FORMAT_PROMPT),
         reward_embedding=row,
-        head_weight=torch.randn(1, hidden_size, generator=generator) / (hidden_size + 1) ** 0.5,
+        head_weight=head,
     )
 
 
 def stream_weights(
     model_path: str | os.PathLike, checkpoint: PolicyCheckpoint, *, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pairs of Hugging Face name and whole weight, on the CPU in `dtype`, with the `<Reward>` row.
+    """Pairs of Hugging Face name and whole weight, on the CPU in `dtype`, as stage 1 merges them.
 
-    `checkpoint`: of the same path, read by `load_checkpoint` or `load_base`. Stage 1's adapters are merged first,
-    which needs host memory for the whole model; complete folders are read weight by weight.
+    `checkpoint`: of the same path, read by `load_checkpoint` or `load_base`. Needs host memory for the whole model.
     """
     folder = find_folder(model_path)
-    base_model = _read_reward_config(folder).get("base_model")
-    token_id = reward_token_id(checkpoint.processor.tokenizer)
-    if base_model:
-        source = _find_base(base_model, folder)
-        yield from _load_weights(source, folder, checkpoint.config, token_id=token_id, dtype=dtype).items()
-        return
-    num_rows = checkpoint.config.text_config.vocab_size
-    for name, tensor in iterate_shards(folder, dtype=dtype):
-        if name in (EMBEDDING_KEY, OUTPUT_KEY) and len(tensor) < num_rows:
-            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, num_rows - len(tensor)))
-        if name == EMBEDDING_KEY:
-            tensor = tensor.clone()
-            tensor[token_id] = checkpoint.reward_embedding.to(dtype)
-        yield name, tensor
+    source = _find_base(folder)
+    with _loading(f"the weights of {source}"):
+        backbone = Qwen3VLForConditionalGeneration.from_pretrained(source, dtype=dtype)
+    if backbone.get_input_embeddings().num_embeddings < checkpoint.config.text_config.vocab_size:
+        backbone.resize_token_embeddings(checkpoint.config.text_config.vocab_size, mean_resizing=False)
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
+        backbone = PeftModel.from_pretrained(backbone, str(folder)).merge_and_unload()
+    if (folder / TUNED_FILE).is_file():
+        tuned = load_file(folder / TUNED_FILE)
+        tuned.pop(ROW_KEY)
+        unexpected = backbone.load_state_dict(tuned, strict=False).unexpected_keys
+        if unexpected:
+            raise ValueError(f"{folder / TUNED_FILE} does not fit the base: it has no {', '.join(unexpected[:3])}")
+    embedding = backbone.get_input_embeddings().weight.detach()
+    embedding[reward_token_id(checkpoint.processor.tokenizer)] = checkpoint.reward_embedding.to(dtype)
+    yield from ((name, tensor.detach()) for name, tensor in backbone.state_dict().items())
 
 
-def find_weight_files(model_path: str | os.PathLike) -> list[Path]:
-    """The safetensors files of a model, including those of a stage 1 checkpoint's base."""
+def fingerprint(model_path: str | os.PathLike, checkpoint: PolicyCheckpoint) -> str:
+    """16 hex digits over head, `<Reward>` row, and samples of every file of weights, including a base model's.
+
+    Copies of a model have the same, wherever they are. `checkpoint`: read from `model_path`, with the head in use.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in (checkpoint.head_weight, checkpoint.reward_embedding):
+        digest.update(tensor.contiguous().numpy().tobytes())
     folder = find_folder(model_path)
-    base_model = _read_reward_config(folder).get("base_model")
-    folders = [folder, find_folder(_find_base(base_model, folder))] if base_model else [folder]
-    return [path for each in folders for path in sorted(each.glob("*.safetensors"))]
+    for each in dict.fromkeys((folder, find_folder(_find_base(folder)))):
+        for path in sorted(each.glob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with open(path, "rb") as file:  # evenly spaced samples of a long file, all of a short one
+                for offset in range(0, size, max(PROBE_BYTES, size // PROBES_PER_FILE)):
+                    file.seek(offset)
+                    digest.update(file.read(PROBE_BYTES))
+    return digest.hexdigest()
 
 
 def find_folder(model_path: str | os.PathLike) -> Path:
@@ -165,11 +177,13 @@ def find_folder(model_path: str | os.PathLike) -> Path:
     return Path(model_path) if os.path.isdir(model_path) else Path(snapshot_download(str(model_path)))
 
 
-def _load_processor(model_path: str | os.PathLike):
+@contextmanager
+def _loading(what: object) -> Iterator[None]:
+    """Raise ValueError that names `what` if it does not load."""
     try:
-        return AutoProcessor.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the processor of {model_path} does not load: {str(error).splitlines()[0]}") from error
+        yield
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        raise ValueError(f"{what} does not load: {str(error).splitlines()[0]}") from error
 
 
 def _read_reward_config(folder: Path) -> dict:
@@ -177,10 +191,8 @@ def _read_reward_config(folder: Path) -> dict:
     if not file.is_file():
         logger.warning("%s has no %s: using the default video budget and format prompt", folder, CONFIG_FILE)
         return {}
-    try:
+    with _loading(file):
         values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}. Copy the checkpoint again.") from error
     FormatPrompt(values.get("format_prompt", DEFAULT_FORMAT_PROMPT), source=str(file))
     mode = values.get("reward_token", "special")
     if mode != "special":
@@ -191,34 +203,16 @@ def _read_reward_config(folder: Path) -> dict:
     return values
 
 
-def _load_config(source: Path | str, *, num_tokens: int) -> Qwen3VLConfig:
-    """The model's config, with as many embedding rows as `num_tokens` need."""
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"transformers cannot load {source}: {str(error).splitlines()[0]}") from error
-    if config.model_type != "qwen3_vl":
-        raise ValueError(f"{source} is a {config.model_type!r} model. Give a Qwen3-VL one (qwen3_vl).")
-    text = config.text_config
-    if text.vocab_size < num_tokens:  # as resize_token_embeddings(num_tokens, pad_to_multiple_of=64) does
-        text.vocab_size = -(-num_tokens // EMBEDDING_ROWS_MULTIPLE) * EMBEDDING_ROWS_MULTIPLE
-    return config
-
-
-def _load_generation_config(source: Path | str, config: Qwen3VLConfig) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(source)
-    except OSError:  # the model has none
-        return GenerationConfig.from_model_config(config)
-
-
-def _find_base(base_model: str, folder: Path) -> Path | str:
-    if os.path.isabs(base_model) and not os.path.isdir(base_model):
+def _find_base(folder: Path) -> Path | str:
+    """The model, a folder or one on the hub, that the files in `folder` change; a complete model is its own."""
+    file = folder / CONFIG_FILE
+    base_model = json.loads(file.read_text()).get("base_model") if file.is_file() else None
+    if base_model and os.path.isabs(base_model) and not os.path.isdir(base_model):
         raise ValueError(
             f"{folder} was trained from {base_model}, which is gone; put it back, or merge where it is: "
             f"cd cold_start && python -m infer_utils.merge {folder} OUT"
         )
-    return base_model
+    return base_model or folder
 
 
 def _find_head(folder: Path, head_path: str | os.PathLike | None) -> Path:
@@ -240,27 +234,25 @@ def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise ValueError(f"{path}: torch cannot load the head: {reason}") from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path}: no {' or '.join(HEAD_KEYS)} in it, only a {type(state).__name__}")
-    for candidate in (state, state.get("model")):
-        for key in HEAD_KEYS if isinstance(candidate, Mapping) else ():
-            if isinstance(candidate.get(key), torch.Tensor):
-                weight = candidate[key].float()
-                if weight.shape != (1, hidden_size):
-                    raise ValueError(
-                        f"{path}: a head of shape {tuple(weight.shape)} does not fit the model, whose hidden size is "
-                        f"{hidden_size}. Give the head that belongs to it."
-                    )
-                return weight
-    raise ValueError(f"{path}: no {' or '.join(HEAD_KEYS)} in it, only {', '.join(map(str, state))}")
+    outer = state if isinstance(state, Mapping) else {f"a {type(state).__name__}": None}
+    inner = outer["model"] if isinstance(outer.get("model"), Mapping) else {}
+    tensors = [tensor for key in HEAD_KEYS for tensor in (outer.get(key), inner.get(key)) if torch.is_tensor(tensor)]
+    if not tensors:
+        raise ValueError(f"{path}: no {' or '.join(HEAD_KEYS)} in it, only {', '.join(map(str, outer))}")
+    if tensors[0].shape != (1, hidden_size):
+        raise ValueError(
+            f"{path}: a head of shape {tuple(tensors[0].shape)} does not fit the model, whose hidden size is "
+            f"{hidden_size}. Give the head that belongs to it."
+        )
+    return tensors[0].float()
 
 
 def _load_reward_row(folder: Path, token_id: int) -> torch.Tensor:
     """fp32 [hidden], read without the rest of the weights."""
     if (folder / TUNED_FILE).is_file():
-        with open_shard(folder / TUNED_FILE) as file:
+        with _loading(folder / TUNED_FILE), safe_open(folder / TUNED_FILE, framework="pt") as file:
             return file.get_tensor(ROW_KEY).float()
-    with _open_embedding(folder) as file:
+    with _loading(f"the embedding of {folder}"), _open_embedding(folder) as file:
         return file.get_slice(EMBEDDING_KEY)[token_id].float()
 
 
@@ -268,28 +260,7 @@ def _open_embedding(folder: Path):
     """The open safetensors file that holds the embedding."""
     index = folder / WEIGHTS_INDEX_FILE
     name = json.loads(index.read_text())["weight_map"][EMBEDDING_KEY] if index.is_file() else WEIGHTS_FILE
-    return open_shard(folder / name)
-
-
-def _load_weights(
-    source: Path | str, folder: Path, config: Qwen3VLConfig, *, token_id: int, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Weights of the base at `source` with those of the checkpoint in `folder`, merged as stage 1 merges them."""
-    backbone = Qwen3VLForConditionalGeneration.from_pretrained(source, dtype=dtype)
-    if backbone.get_input_embeddings().num_embeddings < config.text_config.vocab_size:
-        backbone.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=False)
-    if (folder / ADAPTER_CONFIG_FILE).is_file():
-        backbone = PeftModel.from_pretrained(backbone, str(folder)).merge_and_unload()
-    if (folder / TUNED_FILE).is_file():
-        tuned = load_file(folder / TUNED_FILE)
-        row = tuned.pop(ROW_KEY)
-        unexpected = backbone.load_state_dict(tuned, strict=False).unexpected_keys
-        if unexpected:
-            raise ValueError(f"{folder / TUNED_FILE} does not fit the base: it has no {', '.join(unexpected[:3])}")
-        embedding = backbone.get_input_embeddings().weight
-        with torch.no_grad():
-            embedding[token_id] = row.to(embedding.dtype)
-    return {name: tensor.detach() for name, tensor in backbone.state_dict().items()}
+    return safe_open(folder / name, framework="pt")
 
 
 def save_head(path: Path, weight: torch.Tensor) -> None:
@@ -307,12 +278,17 @@ def save_policy(
 ) -> None:
     """Write a complete Hugging Face folder that stage 1's loader and inference read as a merged reward model.
 
-    `weights`: whole tensors under Hugging Face names, with the `<Reward>` row; consumed once, a shard in memory at a
-    time. `checkpoint`: the start of training, for config, processor, video budget and format prompt.
+    `weights`: whole tensors under Hugging Face names, with the `<Reward>` row; all of them are brought into host
+    memory. `checkpoint`: the start of training, for config, processor, video budget and format prompt.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = save_shards(folder, weights, shard_bytes=shard_bytes)
-    save_engine_folder(folder, checkpoint, dtype=dtype)
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
+    save_torch_state_dict(on_host, folder, max_shard_size=shard_bytes, metadata={"format": "pt"})
+    umask = os.umask(0)  # safetensors makes files that only their owner can read
+    os.umask(umask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
+    save_engine_folder(folder, checkpoint, dtype=next(iter(on_host.values())).dtype)
     values = {
         "base_model": None,
         "reward_token": "special",

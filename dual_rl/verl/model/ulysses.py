@@ -21,21 +21,12 @@ from verl.core.objective import PolicyOutput
 from verl.core.packing import PackedGroups
 
 
-class SequenceGroup:
-    """Ranks that share each row: `size` neighbours, of which this is the `index`-th."""
+def build_sequence_group(size: int) -> dist.ProcessGroup | None:
+    """This rank's group of `size` neighbours that share each row, None where every rank works alone.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.size = dist.get_world_size(group)
-        self.index = dist.get_rank(group)
-
-
-def build_sequence_group(size: int) -> SequenceGroup | None:
-    """The group of this rank, None where every rank works alone. A collective over all ranks; `size` divides them."""
-    if size == 1:
-        return None
-    group, _ = dist.new_subgroups(group_size=size)
-    return SequenceGroup(group)
+    A collective over all ranks; `size` divides them.
+    """
+    return None if size == 1 else dist.new_subgroups(group_size=size)[0]
 
 
 class RowPart:
@@ -46,15 +37,14 @@ class RowPart:
     labels and responses among those of the row.
 
     Example: a row of 5 tokens over 2 ranks has runs of 0..3 and 3..5, the latter with one token of padding.
-
     Not a dataclass: FSDP2 would take it apart among a layer's arguments.
     """
 
-    def __init__(self, batch: PackedGroups, group: SequenceGroup) -> None:
-        self.group = group
+    def __init__(self, batch: PackedGroups, group: dist.ProcessGroup) -> None:
+        self.group, self.num_ranks = group, dist.get_world_size(group)
         self.num_tokens = batch.num_tokens
-        self.length = -(-batch.num_tokens // group.size)
-        self.start = min(group.index * self.length, batch.num_tokens)
+        self.length = -(-batch.num_tokens // self.num_ranks)
+        self.start = min(dist.get_rank(group) * self.length, batch.num_tokens)
         self.end = min(self.start + self.length, batch.num_tokens)
         self.num_labels, self.num_responses = len(batch.labels), len(batch.keys)
         self.videos = self._find(batch.video_positions)
@@ -82,21 +72,17 @@ class RowPart:
 
         Key and value heads that do not divide into P are repeated until they do.
         """
-        repeats = math.lcm(key.shape[1], self.group.size) // key.shape[1]
+        repeats = math.lcm(key.shape[1], self.num_ranks) // key.shape[1]
         if repeats > 1:
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        query, key, value = (self._trade_heads_for_tokens(tensor) for tensor in (query, key, value))
-        return query, key, value
-
-    def _trade_heads_for_tokens(self, tensor: torch.Tensor) -> torch.Tensor:
-        by_rank = tensor.unflatten(1, (self.group.size, -1)).transpose(0, 1)  # [P, length, heads / P, dim]
-        return _Exchange.apply(by_rank, self.group.group).flatten(0, 1)[: self.num_tokens]
+        by_rank = (tensor.unflatten(1, (self.num_ranks, -1)).transpose(0, 1) for tensor in (query, key, value))
+        return tuple(_Exchange.apply(part, self.group).flatten(0, 1)[: self.num_tokens] for part in by_rank)
 
     def gather_heads(self, tensor: torch.Tensor) -> torch.Tensor:
         """The way back, for attention's output: [T, heads / P, dim] to the run's [length, heads, dim]."""
-        padded = F.pad(tensor, (0, 0, 0, 0, 0, self.group.size * self.length - self.num_tokens))
-        by_rank = padded.unflatten(0, (self.group.size, self.length))
-        return _Exchange.apply(by_rank, self.group.group).transpose(0, 1).flatten(1, 2)
+        padded = F.pad(tensor, (0, 0, 0, 0, 0, self.num_ranks * self.length - self.num_tokens))
+        by_rank = padded.unflatten(0, (self.num_ranks, self.length))
+        return _Exchange.apply(by_rank, self.group).transpose(0, 1).flatten(1, 2)
 
     def join(self, output: PolicyOutput) -> PolicyOutput:
         """From the output of the run to that of the whole row, the same on every rank of the group."""
@@ -104,7 +90,7 @@ class RowPart:
         def sum_up(values: torch.Tensor | None, indices: torch.Tensor, count: int) -> torch.Tensor | None:
             if values is None:
                 return None
-            return _Sum.apply(values.new_zeros(count).index_copy(0, indices, values), self.group.group)
+            return _Sum.apply(values.new_zeros(count).index_copy(0, indices, values), self.group)
 
         of_labels = ("log_probs", "entropy", "full_kl")
         return output._replace(

@@ -47,14 +47,16 @@ def load_reward_function(spec: str, kwargs: Mapping[str, Any] | None = None) -> 
     path, _, name = spec.rpartition(":")
     path, kwargs = Path(path), dict(kwargs or {})
     module_spec = importlib.util.spec_from_file_location(f"reward_function_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
+    if module_spec is None:
         raise RewardFunctionError(f"reward function {spec}: {path} is not a Python file. Its name must end in .py.")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses in the file look themselves up here
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise RewardFunctionError(f"reward function {spec}: {path} does not run: {_describe(error)}") from error
+        raise RewardFunctionError(
+            f"reward function {spec}: {path} does not run: {type(error).__name__}: {error}"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise RewardFunctionError(f"reward function {spec}: the file has no function {name!r}. Correct its name.")
@@ -80,9 +82,7 @@ def score_responses(
             "response": texts[response.key],
             "response_length": len(response.cot_ids),
             "ground_truth": rollout.pair.answer,
-            "side": response.key.side,
-            "pair_id": response.key.pair_id,
-            "sample": response.key.sample,
+            **response.key._asdict(),
         }
         for rollout in rollouts
         for response in rollout.responses
@@ -92,7 +92,7 @@ def score_responses(
     try:
         scores = function(list(inputs.values()))
     except Exception as error:
-        raise RewardFunctionError(f"reward function {function.name} raised {_describe(error)}") from error
+        raise RewardFunctionError(f"reward function {function.name} raised {type(error).__name__}: {error}") from error
     found = f"{len(scores)} items" if isinstance(scores, list | tuple) else type(scores).__name__
     if found != f"{len(inputs)} items":
         raise RewardFunctionError(
@@ -103,22 +103,16 @@ def score_responses(
         if problem := _find_problem(item, scores[0]):
             raise RewardFunctionError(f"reward function {function.name}, item {index}: {problem}")
     by_key = zip(inputs, scores, strict=True)
-    return {key: {str(name): float(value) for name, value in item.items()} for key, item in by_key}
+    return {key: {name: float(value) for name, value in item.items()} for key, item in by_key}
 
 
 def _find_problem(item: object, first: object) -> str | None:
     """What is wrong with the scores of one response; `first`: those of the first."""
-    if not isinstance(item, Mapping):
-        return f"{item!r} is not a dict. Return a dict with {OVERALL!r}."
-    if OVERALL not in item:
-        return f"has no {OVERALL!r} among {sorted(map(str, item))}. Add the total reward."
+    if not isinstance(item, Mapping) or OVERALL not in item:
+        return f"{item!r} is not a dict with {OVERALL!r}, the total reward."
     for name, value in item.items():
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
             return f"{name!r} is {value!r}. Return finite numbers only."
     if item.keys() != first.keys():
         return f"has {sorted(item)} where item 0 has {sorted(first)}. Return the same names for every response."
     return None
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

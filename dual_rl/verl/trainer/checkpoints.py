@@ -75,7 +75,6 @@ class CheckpointFolder:
         """
         final = self.path_of(step)
         assert step not in self.steps(), f"{final} is complete and would be written again"
-        assert save_limit == -1 or save_limit >= 1, f"save_limit {save_limit} would remove the last checkpoint"
         temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
         _remove(temporary)
         temporary.mkdir()
@@ -133,32 +132,26 @@ def find_resume(folder: CheckpointFolder, trainer: TrainerConfig) -> Path | None
     Raises ValueError rather than mix two runs in one folder: when checkpoints are there already, only the last of
     them can be resumed from.
     """
-    last = folder.find_last()
-    if trainer.load_checkpoint_path is None:
-        if last is not None and not trainer.find_last_checkpoint:
-            raise ValueError(
-                f"{folder.root} already holds {last.name}. Continue it with trainer.find_last_checkpoint=true, or "
-                "choose another trainer.experiment_name."
-            )
-        return last
-    wanted = Path(trainer.load_checkpoint_path)
-    if not (wanted / STATE_FILE).is_file():
-        raise ValueError(f"trainer.load_checkpoint_path={wanted} is not a complete checkpoint. It lacks {STATE_FILE}.")
-    if last is not None and wanted.resolve() != last.resolve():
+    last, named = folder.find_last(), trainer.load_checkpoint_path
+    if named is not None and not (Path(named) / STATE_FILE).is_file():
+        raise ValueError(f"trainer.load_checkpoint_path={named} is not a complete checkpoint. It lacks {STATE_FILE}.")
+    if last is not None and named is None and not trainer.find_last_checkpoint:
         raise ValueError(
-            f"{folder.root} already holds {last.name}, which trainer.load_checkpoint_path={wanted} would mix "
+            f"{folder.root} already holds {last.name}. Continue it with trainer.find_last_checkpoint=true, or "
+            "choose another trainer.experiment_name."
+        )
+    if last is not None and named is not None and Path(named).resolve() != last.resolve():
+        raise ValueError(
+            f"{folder.root} already holds {last.name}, which trainer.load_checkpoint_path={named} would mix "
             "with another run. Choose another trainer.experiment_name, or leave trainer.load_checkpoint_path out."
         )
-    return wanted
+    return last if named is None else Path(named)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file that is never seen half written."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

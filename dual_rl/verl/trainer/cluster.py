@@ -1,5 +1,6 @@
 """Ray: the cluster, one worker per GPU (or CPU rank), and calls that cannot hang when one of them fails."""
 
+import atexit
 import logging
 import os
 import socket
@@ -13,7 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.config import Config, TrainerConfig
-from verl.temporary import temporary_folder
+from verl.temporary import remove_abandoned_folders, temporary_folder
 from verl.workers.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,6 @@ QUIET_LIBRARIES = {
 MAX_SESSION_FOLDER_BYTES = 107 - len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 """Paths of Unix sockets have at most 107 bytes."""
 session_folders = ExitStack()
-"""Of this process's Ray, until the process ends."""
 
 
 class WorkerError(RuntimeError):
@@ -70,19 +70,27 @@ def connect(settings: TrainerConfig) -> None:
     _require_resources(settings)
 
 
+@atexit.register
+def disconnect() -> None:
+    """Leave the cluster, or end it, and remove the temporary folders of its processes."""
+    ray.shutdown()
+    session_folders.close()
+    remove_abandoned_folders()
+
+
 def _require_answer(address: str | None) -> None:
     """Raise ConnectionError if nothing listens at host:port; Ray itself would wait for many minutes.
 
     Without an address, Ray would join any cluster that it finds on this machine, perhaps another user's.
     """
+    host, separator, port = (address or "").rpartition(":")
     if not address:
-        raise ConnectionError("RAY_ADDRESS is not set")
-    host, separator, port = address.rpartition(":")
+        raise ConnectionError
     if separator and "://" not in host and port.isdigit():
         try:
             socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_SECONDS).close()
         except OSError as error:
-            raise ConnectionError(f"{address}: {error}") from error
+            raise ConnectionError from error
 
 
 def _choose_session_folder() -> str | None:
@@ -124,8 +132,7 @@ class WorkerGroup:
                 reserved, placement_group_bundle_index=rank // settings.ranks_per_node
             )
             self._actors.append(actor_class.options(scheduling_strategy=node).remote(config, rank, self.world_size))
-        meeting_point = self._actors[0].choose_meeting_point.remote(settings.master_port)
-        ((address, port),) = self._wait("choose_meeting_point", [meeting_point])
+        ((address, port),) = self._wait("choose_meeting_point", [self._actors[0].choose_meeting_point.remote()])
         self.call("start", address, port)
 
     def call(self, method: str, *arguments: object) -> list:
@@ -151,26 +158,13 @@ class WorkerGroup:
         return ray.get(calls)
 
     def stop(self) -> None:
-        """Let every worker remove its files, and end it; may be called twice.
-
-        A rank that waits for a collective cannot close. On most networks it is freed by the end of those that it
-        waits for, so those that close are ended first, and what is left after a second round is ended as it is.
-        """
-        closing = {actor.close.remote(): actor for actor in self._actors}
+        """Let every worker that is not held up by a collective remove its files, and end all; may be called twice."""
+        closing = [actor.close.remote() for actor in self._actors]
+        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
+        for actor in self._actors:
+            with suppress(RayError):  # it is gone already
+                ray.kill(actor)
         self._actors = []
-        for _ in range(2):
-            if not closing:
-                return
-            closed, _ = ray.wait(list(closing), num_returns=len(closing), timeout=CLOSE_SECONDS)
-            for call in closed:
-                _kill(closing.pop(call))
-        for actor in closing.values():
-            _kill(actor)
-
-
-def _kill(actor: ray.actor.ActorHandle) -> None:
-    with suppress(RayError):  # it is gone already
-        ray.kill(actor)
 
 
 def _reserve(settings: TrainerConfig) -> PlacementGroup:

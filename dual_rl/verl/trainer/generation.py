@@ -1,4 +1,4 @@
-"""Responses and their rewards: videos are decoded ahead, ranks write, the plug-in rewards."""
+"""Responses and their rewards: videos are decoded ahead, ranks write, the plug-in rewards; and validation of these."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -7,13 +7,17 @@ import ray
 
 from verl.config import Config
 from verl.core.advantages import compute_group_means
+from verl.data.loading import PairLoader
 from verl.reward.function import score_responses
 from verl.trainer.cluster import WorkerGroup
-from verl.trainer.preflight import Inputs, PairSet
+from verl.trainer.inputs import Inputs
+from verl.trainer.metrics import pair_metrics, response_metrics, reward_metrics
+from verl.trainer.tracking import Generation
 from verl.types import PairRollout, PreferencePair, Response, ResponseKey, Sampling, VideoKey
 
 SEED_STRIDE = 1_000_003  # prime; keeps the seeds of steps, attempts and validation apart
 VALIDATION_SEED = 7_919
+SCORE = "val/gsb_acc"  # chooses the best checkpoint
 
 
 @dataclass(frozen=True)
@@ -92,20 +96,24 @@ class Generator:
 
     def generate(
         self,
-        source: PairSet,
+        source: PairLoader,
         pairs: Sequence[PreferencePair],
         sampling: Sampling,
         *,
-        upcoming: Sequence[PreferencePair] = (),
+        upcoming: Sequence[PreferencePair],
     ) -> ScoredBatch:
         """n responses for both videos of every pair of `source` that loads, with rewards.
 
-        The videos of `upcoming` are decoded meanwhile.
+        The videos of `upcoming` are decoded meanwhile. With tensor parallelism, neighbouring ranks share an engine.
         """
-        loaded = source.loader.load(pairs)
-        source.loader.prefetch(upcoming)
+        loaded = source.load(pairs)
+        source.prefetch(upcoming)
         references = [ray.put(prompts) for _, prompts in loaded]
-        responses = self._write(references, sampling)
+        size = self.config.worker.rollout.tensor_parallel_size
+        num_engines = self.workers.world_size // size
+        arguments = [(references[rank // size :: num_engines], sampling) for rank in range(self.workers.world_size)]
+        results: list[list[list[Response]]] = self.workers.call_each("generate", arguments)
+        responses = {group[0].key.video: tuple(group) for result in results[::size] for group in result}
         rollouts = tuple(
             PairRollout(
                 pair=pair,
@@ -119,14 +127,49 @@ class Generator:
         texts = {response.key: self.decode(response) for rollout in rollouts for response in rollout.responses}
         return ScoredBatch(rollouts, score_responses(self.reward_function, rollouts, texts=texts))
 
-    def _write(self, prompts: Sequence[ray.ObjectRef], sampling: Sampling) -> dict[VideoKey, tuple[Response, ...]]:
-        """Spread the pairs over the engines; with tensor parallelism, neighbouring ranks share an engine."""
-        size = self.config.worker.rollout.tensor_parallel_size
-        num_engines = self.workers.world_size // size
-        arguments = [(prompts[rank // size :: num_engines], sampling) for rank in range(self.workers.world_size)]
-        results: list[list[list[Response]]] = self.workers.call_each("generate", arguments)
-        return {group[0].key.video: tuple(group) for result in results[::size] for group in result}
-
     def decode(self, response: Response) -> str:
         """The CoT as text."""
         return self.tokenizer.decode(response.cot_ids, skip_special_tokens=True)
+
+
+def run_validation(
+    config: Config, held_out: PairLoader, generator: Generator, workers: WorkerGroup
+) -> tuple[dict[str, float], list[Generation]]:
+    """Metrics under `val/` on all pairs that load, and the generations of the first `val_generations_to_log` pairs."""
+    sampling = generator.validation_sampling()
+    pairs, size = held_out.pairs, config.data.val_batch_size
+    batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    scored = ScoredBatch()
+    head_rewards: dict[ResponseKey, float] = {}
+    for batch, upcoming in zip(batches, [*batches[1:], ()], strict=True):
+        written = generator.generate(held_out, batch, sampling, upcoming=upcoming)
+        head_rewards |= _score(written, workers, copies=config.worker.actor.ulysses_size)
+        scored = scored.extend(written.without_prompts(), limit=len(pairs))
+    responses = [response for rollout in scored.rollouts for response in rollout.responses]
+    metrics = {
+        **reward_metrics(scored.rewards, prefix="val/reward"),
+        **response_metrics(responses, prefix="val/response_length"),
+        **pair_metrics([rollout.pair for rollout in scored.rollouts], head_rewards),
+    }
+    generations = [
+        {
+            **response.key._asdict(),
+            **{f"reward/{name}": value for name, value in scored.rewards[response.key].items()},
+            "prompt": rollout.pair.problem,
+            "response": generator.decode(response),
+            "head_reward": head_rewards[response.key],
+            "answer": rollout.pair.answer,
+        }
+        for rollout in scored.rollouts[: config.trainer.val_generations_to_log]
+        for response in rollout.responses
+    ]
+    return metrics, generations
+
+
+def _score(batch: ScoredBatch, workers: WorkerGroup, *, copies: int) -> dict[ResponseKey, float]:
+    """The head's reward of every response. `copies`: neighbouring ranks that share each row."""
+    if not batch.rollouts:
+        return {}
+    shares = [batch.rollouts[rank // copies :: workers.world_size // copies] for rank in range(workers.world_size)]
+    results = workers.call_each("score", [(share, batch.rollouts[0]) for share in shares])
+    return {key: reward for result in results for key, reward in result.items()}

@@ -8,14 +8,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
-import ray
-
 from verl.config import Config
 from verl.config_loading import load_config
 from verl.trainer.checkpoints import CheckpointFolder, find_resume, load_state, step_of
-from verl.trainer.cluster import WorkerError, connect
-from verl.trainer.identity import read_identity, require_same_run
-from verl.trainer.preflight import check_inputs
+from verl.trainer.cluster import WorkerError, connect, disconnect
+from verl.trainer.inputs import check_inputs, read_identity, require_same_run
 from verl.trainer.trainer import DualTrainer
 
 INTERRUPTED = 130
@@ -59,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write("interrupted; the same command continues from the last checkpoint\n")
         return INTERRUPTED
     finally:
-        ray.shutdown()
+        disconnect()
     return 0
 
 

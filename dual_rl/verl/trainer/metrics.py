@@ -2,11 +2,12 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 
+from verl.core.advantages import group_by_video
 from verl.types import SIDES, PairRollout, PreferencePair, Response, ResponseKey, VideoKey
 
 
@@ -16,7 +17,6 @@ def reward_metrics(rewards: Mapping[ResponseKey, Mapping[str, float]], *, prefix
     Example: {"overall": 0.5, "sub": 0.4} for every response gives reward/overall/{mean,std,min,max} and
     reward/sub/mean. A number that only some responses have is averaged over these.
     """
-    assert rewards, "no rewards to describe"
     columns: dict[str, list[float]] = defaultdict(list)
     for scores in rewards.values():
         for name, value in scores.items():
@@ -36,56 +36,34 @@ def group_metrics(scores: Mapping[ResponseKey, float]) -> dict[str, float]:
     `group/zero_variance`: share of groups whose scores are all equal and which therefore teach nothing.
     `group/std`: mean over groups of the scores' unbiased standard deviation, by which advantages are divided.
     """
-    groups: dict[VideoKey, list[float]] = defaultdict(list)
-    for key, score in scores.items():
-        groups[key.video].append(score)
-    assert groups, "no groups to describe"
+    groups = [list(group.values()) for group in group_by_video(scores).values()]
     return {
-        "group/zero_variance": sum(min(group) == max(group) for group in groups.values()) / len(groups),
-        "group/std": float(np.mean([np.std(group, ddof=1) if len(group) > 1 else 0.0 for group in groups.values()])),
+        "group/zero_variance": float(np.mean([min(group) == max(group) for group in groups])),
+        "group/std": float(np.mean([np.std(group, ddof=1) for group in groups])),
     }
 
 
 def response_metrics(responses: Sequence[Response], *, prefix: str = "response_length") -> dict[str, float]:
     """Tokens of the responses, EOS left out; `clip_ratio` is the share that was cut at the length limit."""
-    assert responses, "no responses to describe"
     lengths = [len(response.cot_ids) for response in responses]
     return {
         f"{prefix}/mean": float(np.mean(lengths)),
         f"{prefix}/max": float(max(lengths)),
         f"{prefix}/min": float(min(lengths)),
-        f"{prefix}/clip_ratio": sum(not response.is_finished for response in responses) / len(responses),
+        f"{prefix}/clip_ratio": float(np.mean([not response.is_finished for response in responses])),
     }
 
 
-def packing_metrics(rollouts: Sequence[PairRollout], *, seconds: float, num_devices: int) -> dict[str, float]:
-    """What packing with a shared prompt saves, and the speed of a step of `seconds`, rollout included.
-
-    `perf/packed_tokens`: positions of one forward over all pairs. `perf/packing_efficiency`: these as a share of what
-    one row per response would compute, each with its own prompt and `<Reward>`, padded to the longest row of its pair;
-    lower is better. `perf/tokens_per_second_per_device`: packed tokens.
-
-    Example: prompts of 100 tokens, CoTs of 9 and 19 tokens on each video: 2 x (100 + 10 + 20) = 260 packed, against
-    4 x 120 = 480, is 0.54.
-    """
+def speed_metrics(rollouts: Sequence[PairRollout], *, seconds: float, num_devices: int) -> dict[str, float]:
+    """Tokens of the packed rows, and how many of them each device managed per second of a step, rollout included."""
     packed = sum(rollout.num_tokens for rollout in rollouts)
-    separate = sum(len(rollout.responses) * _longest_row(rollout) for rollout in rollouts)
-    assert separate, "no rollouts to describe"
     return {
         "perf/packed_tokens": float(packed),
-        "perf/packing_efficiency": packed / separate,
         "perf/tokens_per_second_per_device": packed / seconds / num_devices,
     }
 
 
-def _longest_row(rollout: PairRollout) -> int:
-    sides = zip(rollout.prompt_tokens, (rollout.responses_a, rollout.responses_b), strict=True)
-    return max(prompt + len(response.cot_ids) + 1 for prompt, responses in sides for response in responses)
-
-
-def pair_metrics(
-    pairs: Sequence[PreferencePair], head_rewards: Mapping[ResponseKey, float], *, prefix: str = "val"
-) -> dict[str, float]:
+def pair_metrics(pairs: Sequence[PreferencePair], head_rewards: Mapping[ResponseKey, float]) -> dict[str, float]:
     """How often the head's reward is strictly higher for the preferred video: `gsb_acc`; mean margin; `bt_loss`.
 
     Ties and rows without a label are left out. For accuracy and margin a video's reward is the mean over its
@@ -101,36 +79,31 @@ def pair_metrics(
             a, b = (by_video[VideoKey(pair.pair_id, side)] for side in SIDES)
             margins.append(pair.preference * float(np.mean(list(a.values())) - np.mean(list(b.values()))))
             losses += [float(np.logaddexp(0.0, -pair.preference * (a[sample] - b[sample]))) for sample in a]
-    metrics = {f"{prefix}/num_decided_pairs": float(len(margins))}
+    metrics = {"val/num_decided_pairs": float(len(margins))}
     if margins:
-        metrics[f"{prefix}/gsb_acc"] = sum(margin > 0 for margin in margins) / len(margins)
-        metrics[f"{prefix}/reward_margin"] = float(np.mean(margins))
-        metrics[f"{prefix}/bt_loss"] = float(np.mean(losses))
+        metrics["val/gsb_acc"] = sum(margin > 0 for margin in margins) / len(margins)
+        metrics["val/reward_margin"] = float(np.mean(margins))
+        metrics["val/bt_loss"] = float(np.mean(losses))
     return metrics
 
 
 class Stopwatch:
-    """Seconds of a step by phase. Phases may come again; they must not nest.
+    """Seconds of a step by phase, timed by `with watch("generate"):`. Phases may come again; they must not nest.
 
-    Example:
-        watch = Stopwatch()
-        with watch("generate"):
-            ...
-        watch.metrics()   # timing/seconds/{generate,step}, timing/share/{generate,other}
+    `on_phase` is called with the name of each phase that begins.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+        self.on_phase = on_phase
         self.seconds: dict[str, float] = defaultdict(float)
         self._start = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time the block as part of `phase`."""
+        self.on_phase(phase)
         begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - begin
+        yield
+        self.seconds[phase] += time.perf_counter() - begin
 
     @property
     def total(self) -> float:
@@ -138,7 +111,7 @@ class Stopwatch:
         return time.perf_counter() - self._start
 
     def metrics(self) -> dict[str, float]:
-        """Seconds of each phase and of the step, and each phase's share of it; `other` is what no phase covers."""
+        """timing/seconds/{PHASE,step} and timing/share/{PHASE,other}; `other` is what no phase covers."""
         total = self.total
         seconds = {f"timing/seconds/{phase}": value for phase, value in self.seconds.items()}
         shares = {f"timing/share/{phase}": value / total for phase, value in self.seconds.items()}

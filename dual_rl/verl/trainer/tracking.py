@@ -1,16 +1,14 @@
 """Sends a run's metrics and sample generations to its loggers: console, file, tensorboard, wandb.
 
-A resumed run continues each of them without a break: what was logged after the checkpoint is dropped. A logger's
-library is imported only if the run uses it.
+A resumed run continues each of them without a break: what was logged after the checkpoint is dropped.
 """
 
-import contextlib
 import json
 import math
 import sys
-import textwrap
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,28 +35,13 @@ HEADLINE = {
     "seconds": "timing/seconds/step",
 }
 """Metrics on the console's line, by label."""
-CONSOLE_RESPONSE_CHARACTERS = 96
 
 Metrics = Mapping[str, float]
 Generation = Mapping[str, Any]
 """A response as one flat record: step, pair_id, side, sample, reward/NAME, prompt, response, head_reward, answer."""
 
 
-class MetricLogger:
-    """One destination. `start_step`: the step resumed from, 0 for a new run. `num_steps`: the run's last step."""
-
-    def __init__(self, config: Config, start_step: int, num_steps: int | None) -> None: ...
-
-    def log(self, metrics: Metrics, step: int) -> None: ...
-
-    def log_generations(self, rows: Sequence[Generation], step: int) -> None: ...
-
-    def show_phase(self, phase: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class ConsoleLogger(MetricLogger):
+class ConsoleLogger:
     """A progress bar on a terminal, and one line per call of `log`."""
 
     def __init__(self, config: Config, start_step: int, num_steps: int | None) -> None:
@@ -68,16 +51,12 @@ class ConsoleLogger(MetricLogger):
     def log(self, metrics: Metrics, step: int) -> None:
         shown = [f"{label} {metrics[name]:.4g}" for label, name in HEADLINE.items() if name in metrics]
         of_all = f"/{self.num_steps}" if self.num_steps else ""
-        self._write(f"step {step}{of_all}  {'  '.join(shown)}".rstrip())
+        tqdm.write(f"step {step}{of_all}  {'  '.join(shown)}".rstrip(), file=sys.stdout)
+        sys.stdout.flush()
         self.bar.update(max(0, step - self.bar.n))
 
     def log_generations(self, rows: Sequence[Generation], step: int) -> None:
-        lines = [f"generations of step {step}:", "  pair  side  overall  head     response"]
-        for row in rows:
-            response = textwrap.shorten(row["response"], CONSOLE_RESPONSE_CHARACTERS, placeholder=" ...")
-            numbers = f"{row['reward/overall']:<7.3f}  {row['head_reward']:<7.3f}"
-            lines.append(f"  {row['pair_id']:<5} {row['side']:<5} {numbers}  {response}")
-        self._write("\n".join(lines))
+        """Nothing: they are too long for a console."""
 
     def show_phase(self, phase: str) -> None:
         self.bar.set_postfix_str(phase)
@@ -85,13 +64,8 @@ class ConsoleLogger(MetricLogger):
     def close(self) -> None:
         self.bar.close()
 
-    @staticmethod
-    def _write(text: str) -> None:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
 
-
-class FileLogger(MetricLogger):
+class FileLogger:
     """`train_log.jsonl` with one {"step", metric: value, ...} per line, `generations.jsonl` with one response."""
 
     def __init__(self, config: Config, start_step: int, num_steps: int | None) -> None:
@@ -101,19 +75,22 @@ class FileLogger(MetricLogger):
             _drop_lines_after(path, start_step)
 
     def log(self, metrics: Metrics, step: int) -> None:
-        self._append(self.metrics_path, [{"step": step, **metrics}])
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._append(self.metrics_path, [{"step": step, **finite}])  # JSON has no NaN
 
     def log_generations(self, rows: Sequence[Generation], step: int) -> None:
         self._append(self.generations_path, rows)
 
+    def close(self) -> None:
+        """Nothing is held open."""
+
     @staticmethod
     def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-        lines = [json.dumps(_finite_or_null(record), ensure_ascii=False, allow_nan=False) for record in records]
         with path.open("a", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in lines))
+            file.write("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records))
 
 
-class TensorboardLogger(MetricLogger):
+class TensorboardLogger:
     """Event files in `tensorboard/`."""
 
     def __init__(self, config: Config, start_step: int, num_steps: int | None) -> None:
@@ -136,8 +113,8 @@ class TensorboardLogger(MetricLogger):
         self.writer.close()
 
 
-class WandbLogger(MetricLogger):
-    """A wandb run, which a resumed training continues. wandb ignores the steps that it already has.
+class WandbLogger:
+    """A wandb run, which a resumed training continues; wandb ignores the steps that it already has.
 
     wandb reads its own environment variables, e.g. WANDB_MODE=offline.
     """
@@ -163,44 +140,41 @@ class WandbLogger(MetricLogger):
         self.run.log(dict(metrics), step=step)
 
     def log_generations(self, rows: Sequence[Generation], step: int) -> None:
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        table = self.make_table(columns=columns, data=[[row.get(name) for name in columns] for row in rows])
+        table = self.make_table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
         self.run.log({"generations": table}, step=step)
 
     def close(self) -> None:
         self.run.finish()
 
 
-LOGGERS = {
-    "console": ConsoleLogger, "file": FileLogger, "tensorboard": TensorboardLogger, "wandb": WandbLogger,
-}  # fmt: skip
+LOGGERS = {"console": ConsoleLogger, "file": FileLogger, "tensorboard": TensorboardLogger, "wandb": WandbLogger}
 
 
-class Tracker(MetricLogger):
-    """All loggers of `trainer.logger` as one. Only the driver has one."""
+class Tracker:
+    """All loggers of `trainer.logger` as one. `start_step`: the step resumed from, 0 for a new run."""
 
     def __init__(self, config: Config, start_step: int, num_steps: int | None = None) -> None:
         config.trainer.output_folder.mkdir(parents=True, exist_ok=True)
         self._loggers = [LOGGERS[name](config, start_step, num_steps) for name in dict.fromkeys(config.trainer.logger)]
 
     def log(self, metrics: Metrics, step: int) -> None:
-        """Log metrics of a step; a step may be logged in several parts."""
         for logger in self._loggers:
             logger.log(metrics, step)
 
     def log_generations(self, rows: Sequence[Generation], step: int) -> None:
-        """Log a table of generations, which have all fields of `Generation` but the step."""
+        """Log a table of generations, which all have the fields of `Generation` but the step."""
         for logger in self._loggers if rows else ():
             logger.log_generations([{"step": step, **row} for row in rows], step)
 
     def show_phase(self, phase: str) -> None:
         """Show on the progress bar what the run is doing."""
         for logger in self._loggers:
-            logger.show_phase(phase)
+            if isinstance(logger, ConsoleLogger):
+                logger.show_phase(phase)
 
     def close(self) -> None:
         """Flush and close every logger, also when one of them fails."""
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             for logger in self._loggers:
                 stack.callback(logger.close)
 
@@ -211,15 +185,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text(encoding="utf-8").split("\n"):
-        with contextlib.suppress(json.JSONDecodeError):
+        with suppress(json.JSONDecodeError):
             if step > 0 and json.loads(line)["step"] <= step:
                 kept.append(line)
     write_atomically(path, "".join(f"{line}\n" for line in kept))
-
-
-def _finite_or_null(record: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
-    }

@@ -9,8 +9,7 @@ remains. Filling the batch up would shift every later batch, and a resumed run w
 
 import logging
 import statistics
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 
@@ -21,15 +20,16 @@ from verl.core.balancing import distribute_pairs
 from verl.data.batches import BatchStream
 from verl.trainer.checkpoints import CheckpointFolder, load_state
 from verl.trainer.cluster import WorkerGroup
-from verl.trainer.generation import Generator, ScoredBatch
-from verl.trainer.metrics import Stopwatch, group_metrics, packing_metrics, response_metrics, reward_metrics
-from verl.trainer.preflight import Inputs
+from verl.trainer.generation import SCORE, Generator, ScoredBatch, run_validation
+from verl.trainer.inputs import Inputs
+from verl.trainer.metrics import Stopwatch, group_metrics, response_metrics, reward_metrics, speed_metrics
 from verl.trainer.tracking import Tracker
-from verl.trainer.validation import SCORE, Validator
 from verl.types import ResponseKey
 from verl.workers.optimizer import learning_rate_factor
 
 logger = logging.getLogger(__name__)
+
+MAX_FILTER_ROUNDS = 20  # batches that may be drawn for one step
 
 
 class DualTrainer:
@@ -40,15 +40,14 @@ class DualTrainer:
         self.inputs = inputs
         self.checkpoints = checkpoints
         self.start_step = start_step
-        data, settings = config.data, config.trainer
+        data = config.data
         self.stream = BatchStream(
             inputs.train.pairs, batch_size=data.rollout_batch_size, shuffle=data.shuffle, seed=data.seed
         )
-        self.total_steps = settings.max_steps or settings.total_epochs * self.stream.steps_per_epoch
+        self.total_steps = config.trainer.max_steps or config.trainer.total_epochs * self.stream.steps_per_epoch
         self.workers = WorkerGroup(config)
         self.tracker = Tracker(config, self.start_step, num_steps=self.total_steps)
         self.generator = Generator(config, self.workers, inputs)
-        self.validator = Validator(config, inputs.val, self.generator, self.workers) if inputs.val else None
 
     def fit(self) -> None:
         """Dual-objective reinforcement learning: GRPO on the thoughts, Bradley-Terry on the scores."""
@@ -58,23 +57,23 @@ class DualTrainer:
         if settings.val_only:
             return
         for step in range(self.start_step + 1, self.total_steps + 1):
-            watch = Stopwatch()
-            with self._phase("generate", watch):
+            watch = Stopwatch(self.tracker.show_phase)
+            with watch("generate"):
                 batch = self.collect(step)
-            with self._phase("prepare", watch):
+            with watch("prepare"):
                 kl = self.prepare(batch)
-            with self._phase("update", watch):
+            with watch("update"):
                 factor = learning_rate_factor(step, self.config.worker.actor.optim, total_steps=self.total_steps)
                 metrics = merge_ranks(self.workers.call("update", self.judge(batch, kl), step, factor))
-            with self._phase("hand_over", watch):
+            with watch("hand_over"):
                 self.workers.call("hand_over_weights")
             metrics |= self.describe(batch, kl, seconds=watch.total)
             del batch  # and with it the prompts in Ray's store
             if self._is_due(step, settings.val_freq):
-                with self._phase("validate", watch):
+                with watch("validate"):
                     metrics |= self.validate(step)
             if self._is_due(step, settings.save_freq):
-                with self._phase("save", watch):
+                with watch("save"):
                     self.save(step, val=metrics.get(SCORE))
             self.tracker.log(metrics | watch.metrics(), step)
 
@@ -96,11 +95,11 @@ class DualTrainer:
             if len(kept.rollouts) >= wanted:
                 break
             logger.info("step %d: %d of %d pairs so far, drawing more", step, len(kept.rollouts), wanted)
-            if algorithm.online_filtering and attempt == algorithm.max_filter_rounds:
+            if algorithm.online_filtering and attempt == MAX_FILTER_ROUNDS:
                 raise ValueError(
                     f"step {step}: {attempt} batches gave only {len(kept.rollouts)} of {wanted} pairs with a mean "
                     f"{algorithm.filter_key!r} between {algorithm.filter_low} and {algorithm.filter_high}. Widen "
-                    "algorithm.filter_low and filter_high or raise algorithm.max_filter_rounds."
+                    "algorithm.filter_low and filter_high."
                 )
         return kept
 
@@ -133,26 +132,22 @@ class DualTrainer:
             **group_metrics(batch.overall),
             **response_metrics(responses),
             **({"reward/kl/mean": statistics.fmean(kl.values())} if kl else {}),
-            **packing_metrics(batch.rollouts, seconds=seconds, num_devices=self.workers.world_size),
+            **speed_metrics(batch.rollouts, seconds=seconds, num_devices=self.workers.world_size),
         }
 
     def validate(self, step: int) -> dict[str, float]:
         """Metrics on the held-out pairs; sample generations go to the loggers."""
-        if self.validator is None:
+        if self.inputs.val is None:
             return {}
-        metrics, generations = self.validator.validate()
+        metrics, generations = run_validation(self.config, self.inputs.val, self.generator, self.workers)
         self.tracker.log_generations(generations, step)
         return metrics
 
     def save(self, step: int, *, val: float | None) -> None:
         """Write a checkpoint that is complete or absent."""
         settings = self.config.trainer
-        dropped = self.inputs.train.loader.dropped
-        state = {
-            "stream": self.stream.state_dict(),
-            "identity": self.inputs.identity,
-            "dropped": list(dropped.items()),
-        }
+        dropped = list(self.inputs.train.dropped.items())
+        state = {"stream": self.stream.state_dict(), "identity": self.inputs.identity, "dropped": dropped}
         resumable = None if settings.save_model_only else state
         with self.checkpoints.writing(step, state=resumable, val=val, save_limit=settings.save_limit) as folder:
             self.workers.call("save", str(folder))
@@ -162,28 +157,22 @@ class DualTrainer:
         """Restore the state of `checkpoint`, that of `start_step`."""
         state = load_state(checkpoint)
         self.stream.load_state_dict(state["stream"])
-        self.inputs.train.loader.dropped.update(state.get("dropped", ()))
+        self.inputs.train.dropped.update(state.get("dropped", ()))
         self.workers.call("load", str(checkpoint))
 
     def list_dropped(self) -> None:
         """List the dropped pairs once more at the end of the log."""
-        for pair_set in filter(None, (self.inputs.train, self.inputs.val)):
-            if pair_set.loader.dropped:
-                logger.warning("%s", pair_set.loader.describe_dropped())
+        for loader in filter(None, (self.inputs.train, self.inputs.val)):
+            if loader.dropped:
+                logger.warning("%s", loader.describe_dropped())
 
     def close(self) -> None:
         """End loaders, workers and loggers."""
         with ExitStack() as stack:
             stack.callback(self.tracker.close)
             stack.callback(self.workers.stop)
-            for pair_set in filter(None, (self.inputs.train, self.inputs.val)):
-                stack.callback(pair_set.loader.close)
-
-    @contextmanager
-    def _phase(self, name: str, watch: Stopwatch) -> Iterator[None]:
-        self.tracker.show_phase(name)
-        with watch(name):
-            yield
+            for loader in filter(None, (self.inputs.train, self.inputs.val)):
+                stack.callback(loader.close)
 
     def _is_due(self, step: int, frequency: int) -> bool:
         return step == self.total_steps or (frequency > 0 and step % frequency == 0)

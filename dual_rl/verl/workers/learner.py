@@ -14,14 +14,11 @@ import torch
 from verl.config import Config
 from verl.core.objective import Experience, GlobalCounts, PolicyOutput, dual_loss
 from verl.core.packing import PackedGroups
-from verl.core.token_log_probs import Distributions
 from verl.types import PairRollout, ResponseKey
-from verl.workers.experience import ExperienceMaker
+from verl.workers.experience import ExperienceMaker, MicroBatch, RankBatch
 from verl.workers.model_setup import PolicyRuntime
 from verl.workers.offload import MomentOffload
-from verl.workers.optimizer import set_learning_rates
 from verl.workers.parallel import average_replicated_gradients, clip_gradients, max_over_ranks, sum_over_ranks
-from verl.workers.rank_batch import MicroBatch, RankBatch
 
 MAXIMUM_SUFFIX = "_max"  # of metrics that are reduced by their maximum, not by sum or mean
 
@@ -51,7 +48,8 @@ class Learner:
         actor.train()
         if self.runtime.activations is not None:
             self.runtime.activations.start()
-        learning_rate = set_learning_rates(self.runtime.optimizer, lr_factor)
+        for group in self.runtime.optimizer.param_groups:
+            group["lr"] = lr_factor * group["base_lr"]
         history: dict[str, list[float]] = defaultdict(list)
         for epoch in range(settings.ppo_epochs):
             for mini_batch in batch.mini_batches:
@@ -72,7 +70,7 @@ class Learner:
                         history[name].append(value)
         return {
             **{name: max(v) if name.endswith(MAXIMUM_SUFFIX) else sum(v) / len(v) for name, v in history.items()},
-            "actor/lr": learning_rate,
+            "actor/lr": self.runtime.optimizer.param_groups[0]["lr"],
             "actor/head_norm": actor.rm_head.weight.detach().norm().item(),
         }
 
@@ -85,41 +83,34 @@ class Learner:
             sum(len(rollout.responses_a) for rollout in mini_batch if rollout.pair.preference),
         )
         device = self.runtime.rank.device
-        totals = sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=device)).tolist()
+        totals = sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=device))
         counts = GlobalCounts(*(int(total) // self.runtime.copies for total in totals))
         size = self.config.worker.actor.micro_batch_size_per_device_for_update
         return counts, int(max_over_ranks(math.ceil(len(mini_batch) / size), device=device))
 
     def _forward(self, batch: RankBatch, micro_batch: MicroBatch, packed: PackedGroups) -> PolicyOutput:
         """The policy's output, with the full KL to the reference if it is part of the loss."""
-        algorithm = self.config.algorithm
-        reference = None
+        algorithm, temperature = self.config.algorithm, self.experience.temperature
+        distributions = None
         if algorithm.has_kl_loss and algorithm.kl_penalty == "full":
-            reference = self._reference_distributions(batch, micro_batch, packed)
+            with torch.no_grad(), self.runtime.reference_policy() as reference:
+                vision = self.experience.vision_of(batch, micro_batch, reference)
+                output = reference(packed, vision, temperature=temperature, return_distributions=True)
+                reference.reshard()
+            distributions = output.distributions
         if batch.vision:
             inputs = {"vision": self.experience.vision_of(batch, micro_batch, self.runtime.actor)}
         else:  # a tuned tower takes part in the gradient
             prompts = [batch.prompts[key] for key in micro_batch.videos]
-            inputs = {"vision": None, "pixel_values": self.runtime.pixel_values(prompts)}
+            inputs = {"pixel_values": self.runtime.pixel_values(prompts)}
         if self.runtime.activations is not None:
             self.runtime.activations.prepare(packed.num_tokens)
-        temperature = self.experience.temperature
-        return self.runtime.actor(packed, **inputs, temperature=temperature, ref_distributions=reference)
-
-    @torch.no_grad()
-    def _reference_distributions(
-        self, batch: RankBatch, micro_batch: MicroBatch, packed: PackedGroups
-    ) -> Distributions:
-        with self.runtime.reference_policy() as reference:
-            vision = self.experience.vision_of(batch, micro_batch, reference)
-            output = reference(packed, vision, temperature=self.experience.temperature, return_distributions=True)
-            reference.reshard()
-        return output.distributions
+        return self.runtime.actor(packed, **inputs, temperature=temperature, ref_distributions=distributions)
 
     def _reduce(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Metrics over all ranks."""
         added = sorted(name for name in sums if not name.endswith(MAXIMUM_SUFFIX))
-        totals = sum_over_ranks(torch.stack([sums[name].float() for name in added]) / self.runtime.copies).tolist()
+        totals = sum_over_ranks(torch.stack([sums[name].float() for name in added]) / self.runtime.copies)
         largest = {
             name: max_over_ranks(value.item(), device=self.runtime.rank.device)
             for name, value in sums.items()

@@ -24,7 +24,7 @@ from verl.model.reward_files import (
     save_head,
     save_policy,
 )
-from verl.model.ulysses import SequenceGroup, build_sequence_group
+from verl.model.ulysses import build_sequence_group
 from verl.rollout.engine import RolloutEngine, build_engine
 from verl.types import VideoPrompt
 from verl.workers.optimizer import build_optimizer
@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PolicyRuntime:
-    """Everything a rank computes with. `reference` is None with LoRA: the actor without its adapter is the reference.
+    """Everything a rank computes with.
 
-    `activations`: None if no layer is recomputed, or all of them are. `sequence_group`: the ranks that hold the same
-    pairs and share each row; None if every rank works alone.
+    `reference`: None with LoRA, where the actor without its adapter is the reference. `activations`: None if no layer
+    is recomputed, or all of them are. `copies`: how many ranks hold each pair and share its row.
     """
 
     rank: Rank
@@ -47,13 +47,8 @@ class PolicyRuntime:
     actor: PolicyModel
     reference: PolicyModel | None
     optimizer: torch.optim.Optimizer
-    activations: ActivationPlan | None = None
-    sequence_group: SequenceGroup | None = None
-
-    @property
-    def copies(self) -> int:
-        """How many ranks hold each pair: sums over all ranks count it that many times."""
-        return 1 if self.sequence_group is None else self.sequence_group.size
+    activations: ActivationPlan | None
+    copies: int
 
     def pixel_values(self, prompts: Sequence[VideoPrompt]) -> torch.Tensor:
         """Normalised patches of all videos, one after the other, float32 [num_patches, patch_dim]."""
@@ -82,10 +77,8 @@ def read_checkpoint(config: Config, *, with_weights: bool) -> PolicyCheckpoint:
             f"worker.actor.ulysses_size={ranks} does not divide the {num_heads} attention heads of "
             f"{settings.model_path}. Choose a divisor."
         )
-    budget = checkpoint.video_budget.replace(
-        fps=data.video_fps, min_pixels=data.min_pixels, max_pixels=data.max_pixels
-    )
-    format_prompt = checkpoint.format_prompt
+    limits = {"fps": data.video_fps, "min_pixels": data.min_pixels, "max_pixels": data.max_pixels}
+    budget, format_prompt = checkpoint.video_budget.replace(**limits), checkpoint.format_prompt
     if data.format_prompt is not None:
         format_prompt = Path(data.format_prompt).read_text()
         FormatPrompt(format_prompt, source=data.format_prompt)
@@ -122,7 +115,7 @@ def build_runtime(checkpoint: PolicyCheckpoint, config: Config, rank: Rank) -> P
         reference=reference,
         optimizer=build_optimizer(actor, actor_config.optim),
         activations=activations,
-        sequence_group=sequence_group,
+        copies=actor_config.ulysses_size,
     )
 
 

@@ -1,7 +1,6 @@
 """Weights and optimizer moments in page-locked host memory while their device memory is needed for something else.
 
-Page-locked, because copies from and to ordinary host memory are several times slower. Frozen weights are copied to the
-host only once.
+Page-locked, because copies from and to ordinary host memory are several times slower.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,7 +23,7 @@ class WeightOffload:
 
     @torch.no_grad()
     def release(self) -> None:
-        """Copy trained weights to the host and free the device memory of all."""
+        """Copy weights to the host, frozen ones only once, and free the device memory of all."""
         if self._released:
             return
         seen = set()
@@ -80,11 +79,7 @@ class MomentOffload:
     @torch.no_grad()
     def restore(self, device: torch.device) -> None:
         """To the device."""
-        for key, state, name in self._moments():
-            is_on_host = local_part(state[name]).device.type == "cpu"
-            if is_on_host and device.type != "cpu":
-                self._host[key] = state[name]
-                lock_pages(local_part(state[name]))  # of one that was read from a checkpoint
+        for _, state, name in self._moments():
             state[name] = state[name].to(device, non_blocking=True)
         synchronize()
 

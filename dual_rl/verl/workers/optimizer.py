@@ -1,6 +1,7 @@
 """AdamW over fp32 masters and its learning-rate schedule, a pure function of the step."""
 
 import math
+from collections import defaultdict
 
 import torch
 
@@ -9,33 +10,29 @@ from verl.model.policy import PolicyModel
 
 
 def build_optimizer(model: PolicyModel, settings: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over what the model trains; vectors are not decayed, the head group may have its own learning rate.
+    """AdamW over what the model trains, groups of the model before those of the head.
 
-    Groups of the model come before those of the head.
+    Vectors are not decayed, and the head group may have its own learning rate.
     """
     replicated = {id(parameter) for parameter in model.replicated_parameters()}
     head_lr = settings.lr if settings.head_lr is None else settings.head_lr
-    groups: dict[tuple[bool, bool], dict] = {}
+    parameters: dict[tuple[bool, bool], list[torch.nn.Parameter]] = defaultdict(list)
     for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        is_head, is_decayed = id(parameter) in replicated, parameter.ndim > 1
-        group = groups.setdefault(
-            (is_head, is_decayed),
-            {
-                "params": [],
-                "base_lr": head_lr if is_head else settings.lr,
-                "weight_decay": settings.weight_decay if is_decayed else 0.0,
-            },
-        )
-        group["params"].append(parameter)
-    assert groups, "nothing to train"
-    model_first = [groups[kind] for kind in sorted(groups)]
+        if parameter.requires_grad:
+            parameters[id(parameter) in replicated, parameter.ndim > 1].append(parameter)
+    groups = [
+        {
+            "params": parameters[is_head, is_decayed],
+            "base_lr": head_lr if is_head else settings.lr,
+            "weight_decay": settings.weight_decay if is_decayed else 0.0,
+        }
+        for is_head, is_decayed in sorted(parameters)
+    ]
     # Head (plain tensors) and body (sharded ones) cannot share one multi-tensor kernel, but they are separate groups.
     # Fused, a step needs no memory beside the state; multi-tensor kernels need several times the largest group.
-    is_on_gpu = all(parameter.is_cuda for group in model_first for parameter in group["params"])
+    is_on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
     kernel = {"fused": True} if is_on_gpu else {"foreach": True}
-    return torch.optim.AdamW(model_first, lr=settings.lr, betas=tuple(settings.betas), **kernel)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, **kernel)
 
 
 def learning_rate_factor(step: int, settings: OptimConfig, *, total_steps: int) -> float:
@@ -48,10 +45,3 @@ def learning_rate_factor(step: int, settings: OptimConfig, *, total_steps: int) 
     progress = (step - warmup) / max(total_steps - warmup, 1)
     cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
     return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * cosine
-
-
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group to `factor` of its full learning rate; returns the model's."""
-    for group in optimizer.param_groups:
-        group["lr"] = factor * group["base_lr"]
-    return optimizer.param_groups[0]["lr"]

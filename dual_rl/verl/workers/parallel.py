@@ -12,12 +12,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from verl.config import FsdpConfig
-from verl.model.policy import PolicyModel
+from verl.model.policy import ADAPTER, PolicyModel
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=60)  # a rank may wait for another's long responses
 
@@ -47,25 +47,19 @@ def join_process_group(*, index: int, world_size: int, address: str, port: int) 
     return Rank(index, world_size, device)
 
 
-def build_mesh(fsdp_size: int, rank: Rank) -> DeviceMesh:
-    """One dimension (all ranks share one copy of the weights), or two for hybrid sharding: replicas x shards."""
-    shards = rank.world_size if fsdp_size == -1 else fsdp_size
-    assert rank.world_size % shards == 0, f"fsdp_size={shards} does not divide the {rank.world_size} ranks"
-    if shards == rank.world_size:
-        return init_device_mesh(rank.device.type, (shards,))
-    return init_device_mesh(
-        rank.device.type, (rank.world_size // shards, shards), mesh_dim_names=("replicas", "shards")
-    )
-
-
 def shard_model(model: PolicyModel, settings: FsdpConfig, *, rank: Rank, compute_dtype: torch.dtype) -> None:
     """Shard a model in place; the backbone's parameters may be on the meta device.
 
-    Frozen parameters that one rank would hold alone are not managed: FSDP would only copy them for each pass.
+    Over one mesh dimension, or two for hybrid sharding: replicas x shards. Frozen parameters that one rank would hold
+    alone are not managed: FSDP would only copy them for each pass.
     """
-    mesh = build_mesh(settings.fsdp_size, rank)
+    shards = rank.world_size if settings.fsdp_size == -1 else settings.fsdp_size
+    replicas, rest = divmod(rank.world_size, shards)
+    assert rest == 0, f"fsdp_size={shards} does not divide the {rank.world_size} ranks"
+    mesh_shape, names = ((shards,), ("shards",)) if replicas == 1 else ((replicas, shards), ("replicas", "shards"))
+    mesh = init_device_mesh(rank.device.type, mesh_shape, mesh_dim_names=names)
     unmanaged = set(model.replicated_parameters())
-    if mesh.shape[-1] == 1 and not settings.enable_cpu_offload:
+    if shards == 1 and not settings.enable_cpu_offload:
         unmanaged |= {parameter for parameter in model.parameters() if not parameter.requires_grad}
     arguments = {
         "mesh": mesh,
@@ -117,17 +111,16 @@ def iterate_weights(model: PolicyModel, *, dtype: torch.dtype) -> Iterator[tuple
     A collective: every rank iterates over all of them, one in memory at a time. Adapters are merged in fp32.
     """
     parameters = dict(model.backbone.named_parameters())
-    scale = model.lora_scale if any(".lora_" in name for name in parameters) else 0.0
+    adapters = model.adapters
     for name, parameter in parameters.items():
         if ".lora_" in name:
             continue
-        is_adapted = ".base_layer." in name
-        whole = gather_tensor(parameter if is_adapted else parameter.detach().to(dtype))  # half the bytes to gather
+        layer, is_adapted, _ = name.partition(".base_layer.")
         if is_adapted:
-            down = gather_tensor(parameters[name.replace("base_layer", "lora_A.default")])
-            up = gather_tensor(parameters[name.replace("base_layer", "lora_B.default")])
-            whole = whole.float() + scale * (up.float() @ down.float())
-        whole = whole.to(dtype)
+            down, up = (gather_tensor(parameters[f"{layer}.lora_{each}.{ADAPTER}.weight"]).float() for each in "AB")
+            whole = (gather_tensor(parameter).float() + adapters[layer].scaling[ADAPTER] * (up @ down)).to(dtype)
+        else:
+            whole = gather_tensor(parameter.detach().to(dtype))  # half the bytes to gather
         if parameter is model.embedding_weight:
             whole = whole.clone()
             whole[model.reward_token_id] = model.reward_embedding.to(whole)
@@ -139,10 +132,10 @@ def gather_tensor(parameter: torch.Tensor) -> torch.Tensor:
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Element-wise sum, in place."""
+def sum_over_ranks(values: torch.Tensor) -> list[float]:
+    """Element-wise sums of a vector, in place."""
     dist.all_reduce(values)
-    return values
+    return values.tolist()
 
 
 def max_over_ranks(value: float, *, device: torch.device) -> float:

@@ -39,8 +39,7 @@ def load_training_state(folder: Path, model: PolicyModel, optimizer: torch.optim
             f"{path} does not fit this run (other model, LoRA rank or frozen parts?): {str(error).splitlines()[0]}"
         ) from error
     own = [{name: group[name] for name in GROUP_SETTINGS} for group in optimizer.param_groups]
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=OPTIONS
-    )
+    loaded = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+    set_state_dict(model, optimizer, **loaded, options=OPTIONS)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)

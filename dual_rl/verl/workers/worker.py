@@ -12,16 +12,15 @@ import ray
 import torch
 
 from verl.config import Config
-from verl.core.kl import compute_kl
+from verl.core.losses import compute_kl
 from verl.model.precision import resolve_precision
 from verl.temporary import temporary_folder
 from verl.types import PairRollout, Response, ResponseKey, Sampling, VideoPrompt
-from verl.workers.experience import ExperienceMaker
+from verl.workers.experience import ExperienceMaker, RankBatch
 from verl.workers.learner import Learner
 from verl.workers.model_setup import build_rollout_engine, build_runtime, read_checkpoint, save_actor
 from verl.workers.offload import WeightOffload
 from verl.workers.parallel import iterate_weights, join_process_group
-from verl.workers.rank_batch import RankBatch
 from verl.workers.state import load_training_state, save_training_state
 
 GIB = 2**30
@@ -35,26 +34,20 @@ class Worker:
         self.index, self.world_size = rank, world_size
         self.engine_files = ExitStack()
 
-    def choose_meeting_point(self, port: int) -> tuple[str, int]:
-        """Address of this rank's node, and `port` or, for 0, a free one. Raises ValueError when the port is taken."""
-        address = ray.util.get_node_ip_address()
+    def choose_meeting_point(self) -> tuple[str, int]:
+        """Address of this rank's node and a free port."""
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections of the last run linger
-            try:
-                probe.bind(("", port))
-                probe.listen()
-            except OSError as error:
-                raise ValueError(
-                    f"port {port} on {address} is in use. Choose another with trainer.master_port, or 0 for any."
-                ) from error
-            return address, probe.getsockname()[1]
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def start(self, address: str, port: int) -> None:
         """Join the process group, build the policy, the reference and the engine, and hand over the first weights."""
         actor = self.config.worker.actor
         self.rank = join_process_group(index=self.index, world_size=self.world_size, address=address, port=port)
-        checkpoint = read_checkpoint(self.config, with_weights=self.index == 0)
-        self.runtime = build_runtime(checkpoint, self.config, self.rank)
+        # Rank 0's copy of the weights must not outlive this line: it takes as much host memory as the model in fp32.
+        self.runtime = build_runtime(
+            read_checkpoint(self.config, with_weights=self.index == 0), self.config, self.rank
+        )
         self.experience = ExperienceMaker(
             self.runtime,
             micro_batch_size=actor.micro_batch_size_per_device_for_experience,
@@ -65,14 +58,18 @@ class Worker:
         self.engine = build_rollout_engine(self.config, self.runtime, folder)
         self.is_engine_awake = True
         self.batch: RankBatch | None = None
-        self.offloaded_weights = self._find_offloaded_weights()
+        self.offloaded_weights = []
+        if actor.offload.offload_params:
+            self.offloaded_weights.append(WeightOffload(self.runtime.actor.parameters()))
+        if self.config.worker.ref.offload.offload_params and self.runtime.reference is not None:
+            self.offloaded_weights.append(WeightOffload(self.runtime.reference.parameters()))
         self.hand_over_weights()
 
     def hand_over_weights(self) -> None:
         """Give the engine the policy's current weights, in memory, and free the memory of the training step."""
         self.batch = None
         if not self.is_engine_awake:
-            self._release_device_memory()
+            torch.cuda.empty_cache()
             self.engine.wake()
             self.is_engine_awake = True
         self._restore_policy()
@@ -113,7 +110,10 @@ class Worker:
         """All optimizer steps on the pairs of `prepare`; returns metrics, the same on every rank but for memory."""
         assert self.batch is not None, "prepare comes before update"
         metrics = self.learner.learn(self.batch, advantages, step=step, lr_factor=lr_factor)
-        return {**metrics, **self._memory_metrics()}
+        if self.rank.device.type == "cuda":
+            metrics["perf/rollout_memory_gib"] = self.rollout_memory
+            metrics["perf/update_memory_gib"] = self._device_memory()  # its peak, which the allocator still holds
+        return metrics
 
     def score(self, rollouts: Sequence[PairRollout], filler: PairRollout) -> dict[ResponseKey, float]:
         """The head's reward of every response."""
@@ -136,18 +136,13 @@ class Worker:
         """Resume from what `save` wrote, on any number of ranks, and hand over the weights."""
         self._restore_policy()
         load_training_state(Path(folder) / "actor", self.runtime.actor, self.runtime.optimizer)
+        if self.config.worker.actor.offload.offload_optimizer:
+            self.learner.moments.release()
         self.hand_over_weights()
 
     def close(self) -> None:
         """Remove the engine's files, in any state of this rank; the process is ended from outside."""
         self.engine_files.close()
-
-    def _find_offloaded_weights(self) -> list[WeightOffload]:
-        actor, reference = self.config.worker.actor.offload, self.config.worker.ref.offload
-        models = [self.runtime.actor] if actor.offload_params else []
-        if reference.offload_params and self.runtime.reference is not None:
-            models.append(self.runtime.reference)
-        return [WeightOffload(model.parameters()) for model in models]
 
     def _restore_policy(self) -> None:
         for weights in self.offloaded_weights:
@@ -157,30 +152,17 @@ class Worker:
         """Free the device memory of the weights, if `offload_params` asks for it."""
         for weights in self.offloaded_weights:
             weights.release()
-        self._release_device_memory()
+        torch.cuda.empty_cache()  # nothing on a CPU
 
-    def _memory_metrics(self) -> dict[str, float]:
-        """Device memory in use during the rollout and in the update, whose peak the allocator still holds.
+    def _device_memory(self) -> float:
+        """GiB of device memory in use, the engine's included; 0 on a CPU.
 
         Torch's own counter would include the sleeping engine's memory, although that is free again.
         """
         if self.rank.device.type != "cuda":
-            return {}
-        return {
-            "perf/update_memory_gib": self._device_memory() / GIB,
-            "perf/rollout_memory_gib": self.rollout_memory / GIB,
-        }
-
-    def _device_memory(self) -> int:
-        """Bytes of device memory in use, the engine's included."""
-        if self.rank.device.type != "cuda":
-            return 0
+            return 0.0
         free, total = torch.cuda.mem_get_info()
-        return total - free
-
-    def _release_device_memory(self) -> None:
-        if self.rank.device.type == "cuda":
-            torch.cuda.empty_cache()
+        return (total - free) / GIB
 
 
 def fetch_batch(mini_batches: Sequence[Sequence[PairRollout]], filler: PairRollout) -> RankBatch:

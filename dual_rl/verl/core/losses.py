@@ -1,31 +1,29 @@
-"""Policy gradient losses over a flat run of response tokens.
+"""The three terms of the objective: the policy loss, the KL to the reference, and Bradley-Terry.
 
 The tokens of all responses follow one another in vectors of length L; `owner` is the index of each token's response.
-A loss is sum_t weight_t * loss_t. The weights contain counts over the whole mini-batch and all ranks, so that the
-losses of micro-batches and ranks add up to that of the mini-batch, however it was split. With L = 0 the loss is a zero
-that is still attached to the graph.
+A loss is a sum, for the policy that of weight_t * loss_t. Weights contain counts over the whole mini-batch and all
+ranks, so that the losses of micro-batches and ranks add up to that of the mini-batch, however it was split. Without
+tokens or pairs a loss is a zero that is still attached to the graph.
 
 Notation: log r_t = log pi(t) - log pi_old(t), A_t the advantage, low and high the clip ratios, |y| the tokens of t's
-response, sg[] a stopped gradient. log r is clamped to +-20 before it is exponentiated.
+response, sg[] a stopped gradient. Log-ratios are clamped to +-20 before they are exponentiated.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from verl.config import ActorConfig, LossAverage, PolicyLossType
+from verl.config import ActorConfig, KlPenalty, LossAverage, PolicyLossType
+from verl.types import ResponseKey
 
 LOG_RATIO_BOUND = 20.0
+LOW_VAR_KL_BOUND = 10.0  # a single token counts no more than this
 
 
-@dataclass(frozen=True)
-class PolicyLoss:
-    """`loss`: scalar, sum of weighted token losses. `sums`: float64 scalars over the L tokens, without gradient.
-
-    `ratio`, r as the loss uses it; `approx_kl`, r_t - 1 - log r_t >= 0, an estimate of KL(old || new)
-    (Schulman 2020); `clip_high`, `clip_low`, `clip_dual`, tokens that were clipped. Divided by the number of tokens
-    over all micro-batches and ranks they are means and shares.
-    """
+class LossSums(NamedTuple):
+    """`loss`: a scalar. `sums`: metrics by name, float64 scalars without gradient."""
 
     loss: torch.Tensor
     sums: dict[str, torch.Tensor]
@@ -67,8 +65,11 @@ def compute_policy_loss(
     owner: torch.Tensor,
     weights: torch.Tensor,
     settings: ActorConfig,
-) -> PolicyLoss:
+) -> LossSums:
     """Policy loss of L tokens; all tensors [L], `owner` int64, the others float32. Only `log_probs` gets a gradient.
+
+    Sums over tokens: `ratio`, r as the loss uses it; `approx_kl`, r_t - 1 - log r_t, an estimate of KL(old || new)
+    (Schulman 2020); `clip_high`, `clip_low`, `clip_dual`, tokens that were clipped.
 
     Token losses by `settings.loss_type`, with the three clip ratios of `settings`:
     `default`, PPO with two clip ratios and dual clip c (Schulman et al. 2017; Yu et al. 2025, arXiv 2503.14476; Ye et
@@ -101,7 +102,7 @@ def compute_policy_loss(
         approx_kl = token_log_ratio.expm1() - token_log_ratio
         values = {"ratio": ratio, "approx_kl": approx_kl, **active}
         sums = {name: value.double().sum() for name, value in values.items()}
-    return PolicyLoss(loss=(losses * weights).sum(), sums=sums)
+    return LossSums(loss=(losses * weights).sum(), sums=sums)
 
 
 def _compute_log_ratio(
@@ -121,3 +122,64 @@ def compute_response_means(values: torch.Tensor, owner: torch.Tensor) -> torch.T
     lengths = torch.bincount(owner)
     sums = values.new_zeros(lengths.shape).index_add(0, owner, values)
     return sums[owner] / lengths[owner]
+
+
+def compute_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, *, kind: KlPenalty) -> torch.Tensor:
+    """KL estimate per token, float32 [L], from the log-probs of the drawn tokens under policy and reference, [L].
+
+    With d = log pi - log pi_ref (Schulman 2020, "Approximating KL divergence"): `kl` d; `abs` |d|; `mse` d^2 / 2;
+    `low_var_kl` exp(-d) + d - 1 with d clamped to +-20 and the result to at most 10 (no gradient beyond either). As a
+    loss, `kl` has a gradient of zero mean: it is meant for the reward. `full` has `compute_full_kl`.
+    """
+    difference = log_probs - ref_log_probs.detach()
+    match kind:
+        case "kl":
+            return difference
+        case "abs":
+            return difference.abs()
+        case "mse":
+            return difference.square() / 2
+    assert kind == "low_var_kl", f"{kind} needs whole distributions: use compute_full_kl"
+    difference = difference.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return (torch.expm1(-difference) + difference).clamp(max=LOW_VAR_KL_BOUND)
+
+
+def compute_full_kl(log_distribution: torch.Tensor, ref_log_distribution: torch.Tensor) -> torch.Tensor:
+    """KL(policy || reference) of whole distributions: log-probabilities [L, V] each; returns [L], differentiable.
+
+    Forbidden tokens, -inf in both, contribute nothing to value or gradient.
+    """
+    is_allowed = log_distribution.isfinite()
+    difference = log_distribution.masked_fill(~is_allowed, 0.0) - ref_log_distribution.masked_fill(~is_allowed, 0.0)
+    return (log_distribution.exp() * difference).sum(dim=-1)
+
+
+def compute_pair_loss(
+    rewards: torch.Tensor, keys: Sequence[ResponseKey], preferences: Mapping[int, int | None]
+) -> LossSums:
+    """Sum of -logsigmoid(chosen reward - rejected reward) (Bradley and Terry 1952) over the decided pairs (A_i, B_i).
+
+    Ties and pairs without a usable label leave loss and sums alike. Sums: `num_correct`, pairs whose chosen reward is
+    strictly higher; `chosen_reward`; `rejected_reward`.
+
+    `rewards`: float32 [R]. `keys`: the R responses, in any order, A_i and B_i of each pair. `preferences` by pair_id:
+    +1 (A is better), -1, 0 (tie) or None (no label).
+
+    Example: rewards (1.0, 0.0) of (7, "A", 0), (7, "B", 0) with preference +1 give log(1 + e^-1) = 0.3133.
+    """
+    index = {key: i for i, key in enumerate(keys)}
+    assert len(index) == len(keys), "a response occurs twice"
+    missing = [key for key in keys if key._replace(side="B" if key.side == "A" else "A") not in index]
+    assert not missing, f"responses without their partner: {missing[:3]}"
+    pairs = [
+        (index[key], index[key._replace(side="B")], preferences[key.pair_id] or 0) for key in keys if key.side == "A"
+    ]
+    table = torch.tensor(pairs, dtype=torch.long, device=rewards.device).view(-1, 3)
+    rewards_a, rewards_b, preference = rewards[table[:, 0]], rewards[table[:, 1]], table[:, 2]
+    is_decided = preference != 0
+    losses = -F.logsigmoid(preference * (rewards_a - rewards_b))
+    chosen = torch.where(preference > 0, rewards_a, rewards_b).detach().double()
+    rejected = torch.where(preference > 0, rewards_b, rewards_a).detach().double()
+    values = {"num_correct": (chosen > rejected).double(), "chosen_reward": chosen, "rejected_reward": rejected}
+    sums = {name: (value * is_decided).sum() for name, value in values.items()}
+    return LossSums(loss=(losses * is_decided).sum(), sums=sums)

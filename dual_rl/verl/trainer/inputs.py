@@ -1,12 +1,13 @@
-"""What makes a run the same run: written into every checkpoint and compared before a run continues.
+"""Everything that a run works on, checked before a worker starts, and what makes a run the same run.
 
 A checkpoint does not hold everything that a run depends on: frozen weights and the reference (known by content), the
-data and its order, how clips become frames, the format prompt, and which weights train.
+data and its order, how clips become frames, the format prompt, and which weights train. These make up the identity of
+a run, which is written into every checkpoint and compared before a run continues.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from omegaconf import OmegaConf
 
 from verl.config import Config
 from verl.config_loading import CONFIG_FILE, get_setting
-from verl.model.fingerprint import fingerprint
-from verl.model.reward_files import PolicyCheckpoint
+from verl.data.loading import PairLoader, check_pairs
+from verl.data.pair_csv import read_pairs
+from verl.data.scored_sequence import SequenceBuilder
+from verl.model.reward_files import PolicyCheckpoint, fingerprint
+from verl.reward.function import RewardFunction, load_reward_function
 from verl.types import PreferencePair
+from verl.workers.model_setup import read_checkpoint
 
 ORDER_SETTINGS = {"batch_size": "data.rollout_batch_size", "shuffle": "data.shuffle", "seed": "data.seed"}
 MODEL_SETTINGS = tuple(
@@ -24,6 +29,44 @@ MODEL_SETTINGS = tuple(
 )
 
 Identity = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run works on. Every video was opened, and every prompt fits.
+
+    `val` is None without held-out pairs. `identity`: see `describe_run`.
+    """
+
+    train: PairLoader
+    val: PairLoader | None
+    builder: SequenceBuilder
+    reward_function: RewardFunction
+    identity: Identity
+
+
+def check_inputs(config: Config) -> Inputs:
+    """Read and check data, model files and the reward function. Raises ValueError naming file, row and remedy."""
+    data, reward = config.data, config.worker.reward
+    reward_function = load_reward_function(reward.reward_function, reward.reward_function_kwargs)
+    checkpoint = read_checkpoint(config, with_weights=False)
+    max_positions = checkpoint.config.text_config.max_position_embeddings
+    if data.max_prompt_length + data.max_response_length > max_positions:
+        raise ValueError(
+            f"data.max_prompt_length={data.max_prompt_length} and data.max_response_length={data.max_response_length} "
+            f"together exceed the model's {max_positions} positions. Lower one of them."
+        )
+    builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
+    budget = checkpoint.video_budget
+
+    def read(path: str, *, should_filter: bool) -> PairLoader:
+        limits = {"max_prompt_length": data.max_prompt_length, "should_filter": should_filter}
+        pairs = check_pairs(read_pairs(path, data), builder, budget, source=path, **limits)
+        return PairLoader(pairs, builder, budget, source=path, max_dropped_share=data.max_dropped_share)
+
+    train = read(data.train_files, should_filter=data.filter_overlong_prompts)
+    val = read(data.val_files, should_filter=False) if data.val_files else None
+    return Inputs(train, val, builder, reward_function, describe_run(config, checkpoint, train.pairs))
 
 
 def describe_run(config: Config, checkpoint: PolicyCheckpoint, train_pairs: Sequence[PreferencePair]) -> Identity:
