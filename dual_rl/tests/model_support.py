@@ -18,7 +18,10 @@ from verl.model.policy import PolicyModel
 from verl.model.reward_files import PolicyCheckpoint, load_checkpoint, save_head
 from verl.types import PairRollout, PreferencePair, Response, ResponseKey, VideoKey, VideoPrompt
 
-TINY_BASE = Path(__file__).resolve().parents[2] / "cold_start" / "model" / "tiny_base"
+DUAL_RL = Path(__file__).resolve().parents[1]
+EXAMPLE_CSV = DUAL_RL / "data" / "example.csv"
+CLIPS = sorted((DUAL_RL / "data" / "videos").glob("*.mp4"))
+TINY_BASE = DUAL_RL.parent / "cold_start" / "model" / "tiny_base"
 SMALL_BUDGET = VideoBudget(max_frames=8, min_pixels=64 * 64, max_pixels=64 * 96)
 LETTERS = "the quick brown fox jumps over a lazy dog and 0 1 2 "
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other

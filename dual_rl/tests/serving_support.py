@@ -1,4 +1,4 @@
-"""The reward server in tests: a server in a thread or in a process, and plain HTTP."""
+"""The reward server in tests: servers in threads around one small model or in a process, and plain HTTP."""
 
 import asyncio
 import os
@@ -7,21 +7,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
 import pytest
 
+from model_support import CLIPS, DUAL_RL
+from scoring.reward_model import RewardModel
+from scoring.types import Outcome, ScoringSettings
 from serving.app import RewardService
 from serving.metrics import ServerMetrics
 from serving.requests import AllowedRoots, ServerLimits
 from serving.scoring_thread import ScoringThread
 from serving.server import build_server, choose_port
-from training_support import DUAL_RL
 
-CLIPS = sorted((DUAL_RL / "data" / "videos").glob("*.mp4"))
 PROMPTS = [f"a shape, number {number}" for number in range(len(CLIPS))]
 SECONDS = 30.0
 HEADER_SECONDS = 2.0
@@ -66,10 +67,10 @@ class Client(httpx.Client):
         except httpx.TransportError:
             return None
 
-    def score_paths(self, paths: Sequence[str | Path], prompts: Sequence[str]) -> httpx.Response:
+    def score_paths(self, paths: Sequence[str | Path], prompts: Sequence[str] = PROMPTS) -> httpx.Response:
         return self.post("/v1/score", json={"videos": [{"path": str(path)} for path in paths], "prompts": prompts})
 
-    def upload(self, videos: Sequence[bytes], prompts: Sequence[str]) -> httpx.Response:
+    def upload(self, videos: Sequence[bytes], prompts: Sequence[str] = ("a",)) -> httpx.Response:
         return self.post(UPLOAD, **form(videos, prompts))
 
     def open(self, sent: bytes) -> socket.socket:
@@ -99,6 +100,11 @@ def assert_scored(scored: list[dict], expected: list[dict]) -> None:
     assert [result["reward"] for result in scored] == pytest.approx([e["reward"] for e in expected], abs=TOLERANCE)
     assert [result["cot"] for result in scored] == [e["cot"] for e in expected]
     assert all(result["num_tokens"] == 8 and not result["is_finished"] for result in scored)
+
+
+def assert_busy(reply: httpx.Response, seconds: int) -> None:
+    """Refused for now, with the time after which a client may ask again."""
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, str(seconds))
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -166,3 +172,74 @@ class ServingProcess:
         finally:
             self.process.kill()
         assert not list(self.temporary.iterdir())
+
+
+class Gate:
+    """Stands before the model's work: while closed, nothing becomes ready; `failure` is raised by it."""
+
+    def __init__(self, model: RewardModel) -> None:
+        self.is_open = threading.Event()
+        self.is_open.set()
+        self.failure: Exception | None = None
+        self.advance = model.advance
+
+    def __call__(self) -> list[Outcome]:
+        assert self.is_open.wait(SECONDS)
+        if self.failure is not None:
+            raise self.failure
+        return self.advance()
+
+
+@pytest.fixture(scope="session")
+def reward_model(small_model) -> Iterator[RewardModel]:
+    settings = ScoringSettings(backend="hf", batch_size=8, max_new_tokens=8, num_threads=1)
+    with RewardModel.from_pretrained(small_model, settings=settings) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def offline(reward_model) -> list[dict]:
+    """What the clips score without a server."""
+    scores = reward_model.score(CLIPS, PROMPTS)
+    return [{"reward": reward, "cot": cot} for reward, cot in zip(*scores, strict=True)]
+
+
+@pytest.fixture
+def serving(reward_model, tmp_path) -> Iterator[Callable[..., Serving]]:
+    """Starts servers, one at a time."""
+    started: list[Serving] = []
+
+    def start(**options: object) -> Serving:
+        started.append(Serving(reward_model, tmp_path / f"uploads_{len(started)}", **options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+    while reward_model.num_pending:  # of servers that were stopped early
+        reward_model.advance()
+
+
+@pytest.fixture
+def gate(reward_model, monkeypatch) -> Iterator[Gate]:
+    """Before the model's work; closed."""
+    gate = Gate(reward_model)
+    monkeypatch.setattr(reward_model, "advance", gate)
+    gate.is_open.clear()
+    yield gate
+    gate.failure = None
+    gate.is_open.set()
+
+
+@pytest.fixture
+def scored_paths(reward_model, monkeypatch) -> list[str]:
+    """Paths of all videos that the model is given."""
+    paths: list[str] = []
+    submit = reward_model.submit
+
+    def record(tasks) -> None:
+        paths.extend(task.video for task in tasks)
+        submit(tasks)
+
+    monkeypatch.setattr(reward_model, "submit", record)
+    return paths

@@ -10,7 +10,8 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 
-from report_support import DATA, REWARDS, ROWS, make_bench, make_rows, read_data, write_example_bench
+from model_support import EXAMPLE_CSV
+from report_support import DATA, REWARDS, ROWS, make_bench, make_rows, read_data
 from scoring.bench_csv import Bench, read_bench
 from scoring.html_report import main, write_generations_report, write_report
 from scoring.journal import Journal
@@ -18,7 +19,7 @@ from scoring.report import summarise
 from scoring.report_charts import build_calibration, build_histogram, build_means, compute_wilson, sigmoid
 from scoring.source import RewardScale
 from scoring.types import FailedVideo, ScoredVideo
-from training_support import EXAMPLE_CSV
+from toy_world.tables import read_table
 from verl.data.pair_csv import CsvError
 
 HOSTILE = [
@@ -151,16 +152,6 @@ def test_single_videos_have_no_sides_and_no_labels(tmp_path):
     assert (data["items"][2]["clip"], data["sides"], data["tables"]) == (None, [""], [])
 
 
-def test_thoughts_need_no_scores(tmp_path):
-    for thought, scores in [
-        ('<answer>{"dimensional_scores": [1]}</answer>', {}),
-        ('<answer>{"dimensional_scores": null, "overall_score": 2}</answer>', {"overall": "2"}),
-        (f'<answer>{{"dimensional_scores": {{"a": "{"x" * 999}"}}}}</answer>', {"a": "x" * 80}),
-    ]:
-        data = read_data(report(tmp_path, bench_of(tmp_path), thoughts=(thought,)))
-        assert data["items"][0]["scores"] == {"score": scores}
-
-
 def write_generations(path: Path, *, problem: str = "Judge <video>") -> Path:
     thought = '<answer>{"dimensional_scores": {"style": 1}}</answer>'
     answer = '<answer>{"video_1_scores": {"style": 2}, "video_2_scores": {"style": 0}}</answer>'
@@ -191,8 +182,7 @@ def test_generations_of_training_are_shown_by_step_beside_the_annotation(tmp_pat
 
 
 def test_generations_show_the_clips_of_the_csv_that_they_were_made_from(tmp_path, capsys):
-    bench, _ = write_example_bench(tmp_path / "bench")
-    problem = next(iter(bench.items.values())).problem
+    problem = read_table(EXAMPLE_CSV)[0]["problem"]
     source, page = write_generations(tmp_path / "generations.jsonl", problem=problem), tmp_path / "out.html"
     assert main([str(source), "--output", str(page), "--data", str(EXAMPLE_CSV)]) == 0
     clips = [urljoin(page.as_uri(), item["clip"]) for item in read_data(page.read_text())["items"]]
@@ -206,17 +196,12 @@ def test_generations_show_the_clips_of_the_csv_that_they_were_made_from(tmp_path
 
 
 def test_the_charts_by_hand():
-    bars = build_histogram(
-        "t", "x", [-1.0, 0.0, 0.49, None, 9.0, -0.0001], ["right", "wrong", "tie", "", *["right"] * 2]
-    )
+    verdicts = ["right", "wrong", "tie", "", "right", "right"]
+    bars = build_histogram("t", "x", [-1.0, 0.0, 0.49, None, 9.0, -0.0001], verdicts)
     assert (bars["edges"][:3], bars["edges"][-1], len(bars["edges"])) == ([-1.0, -0.5, 0.0], 9.0, 21)
-    assert {name: [n for n, count in enumerate(counts) if count] for name, counts in bars["series"].items()} == {
-        "right": [0, 1, 19],
-        "tie": [2],
-        "wrong": [2],
-    }
-    bars = build_histogram("t", "x", [2.5, 2.5], ["a", "a"])
-    assert (bars["edges"], bars["series"]) == ([2.0, 3.0], {"a": [2]})
+    filled = {name: [n for n, count in enumerate(counts) if count] for name, counts in bars["series"].items()}
+    assert filled == {"right": [0, 1, 19], "tie": [2], "wrong": [2]}
+    assert build_histogram("t", "x", [2.5, 2.5], ["a", "a"])["edges"] == [2.0, 3.0]
     assert build_histogram("t", "x", [None], ["a"]) is None
     # sigmoid: 0.5, 0.5, 0.5, 0.7311, 0.7685, 0 and 1; bins 5, 7, 0 and 9. The tie and the unscored are left out.
     curve = build_calibration([0.0, 0.0, 0.0, 1.0, 1.2, -800.0, 800.0, 0.1, None], [1, 1, -1, -1, 1, -1, 1, 0, 1])

@@ -134,12 +134,3 @@ def test_the_console_shows_these_numbers(bench, journal):
         ["kling", "3", "0.667", "0.333", "0.000"],
         ["wan", "0", "-", "-", "-"],
     ]
-
-
-def test_without_rewards_there_is_a_table_nevertheless(bench, journal):
-    for video in "abcdefghijkl":
-        bench.items.setdefault(video, bench.items[item_id("a.mp4")])
-        journal.add(FailedVideo(video, f"{video} is broken"))
-    lines = format_result(summarise(bench, journal, seed=0)).splitlines()
-    assert (lines[0], lines[10]) == ("failed: a is broken", "... and 2 more, see the JSON")
-    assert cells_of(lines[-4]) == ["Overall", "-", "-", "none", "-", "0 + 0", "5"]

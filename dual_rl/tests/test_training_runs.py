@@ -1,4 +1,4 @@
-"""Stage 2 as users start it: whole runs with Ray, FSDP2 and a rollout engine on CPU ranks.
+"""Stage 2 as users start it: whole runs with Ray, FSDP2 and a rollout engine on CPU ranks, and what stops them.
 
 Weights are compared in fp32. On the same number of ranks a continued run must be bit-equal. On another number sums are
 taken in another order; Adam divides by the root of the second moment and so turns the rounding of a gradient near zero
@@ -8,7 +8,9 @@ into a part of the learning rate, 1e-3 here: weights may differ by TOLERANCE, nu
 import importlib.util
 import json
 import os
+import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +21,15 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
+from model_support import DUAL_RL, write_small_model
 from test_reward_files import rewards_here, rewards_in_stage_1
+from toy_world.tables import read_table, write_table
 from training_support import (
-    DUAL_RL,
     RUN_TIMEOUT,
     Run,
     Running,
     Workplace,
+    assert_one_message,
     free_port,
     largest_difference,
     wait_for,
@@ -66,25 +70,18 @@ def assert_same_training(run: Run, workplace: Workplace, uninterrupted: tuple[Wo
         assert largest_difference(run.weights(step), reference.weights(step)) < TOLERANCE
 
 
-def run_command(workplace: Workplace, name: str, settings: dict[str, object], **variables: str) -> Run:
-    """A run just as users start it, with stdout and stderr together."""
-    result = subprocess.run(
-        [sys.executable, "-m", "verl.trainer.main", *workplace.arguments(workplace.root / name, settings)],
-        cwd=DUAL_RL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=RUN_TIMEOUT,
-        check=False,
-    )
-    return Run(result.returncode, result.stdout, workplace.root / name)
+def test_a_run_that_lost_a_worker_and_was_killed_reaches_what_an_uninterrupted_one_does(
+    background_run, workplace, capfd
+):
+    """A rank dies in step 2, then the run in step 3; test_checkpoints.py kills at every point of saving."""
+    workplace.fault.write_text("kill_worker 2")
+    run = workplace.run()
+    assert_one_message(run.code, run.output, r"rank 0 died in prepare\(\): its process was killed, or crashed")
+    assert run.checkpoints == ["global_step_1"]
 
-
-def test_a_killed_run_continues_to_what_an_uninterrupted_one_reaches(background_run, workplace, capfd):
-    """SIGKILL in the second step; test_checkpoints.py kills at every point of saving."""
+    workplace.fault.unlink()
     running = workplace.start()
-    wait_for(lambda: len(workplace.calls) == 2, running=running)
+    wait_for(lambda: len(workplace.calls) == 4, running=running)
     children = running.kill()
     run = running.wait()
     assert run.code == -signal.SIGKILL, run.output
@@ -92,8 +89,8 @@ def test_a_killed_run_continues_to_what_an_uninterrupted_one_reaches(background_
     held = {pid for pid, name in children.items() if name.startswith(("ray::Worker", "raylet", "gcs_server"))}
     assert len(held) == 3
     assert not wait_until_gone(held)
-    assert run.checkpoints[0] == "global_step_1"
-    assert "global_step_2" not in run.checkpoints
+    assert run.checkpoints[:2] == ["global_step_1", "global_step_2"]
+    assert "global_step_3" not in run.checkpoints
 
     run = workplace.run()
     assert run.code == 0, run.output
@@ -102,7 +99,7 @@ def test_a_killed_run_continues_to_what_an_uninterrupted_one_reaches(background_
     assert largest_difference(run.weights(3), reference.weights(3)) == 0.0
     assert run.repeatable_log == reference.repeatable_log
     first, second, third = reference_workplace.calls
-    assert workplace.calls == [first, second, second, third]
+    assert workplace.calls == [first, second, second, third, third]
 
     assert main(workplace.arguments(run.folder, {"data.video_fps": 1.0, "trainer.max_steps": 4})) == 1
     assert "global_step_3 belongs to another run: other frames." in capfd.readouterr().err
@@ -159,6 +156,71 @@ def assert_complete_log(run: Run) -> None:
     assert all(isinstance(sample["head_reward"], float) for sample in samples)
 
 
+def test_what_cannot_run_is_named_before_a_worker_starts(workplace, tmp_path, capfd, monkeypatch):
+    """In this process. A cluster that does not answer is an error, not a hang."""
+    write_small_model(tmp_path / "base", has_reward=False)
+    torch.save({"rm_head.weight": torch.zeros(1, 48)}, tmp_path / "rm_head.pth")
+    cases = [
+        ({"worker.actor.model.model_path": tmp_path / "base"}, "<Reward>.* stage 1 "),
+        ({"worker.actor.model.head_path": tmp_path}, r"a head of shape \(1, 48\) .* hidden size"),
+        ({"data.max_response_length": 8000}, r"together exceed the model's 8192 positions"),
+        ({"trainer.nnodes": 2}, r"no Ray cluster to join, RAY_ADDRESS is not set: start it with"),
+        ({}, r"no Ray cluster to join, nothing answers at RAY_ADDRESS=127.0.0.1:\d+: start it with"),
+    ]
+    for number, (settings, pattern) in enumerate(cases):
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        if not settings:
+            monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+        code = main(workplace.arguments(workplace.root / f"run_{number}", settings))
+        assert_one_message(code, capfd.readouterr().err, pattern)
+
+
+@pytest.mark.slow
+def test_a_video_that_breaks_after_the_check_costs_its_pair_only(workplace):
+    """Validation before training is the moment at which it breaks; two ranks then share three pairs."""
+    rows, own = read_table(workplace.root / "pairs.csv"), workplace.root / "videos" / "own.mp4"
+    shutil.copy(workplace.root / "videos" / "example_3_a.mp4", own)
+    rows[3]["videos"] = str(["videos/own.mp4", "videos/example_3_b.mp4"])
+    workplace.fault.write_text(f"{own} 1")
+    write_table(workplace.root / "val.csv", rows[:1])
+    settings = {
+        "data.val_files": workplace.root / "val.csv",
+        "data.shuffle": False,
+        "data.max_dropped_share": 0.25,
+        "trainer.max_steps": 1,
+        **TWO_RANKS,
+    }
+    runs = {}
+    for name, size in (("four", 4), ("three", 3)):
+        write_table(workplace.root / f"{name}.csv", rows[:size])
+        sizes = {"data.rollout_batch_size": size, "worker.actor.global_batch_size": size}
+        files = {"data.train_files": workplace.root / f"{name}.csv"}
+        runs[name] = workplace.run(name, {**settings, **sizes, **files})
+        assert runs[name].code == 0, runs[name].output
+        workplace.fault.unlink(missing_ok=True)
+    assert runs["four"].output.count("four.csv: pair dropped: row 4, video A: video not found") == 1
+    assert re.search(r"four\.csv: 1 of 4 pairs dropped\n  row 4, video A: video not found", runs["four"].output)
+    assert "dropped" not in runs["three"].output
+    assert runs["four"].repeatable_log == runs["three"].repeatable_log
+    assert largest_difference(runs["four"].weights(1), runs["three"].weights(1)) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "fault", "pattern"),
+    [
+        ({}, "kill_worker 1", r"rank [01] died in prepare\(\): its process was killed"),
+        ({"worker.actor.optim.lr": 1e30}, "", r"rank [01]: step 1: loss .* stopped before the weights changed"),
+    ],
+    ids=["a rank dies", "the loss is not finite"],
+)
+def test_one_rank_in_trouble_ends_the_others(workplace, settings, fault, pattern):
+    if fault:
+        workplace.fault.write_text(fault)
+    run = workplace.run(settings={**TWO_RANKS, **settings})
+    assert_one_message(run.code, run.output, pattern)
+
+
 @pytest.mark.slow
 def test_a_run_continues_on_another_number_of_ranks(uninterrupted, workplace):
     """2 ranks, then 1, then 2."""
@@ -197,11 +259,20 @@ def two_nodes() -> Iterator[dict[str, str]]:
         yield {**variables, "RAY_ADDRESS": f"127.0.0.1:{port}"}
 
 
+def run_command(workplace: Workplace, name: str, settings: dict[str, object], variables: dict[str, str]) -> Run:
+    """A run just as users start it, with stdout and stderr together; Ray reads variables on import."""
+    command = [sys.executable, "-m", "verl.trainer.main", *workplace.arguments(workplace.root / name, settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": RUN_TIMEOUT}
+    result = subprocess.run(command, cwd=DUAL_RL, env=environment, check=False, **pipes)
+    return Run(result.returncode, result.stdout, workplace.root / name)
+
+
 @pytest.mark.slow
 def test_two_ray_nodes_train_as_one(two_nodes, uninterrupted, workplace):
-    run = run_command(workplace, "run", {"trainer.nnodes": 2}, **two_nodes)  # no fork: Ray reads variables on import
+    run = run_command(workplace, "run", {"trainer.nnodes": 2}, two_nodes)
     assert_same_training(run, workplace, uninterrupted)
     settings = {"trainer.nnodes": 3, "worker.actor.global_batch_size": 4}
-    run = run_command(workplace, "more", settings, **two_nodes)
+    run = run_command(workplace, "more", settings, two_nodes)
     assert run.code == 1
     assert "asks for 3 node(s) with 1 CPU(s) each, but the Ray cluster has 2 node(s)" in run.output
