@@ -61,9 +61,7 @@ def attend_virtually(queries: torch.Tensor, cache: torch.Tensor, batch: VirtualB
 
 
 STEPS = {
-    "groups of equal size, side by side": [(p, 3 + i) for p in range(3) for i in range(4)],
     "members scattered, sizes differ": [(0, 5), (1, 1), (0, 9), (2, 4), (1, 2), (0, 8), (3, 7)],
-    "nobody shares": [(p, 6) for p in range(5)],
     "one request": [(0, 3)],
     "more members than one group takes": [(0, 1 + i % 7) for i in range(9)] + [(1, 3), (1, 4)],
 }

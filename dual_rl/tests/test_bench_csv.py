@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from make_toy_world import sample_example
-from scoring.bench_csv import BenchItem, BenchType, compute_item_id, iterate_rows, read_bench, read_columns
+from scoring.bench_csv import BenchItem, BenchType, compute_item_id, read_bench
 from toy_world.tables import build_tables, write_table
 from toy_world.world import WorldConfig
 from verl.data.pair_csv import CsvError
@@ -69,15 +69,6 @@ def test_every_spelling_of_a_label_is_read(tmp_path, bench_type):
     assert [row.labels for row in bench.rows] == [(label,) for label in cells.values()]
 
 
-def test_columns_may_be_absent_or_unknown_and_models_blank(tmp_path):
-    row = {**GOOD["videoalign"], "Overall": "B", "MQ": "A", "GSB_unread": "?", "note": "?", "A_model": "sora"}
-    bench = read_bench(write_bench(tmp_path, [row]), "videoalign")
-    assert (bench.label_columns, bench.rows[0].labels, bench.rows[0].models) == (("Overall", "MQ"), (-1, 1), None)
-    rows = [{**row, "A_model": a, "B_model": b} for a, b in ((" sora", "kling"), ("sora", ""), ("nan", "kling"))]
-    bench = read_bench(write_bench(tmp_path, rows), "videoalign")
-    assert [row.models for row in bench.rows] == [("sora", "kling"), None, None]
-
-
 def test_a_react_column_without_any_label_is_not_a_label_column(tmp_path, caplog):
     caplog.set_level("INFO")
     base = {**GOOD["react"], "GSB_MQ": "B", "GSB_MQ_A_reasoning": "A is blurred", "GSB_empty": ""}
@@ -128,10 +119,8 @@ def test_paths_start_from_the_csv_or_video_root_and_missing_videos_are_listed(tm
     for bench in (read_bench(path, "tabench"), read_bench(elsewhere, "tabench", video_root=str(data))):
         assert [item.video for item in bench.items.values()] == [str(data / f"{n}.mp4") for n in ("a", "b", "gone")]
         assert bench.missing == {bench.rows[1].item_ids[1]: f"video not found: {data / 'gone.mp4'}"}
-    all_gone = write_bench(tmp_path / "empty", [TABENCH], videos=())
-    message = f"no video exists, {all_gone.parent}/a.mp4 for one; paths start from {all_gone.parent}. Set video_root"
-    with pytest.raises(CsvError, match=re.escape(message)):
-        read_bench(all_gone, "tabench")
+    with pytest.raises(CsvError, match=r"no video exists, .*/empty/a\.mp4 for one; .* Set video_root"):
+        read_bench(write_bench(tmp_path / "empty", [TABENCH], videos=()), "tabench")
     with pytest.raises(CsvError, match=r"video_root .*absent is not a folder"):
         read_bench(path, "tabench", video_root=str(tmp_path / "absent"))
 
@@ -140,9 +129,7 @@ def test_paths_start_from_the_csv_or_video_root_and_missing_videos_are_listed(tm
     ("bench_type", "change", "message"),
     [
         ("tabench", {"video_A": " "}, "video_A is ' '; write the path of a video"),
-        ("tabench", {"video_A": "x" * 5000}, r"video_A is 'x{77}\.\.\.'; write the path of a video"),
         ("tabench", {"prompt": " "}, "prompt is empty; write the text that the video was made from"),
-        ("tabench", {"answer": '{"score": 1}'}, "answer: the answer has neither gsb_result nor scores"),
         ("videoalign", {"Overall": "leftvote"}, "Overall: 'leftvote' is not a label. Write A, B, same or invalid"),
     ],
 )
@@ -152,31 +139,13 @@ def test_faulty_cells_name_file_row_line_and_remedy(tmp_path, bench_type, change
         read_bench(write_bench(tmp_path, rows), bench_type)
 
 
-def test_all_faults_of_all_rows_are_listed(tmp_path):
-    bad = {"video_A": "", "video_B": "b.mp4", "prompt": "", "answer": "?"}
-    with pytest.raises(CsvError, match=r"15 fault\(s\)") as raised:
-        read_bench(write_bench(tmp_path, [TABENCH, *[bad] * 5]), "tabench")
-    assert [problem[:5] for problem in raised.value.problems] == [f"row {row}" for row in "222333444555666"]
-
-
 @pytest.mark.parametrize(
     ("bench_type", "content", "message"),
     [
         ("tabench", b"video_A,answer", "tabench needs video_B, prompt; the file has video_A, answer: add them"),
-        ("videoalign", b"path_A,path_B,prompt", "videoalign needs VQ or MQ or TA or Overall; the file has"),
         ("tabench", b"path_A,path_B,prompt,TA,GSB_a", "it looks like --bench_type videoalign or react$"),
     ],
 )
 def test_a_file_of_another_format_says_which_one_fits(tmp_path, bench_type, content, message):
     with pytest.raises(CsvError, match=message):
         read_bench(write_bench(tmp_path, content), bench_type)
-
-
-def test_cells_come_again_unchanged_in_the_order_of_the_rows(tmp_path):
-    rows = [{**TABENCH, "answer": label, "note": f' {label}, "quoted"\nline '} for label in ("A", "B", "same", "A")]
-    path = write_bench(tmp_path, rows)
-    assert read_columns(path) == tuple(rows[0])
-    assert [row.cells for row in iterate_rows(path)] == rows
-    assert [row.labels for row in read_bench(path, "tabench").rows] == [(LABELS[row["answer"]],) for row in rows]
-    with pytest.raises(CsvError, match=r"row 2 \(line 3\): it has 1 cells"):
-        list(iterate_rows(write_bench(tmp_path, b"video_A,video_B,prompt,answer\na.mp4,b.mp4,caf\xc3\xa9,A\na.mp4\n")))

@@ -35,23 +35,13 @@ def test_rewards_are_averaged_by_name():
     )
 
 
-def test_groups_of_equal_scores_are_counted():
+def test_groups_of_equal_scores_and_cut_responses_are_counted():
     scores = {(0, "A"): (1.0, 1.0), (0, "B"): (0.0, 1.0), (1, "A"): (0.3, 0.3), (1, "B"): (0.0, 0.0)}
-    by_response = {
-        ResponseKey(*video, sample): score for video, group in scores.items() for sample, score in enumerate(group)
-    }
+    by_response = {ResponseKey(*video, i): score for video, group in scores.items() for i, score in enumerate(group)}
     assert group_metrics(by_response) == pytest.approx({"group/zero_variance": 0.75, "group/std": 0.5**0.5 / 4})
-
-
-def test_lengths_leave_eos_out_and_cut_responses_are_counted():
-    lengths = (3, 9, 0, 4)
-    responses = [make_response(ResponseKey(0, "A", i), n, is_finished=n < 9) for i, n in enumerate(lengths)]
-    assert response_metrics(responses) == {
-        "response_length/mean": 4.0,
-        "response_length/max": 9.0,
-        "response_length/min": 0.0,
-        "response_length/clip_ratio": 0.25,
-    }
+    responses = [make_response(ResponseKey(0, "A", i), n, is_finished=n < 9) for i, n in enumerate((3, 9, 0, 4))]
+    expected = {"mean": 4.0, "max": 9.0, "min": 0.0, "clip_ratio": 0.25}  # EOS is left out
+    assert response_metrics(responses) == {f"response_length/{name}": value for name, value in expected.items()}
 
 
 def test_packing_is_measured_against_padded_rows():
@@ -91,12 +81,11 @@ def test_pair_accuracy_is_strict_leaves_ties_out_and_averages_over_responses():
 
 def test_stopwatch_shares_add_up_to_the_step():
     watch = Stopwatch()
-    for phase in ("generate", "update", "generate"):
+    for phase in ("generate", "update"):
         with watch(phase):
             time.sleep(0.02)
-    time.sleep(0.02)
     metrics = watch.metrics()
-    assert 0.04 <= metrics["timing/seconds/generate"] < metrics["timing/seconds/step"]
+    assert 0.02 <= metrics["timing/seconds/generate"] < metrics["timing/seconds/step"]
     shares = {name: value for name, value in metrics.items() if name.startswith("timing/share/")}
     assert set(shares) == {"timing/share/generate", "timing/share/update", "timing/share/other"}
     assert sum(shares.values()) == pytest.approx(1.0)

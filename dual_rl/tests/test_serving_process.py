@@ -13,7 +13,7 @@ from scoring.reward_model import RewardModel
 from serving.server import read_token
 from serving_support import ServingProcess, assert_busy, assert_scored, read_all, results, upload_bytes, wait_for
 
-pytest_plugins = ["serving_support"]
+pytest_plugins = ["serving_fixtures"]
 FLAGS = ["--backend", "hf", "--batch_size", "2", "--num_threads", "1"]
 MISTAKES = {
     "/nowhere": ["--model_ckpt", "/nowhere"],
@@ -61,26 +61,6 @@ def test_sigterm_with_requests_in_flight(small_model, tmp_path):
     assert all("reward" in result for reply in scored for result in results(reply))
     assert all("retry-after" in reply.headers for reply in replies if reply.status_code != 200)
     server.assert_ends(0)
-
-
-FAILING = """
-import sys, serve
-from scoring.reward_model import RewardModel
-def fail(self): raise RuntimeError('device lost')
-RewardModel.advance = fail
-sys.exit(serve.main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
-def test_a_failing_engine_ends_the_process_with_an_error(small_model, tmp_path):
-    (tmp_path / "failing.py").write_text(FAILING)
-    arguments = ["--model_ckpt", small_model, *FLAGS]
-    server = ServingProcess(tmp_path / "server", arguments, script=tmp_path / "failing.py")
-    reply = server.client().upload([CLIPS[0].read_bytes()])
-    assert (reply.status_code, "device lost" in reply.json()["error"]) == (500, True)
-    server.assert_ends(1)
-    assert "RuntimeError: device lost" in server.console.read_text()
 
 
 @pytest.mark.slow

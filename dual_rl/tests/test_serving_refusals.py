@@ -10,7 +10,7 @@ from model_support import CLIPS
 from serving.requests import MAX_JSON_MB, ServerLimits
 from serving_support import PROMPTS, UPLOAD, Client, assert_scored, form, results
 
-pytest_plugins = ["serving_support"]
+pytest_plugins = ["serving_fixtures"]
 FORM_HEADERS = {"Content-Type": "multipart/form-data; boundary=sheet"}
 HEAD = b"--sheet\r\nContent-Disposition: form-data; name="
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from training_support import DUAL_RL
+from model_support import DUAL_RL
 from verl.temporary import temporary_folder
 
 
@@ -59,39 +59,3 @@ def test_the_folder_of_a_killed_process_goes_with_the_next_start(temporary, monk
     with temporary_folder("engine"):
         assert not list(temporary.glob("descore_engine_*/weights"))
     assert sorted(path.name for path in temporary.iterdir()) == ["descore_link", "descore_update_8b"]
-
-
-def test_a_folder_that_nobody_closed_goes_with_its_process(temporary):
-    code = "from verl.temporary import temporary_folder; f = temporary_folder('engine'); print(f.__enter__())"
-    start(code, temporary).communicate()
-    assert not list(temporary.iterdir())
-
-
-RAY = """
-import ray
-from verl.temporary import temporary_folder
-from verl.trainer.cluster import connect
-from verl.config import TrainerConfig
-
-class Worker:
-    def start(self):
-        self.files = temporary_folder("engine")
-        self.files.__enter__()
-
-connect(TrainerConfig(n_gpus_per_node=0, n_cpu_ranks_per_node=1))
-worker = ray.remote(Worker).remote()
-ray.get(worker.start.remote())
-print(flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_failed_and_killed_runs_leave_nothing_after_the_next(temporary):
-    fail = start(RAY + "ray.kill(worker)\nray.shutdown()\nraise SystemExit('failed')", temporary)
-    assert fail.wait(60) == 1
-    assert not list(temporary.glob("descore_ray_*"))
-    kill(start(RAY + "import time\ntime.sleep(60)", temporary))
-    kinds = {path.name.split("_")[1] for path in temporary.iterdir()}
-    assert kinds == {"ray", "engine"}
-    assert start(RAY + "ray.shutdown()", temporary).wait(60) == 0
-    assert not list(temporary.iterdir())

