@@ -6,9 +6,9 @@ import re
 import shlex
 import subprocess
 import sys
-import typing
 from collections.abc import Iterator
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -58,17 +58,13 @@ def knows(program: str, flag: str) -> bool:
     return re.fullmatch("|".join(patterns), flag) is not None
 
 
+@cache
 def setting_names() -> set[str]:
     """Every setting of stage 2, as `worker.rollout.n`, and every group of settings."""
     sys.path.insert(0, str(ROOT / "dual_rl"))
-    from verl.config import Config
+    from verl.config_loading import leaf_types
 
-    def names(group: type, prefix: str) -> Iterator[str]:
-        for name, kind in typing.get_type_hints(group).items():
-            yield prefix + name
-            yield from names(kind, f"{prefix}{name}.") if getattr(kind, "__module__", "").startswith("verl.") else ()
-
-    return set(names(Config, ""))
+    return {key for leaf, _ in leaf_types() for key in accumulate(leaf.split("."), "{}.{}".format)}
 
 
 def check_word(word: str, readme: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The set-up works with Debian's own Python and with uv, survives interruptions, and pins agree."""
+"""The set-up works with Debian's own Python and with uv, survives interruptions, and installs what is imported."""
 
 import ast
 import importlib.metadata
@@ -100,14 +100,6 @@ def test_setup_explains_a_mistake_and_leaves_the_users_folder_alone(tmp_path, va
     result = run_setup(tmp_path, **variables)
     assert (result.returncode, complaint in result.stderr) == (1, True)
     assert [path.name for path in tmp_path.iterdir()] == ["keepsake.txt"]
-
-
-def test_requirement_files_pin_shared_packages_alike():
-    version_of: dict[str, str] = {}
-    for path in ROOT.glob("*/requirements*.txt"):
-        for name, version in read_pins(path).items():
-            assert version_of.setdefault(name, version) == version, f"{path}: {name} is pinned differently elsewhere"
-    assert len(version_of) > 20
 
 
 @pytest.mark.parametrize("folder", ["cold_start", "dual_rl", "figure"])

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from slow_path import load_policy
-from verl.config import LoraConfig, ModelConfig
+from verl.config import ModelConfig
 from verl.data.scored_sequence import REWARD_TOKEN, SequenceBuilder, judge_problem
 from verl.data.vision_process import VideoBudget, VideoFrames
 from verl.model.policy import PolicyModel
@@ -62,26 +62,9 @@ def make_builder(checkpoint: PolicyCheckpoint) -> SequenceBuilder:
     return SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
 
 
-def make_policy(
-    checkpoint: PolicyCheckpoint,
-    *,
-    lora_rank: int = 0,
-    freeze_vision_tower: bool = True,
-    gradient_checkpointing: bool = False,
-) -> PolicyModel:
-    """A policy in training mode; its adapter, if any, does something."""
-    settings = ModelConfig(
-        model_path="",
-        freeze_vision_tower=freeze_vision_tower,
-        enable_gradient_checkpointing=gradient_checkpointing,
-        lora=LoraConfig(rank=lora_rank, alpha=2 * lora_rank or 1),
-    )
-    model = load_policy(checkpoint, settings)
-    with torch.no_grad():
-        for layer in model.adapters.values():
-            generator = torch.Generator().manual_seed(7)
-            layer.lora_B["default"].weight.normal_(std=0.1, generator=generator)
-    return model.train()
+def make_policy(checkpoint: PolicyCheckpoint) -> PolicyModel:
+    """A policy in training mode."""
+    return load_policy(checkpoint, ModelConfig(model_path="")).train()
 
 
 def make_video(number: int) -> VideoFrames:

@@ -1,7 +1,6 @@
-"""A reward plug-in for tests of whole runs: notes every call, and does what a file asks for.
+"""A reward plug-in for tests of whole runs: notes every call, and kills one of the run's ranks if a file says so.
 
-`fault`: a file with a word and the number of the call, from 1, in which it happens; no file, no fault. The word is
-`kill_worker`, SIGKILL to one of the run's ranks, or the path of a video to remove.
+`fault`: a file with the number of the call, from 1, in which it happens; no file, no fault.
 """
 
 import json
@@ -19,10 +18,7 @@ def compute_score(reward_inputs: list[dict], *, log: str, fault: str) -> list[di
     with open(log, "a") as file:
         noted = [[item["ground_truth"], item["side"], item["response"]] for item in reward_inputs]
         file.write(json.dumps(noted) + "\n")
-    name, _, call = Path(fault).read_text().partition(" ") if Path(fault).is_file() else ("", "", "0")
-    if int(call) == calls and name == "kill_worker":
+    if Path(fault).is_file() and int(Path(fault).read_text()) == calls:
         children = psutil.Process().children(recursive=True)
         next(child for child in reversed(children) if child.name().startswith("ray::Worker")).kill()
-    elif int(call) == calls:
-        Path(name).unlink()
     return [{"overall": sum(map(ord, item["response"])) % 7 / 7} for item in reward_inputs]

@@ -1,13 +1,13 @@
-"""What users run or copy: the quick start, its summary, best of N, the reward of video generators, the scale."""
+"""What users run or copy: the quick start, best of N, the reward for video generators, the scale."""
 
 import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from statistics import fmean, stdev
 from types import ModuleType
 
@@ -35,12 +35,6 @@ def load_example(name: str) -> ModuleType:
     return module
 
 
-def run(*command: object, **variables: object) -> subprocess.CompletedProcess:
-    environment = os.environ | {name: str(value) for name, value in variables.items()}
-    arguments = [str(part) for part in command]
-    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=500, check=False)
-
-
 @pytest.mark.slow
 def test_quickstart_trains_and_shows_what_changed(small_model, tmp_path):
     """From a folder as stage 1's quick start leaves it, with the example's clips for a world."""
@@ -53,43 +47,16 @@ def test_quickstart_trains_and_shows_what_changed(small_model, tmp_path):
     settings = ["worker.rollout.name=hf", "worker.rollout.n=2"]
     settings += ["data.rollout_batch_size=4", "data.max_response_length=8"]
     variables = {"STAGE1": world.parent, "MODEL_PATH": small_model, "WORK": work, "STEPS": 1, "PROCESSES": 1}
-    result = run("bash", DUAL_RL / "quickstart.sh", *settings, BACKEND="hf", **variables)
+    environment = os.environ | {name: str(value) for name, value in variables.items()} | {"BACKEND": "hf"}
+    command = ["bash", str(DUAL_RL / "quickstart.sh"), *settings]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "pair accuracy of the head" in result.stdout
+    log = [json.loads(line) for line in (work / "train_log.jsonl").read_text().splitlines()]
+    accuracies = " +".join(f"{line['val/gsb_acc']:.3f}" for line in log)
+    assert re.search(f"pair accuracy of the head +{accuracies}$", result.stdout, re.MULTILINE)
     assert "accuracy without ties" in result.stdout
     assert (work / "global_step_1" / "actor" / "huggingface" / "model.safetensors").is_file()
     assert json.loads((work / "bench_tabench_step_1.json").read_text())["num_scored"] == 4
-
-
-def test_quickstart_without_stage_1_says_what_to_run(tmp_path):
-    result = run("bash", DUAL_RL / "quickstart.sh", STAGE1=tmp_path)
-    assert result.returncode == 1
-    assert "run bash cold_start/quickstart.sh first" in result.stderr
-
-
-def summarize(*runs: Path) -> dict[str, list[str]]:
-    """Cells of the table by the label of the row."""
-    result = run(sys.executable, DUAL_RL / "examples" / "summarize_run.py", *runs)
-    assert result.returncode == 0, result.stderr
-    return {text[:30].strip(): text[30:].split() for text in result.stdout.splitlines() if text}
-
-
-def test_summary_shows_validations_and_quarters_of_the_training_averaged_over_runs(tmp_path):
-    for name, accuracy in (("one", 0.25), ("two", 0.75)):
-        lines = [{"step": 0, "val/reward/overall/mean": 0.25, "val/gsb_acc": 0.5}]
-        for step in range(1, 5):
-            values = {"bt/loss": 0.8 - step / 10, "reward/overall/mean": step / 10, "timing/seconds/step": 2.0}
-            lines.append({"step": step, **values})
-        lines[-1] |= {"val/reward/overall/mean": 0.75, "val/gsb_acc": accuracy}
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train_log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    rows = summarize(tmp_path / "one", tmp_path / "two" / "train_log.jsonl")
-    assert rows["on held-out pairs, step"] == ["0", "4"]
-    assert rows["pair accuracy of the head"] == ["0.500", "0.500"]
-    assert rows["sub-scores right"] == ["-", "-"]
-    assert summarize(tmp_path / "one")["pair accuracy of the head"] == ["0.500", "0.250"]
-    assert rows["in training, up to step"] == ["1", "2", "3", "4"]
-    assert rows["Bradley-Terry loss"] == ["0.700", "0.600", "0.500", "0.400"]
 
 
 def test_best_of_n_ranks_clips_and_lists_failures_and_incomplete_folders(small_model, tmp_path, capsys, monkeypatch):

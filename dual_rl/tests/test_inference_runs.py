@@ -4,7 +4,6 @@ Rewards depend on a batch's padding by rounding only: runs that must be bit-equa
 differ in the last digits.
 """
 
-import importlib.util
 import math
 import os
 import random
@@ -28,7 +27,6 @@ from training_support import assert_one_message, wait_until_gone
 from verl.model.reward_files import save_head
 
 NUM_KILLS = 3
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +247,6 @@ def test_a_base_model_is_scored_with_a_fresh_head_only(desk, bench, tmp_path, as
     assert all(abs(one - another) > 1e-3 for one, another in rewards)
 
 
-@needs_vllm
 @pytest.mark.slow
 def test_vllm_scores_like_transformers_and_prints_its_own_lines_only(desk, bench, whole):
     (desk.root / "vllm").mkdir()

@@ -147,16 +147,6 @@ def test_prompts_are_those_of_each_pair_in_order(loader, builder, pairs):
             assert torch.equal(prompt.video.frames, expected.video.frames)
 
 
-def test_videos_are_fetched_once_and_not_kept(loader, builder, pairs, monkeypatch):
-    seen, encode = [], builder.encode_prompt
-    monkeypatch.setattr(builder, "encode_prompt", lambda key, *rest: seen.append(key) or encode(key, *rest))
-    for load in (loader.prefetch, loader.prefetch, loader.load):
-        load(pairs[:2])
-    assert sorted(seen) == [(0, "A"), (0, "B"), (1, "A"), (1, "B")]
-    loader.load(pairs[:1])
-    assert len(seen) == 6
-
-
 def test_pairs_with_a_video_that_fails_are_dropped_whole_and_listed_once(builder, pairs, tmp_path, caplog):
     gone = replace(pairs[1], videos=(str(tmp_path / "gone.mp4"), pairs[1].videos[1]))
     half_gone = [pairs[0], gone, broken_pair(pairs[2], tmp_path, pair_id=7), pairs[3]]

@@ -18,14 +18,6 @@ from verl.types import ResponseKey
 LOG2 = math.log(2.0)
 
 
-@pytest.fixture
-def distributions():
-    """Log-probabilities [3, 7] of two categorical distributions."""
-    torch.manual_seed(0)
-    policy, reference = torch.randn(2, 3, 7, dtype=torch.float64) * 0.7  # within the clamps
-    return policy.log_softmax(-1), reference.log_softmax(-1)
-
-
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
@@ -43,26 +35,18 @@ def test_kl_estimates_equal_hand_computed_values_and_only_the_policy_gets_a_grad
     found.sum().backward()
     assert log_probs.grad.count_nonzero() >= 2
     assert reference.grad is None
+    if kind == "low_var_kl":
+        bounds = compute_kl(torch.linspace(-100, 100, 401), torch.zeros(401), kind=kind)
+        assert (bounds.min().item(), bounds.max().item()) == (0.0, 10.0)
 
 
-@pytest.mark.parametrize("kind", ["kl", "low_var_kl"])
-def test_expectation_over_all_tokens_is_the_divergence(kind, distributions):
-    policy, reference = distributions
-    expected = kl_divergence(Categorical(logits=policy), Categorical(logits=reference))
-    torch.testing.assert_close((policy.exp() * compute_kl(policy, reference, kind=kind)).sum(-1), expected)
-
-
-def test_low_var_kl_is_never_negative_and_bounded():
-    estimate = compute_kl(torch.linspace(-100, 100, 401), torch.zeros(401), kind="low_var_kl")
-    assert (estimate.min().item(), estimate.max().item()) == (0.0, 10.0)
-
-
-def test_full_kl_and_its_gradient_equal_torch_distributions_over_the_allowed_tokens(distributions):
-    policy, reference = (values.clone().requires_grad_() for values in distributions)
+def test_full_kl_and_its_gradient_equal_torch_distributions_over_the_allowed_tokens():
+    torch.manual_seed(0)
+    policy, reference = torch.randn(2, 3, 7, dtype=torch.float64)
+    policy.requires_grad_()
     is_allowed = torch.tensor([True, False, True, True, False, True, True])
-    ours, theirs = (x.masked_fill(~is_allowed, -math.inf).log_softmax(-1) for x in (policy, reference.detach()))
-    found = compute_full_kl(ours, theirs)
-    expected = kl_divergence(*(Categorical(logits=x[:, is_allowed]) for x in (policy, reference.detach())))
+    found = compute_full_kl(*(x.masked_fill(~is_allowed, -math.inf).log_softmax(-1) for x in (policy, reference)))
+    expected = kl_divergence(*(Categorical(logits=x[:, is_allowed]) for x in (policy, reference)))
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(kl.sum(), policy)[0] for kl in (found, expected)]
     torch.testing.assert_close(*gradients)

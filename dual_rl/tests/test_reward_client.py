@@ -120,14 +120,11 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(server):
     client.wait_until_ready(20)
 
 
-@pytest.mark.parametrize(("trouble", "status"), [(reset, None), (FULL, 503)], ids=["reset", "503"])
-def test_it_gives_up_and_says_what_was_wrong(server, trouble, status):
-    fake = server(trouble)
-    with pytest.raises(RewardServerError) as caught:
+def test_it_gives_up_and_says_what_was_wrong(server):
+    fake = server(FULL)
+    with pytest.raises(RewardServerError, match=r"gave up after 4 attempts.*the queue is full") as caught:
         RewardClient(fake.url, **QUICK, num_retries=3).score([b"a"], ["b"])
-    assert f"{fake.url}/v1/score/upload: gave up after 4 attempts" in str(caught.value)
-    assert ("the queue is full" if status else "onnection") in str(caught.value)
-    assert (caught.value.status, len(fake.requests)) == (status, 4)
+    assert (caught.value.status, len(fake.requests)) == (503, 4)
 
 
 @pytest.mark.parametrize("status", [400, 401, 500])
@@ -151,6 +148,8 @@ def test_pauses_double_up_to_the_longest_differ_between_clients_and_honour_retry
 def answer_by_prompt(connection: socket.socket) -> None:
     """Each reward is the number that its prompt is."""
     head, _, body = read_request(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /behind/v1/score")
+    assert b"Authorization: Bearer secret" in head
     if b"/upload" in head:
         parts = body.split(b"--" + head.partition(b"boundary=")[2].split(b"\r\n")[0])
         prompts = [part.split(b"\r\n")[3] for part in parts if b'name="prompts"' in part]
@@ -165,26 +164,12 @@ def test_order_is_kept_over_kinds_batches_and_connections(server, tmp_path):
     kinds = (ServerPath("/a"), b"bytes", tmp_path / 'a "b".mp4', str(tmp_path / 'a "b".mp4'))
     videos = [kinds[number % 4] for number in range(37)]
     fake = server(answer_by_prompt)
-    client = RewardClient(fake.url, batch_size=3, num_connections=4, **QUICK)
+    client = RewardClient(f"{fake.url}/behind/", token=" secret\n", batch_size=3, num_connections=4, **QUICK)
     scores = client.score(videos, [str(number) for number in range(37)])
     assert [score.reward for score in scores] == [None if number == 5 else float(number) for number in range(37)]
     assert scores[5].error == "broken"
     assert len(fake.requests) == 4 + 9
     assert client.score([], []) == []
-
-
-def test_what_is_sent(server, tmp_path):
-    (tmp_path / "a.mp4").write_bytes(b"\0\r\n--" * 1000)
-    fake = server(ONE)
-    client = RewardClient(f"{fake.url}/behind/", token=" secret\n", **QUICK)
-    client.score([ServerPath("/data/a.mp4")], ["p"])
-    client.score([tmp_path / "a.mp4"], ["q\u00e9"])
-    by_path, upload = fake.requests
-    assert by_path.startswith(b"POST /behind/v1/score HTTP/1.1\r\n")
-    assert by_path.endswith(b'{"videos": [{"path": "/data/a.mp4"}], "prompts": ["p"]}')
-    assert all(b"Authorization: Bearer secret\r\n" in request for request in fake.requests)
-    assert b'filename="a.mp4"\r\n\r\n' + b"\0\r\n--" * 1000 + b"\r\n--" in upload
-    assert "q\u00e9".encode() in upload
 
 
 def test_replies_that_do_not_fit_and_mistakes_of_the_caller_are_errors_at_once(server, pauses):

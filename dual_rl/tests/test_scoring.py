@@ -1,9 +1,7 @@
 """The reward model for use: one engine's thoughts and rewards against plain forwards, in any batch."""
 
 import dataclasses
-import importlib.util
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,16 +11,13 @@ import pytest
 import torch
 from transformers import Qwen3VLVideoProcessor
 
-from infer_utils.scorer import Cot, RewardScorer
 from model_support import CLIPS as ALL_CLIPS
 from model_support import TINY_BASE
 from scoring.reward_model import RewardModel
-from scoring.source import find_model
 from scoring.types import ScoredVideo, ScoringSettings, ThoughtScore, VideoTask
 from slow_path import compute_reward, load_policy
-from test_reward_files import stage1_checkpoint
 from verl.config import ModelConfig
-from verl.data.vision_process import VideoBudget, VideoError, load_video, sample_frames
+from verl.data.vision_process import VideoError
 from verl.model.policy import PolicyModel
 from verl.model.reward_files import load_base, stream_weights
 from verl.rollout.vllm_start import CPU_BLOCK_SIZE
@@ -33,9 +28,7 @@ PROMPTS = ["a red circle moves left over a plain gray background", "a blue star"
 TOLERANCE = 1e-4  # of rewards, fp32
 SETTINGS = ScoringSettings(batch_size=4, max_prompt_length=1024, max_new_tokens=220, kv_cache_gib=1)
 HEAD_SEED = 3
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
-needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")
-BACKENDS = ["hf", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])]
+BACKENDS = ["hf", pytest.param("vllm", marks=pytest.mark.slow)]
 torch.set_num_threads(1)
 
 
@@ -48,7 +41,7 @@ def load_tiny(backend: str, **changes: object) -> RewardModel:
 @pytest.fixture(scope="module")
 def models() -> Iterator[dict[str, RewardModel]]:
     """Each backend once: starting vLLM takes most of the time."""
-    made = {backend: load_tiny(backend) for backend in (["hf", "vllm"] if HAS_VLLM else ["hf"])}
+    made = {backend: load_tiny(backend) for backend in ("hf", "vllm")}
     yield made
     for model in made.values():
         model.close()
@@ -111,7 +104,6 @@ def test_rewards_are_those_of_the_plain_forward(models, thoughts, policy, backen
     assert_plain_forward(policy, models[backend], scores)
 
 
-@needs_vllm
 def test_backends_write_and_score_alike(thoughts):
     ours, theirs = thoughts["vllm"], thoughts["hf"]
     assert [score.cot_ids for score in ours] == [score.cot_ids for score in theirs]
@@ -140,7 +132,6 @@ def test_neither_its_batch_nor_an_interrupted_call_changes_a_score(models, monke
             assert alone.rewards == pytest.approx([together.rewards[n]], abs=TOLERANCE)
 
 
-@needs_vllm
 def test_vllm_encodes_a_video_once_and_scores_on_the_cached_prefix(models, monkeypatch):
     engine = models["vllm"].engine
     prompts = encode(models["vllm"])
@@ -163,18 +154,6 @@ def test_vllm_encodes_a_video_once_and_scores_on_the_cached_prefix(models, monke
     assert engine.prompt_tokens - engine.cached_tokens <= len(prompts) * CPU_BLOCK_SIZE
 
 
-@pytest.mark.parametrize("budget", [VideoBudget(), VideoBudget(fps=3.7, max_pixels=64 * 64)])
-def test_frames_in_memory_are_sampled_like_those_of_a_file(budget):
-    frames, fps = read_frames(CLIPS[0])
-    of_file = load_video(CLIPS[0], budget)
-    for form in (frames, torch.from_numpy(frames).permute(0, 3, 1, 2)):
-        in_memory = sample_frames(form, fps=fps, budget=budget)
-        assert torch.equal(in_memory.frames, of_file.frames)
-        assert in_memory.metadata == of_file.metadata
-    with pytest.raises(VideoError, match="give a uint8 array"):
-        sample_frames(frames.astype(float), fps=fps, budget=budget)
-
-
 def test_videos_that_cannot_be_scored_are_named(models, tmp_path):
     model, broken = models["hf"], tmp_path / "broken.mp4"
     broken.write_bytes(CLIPS[0].read_bytes()[:400])
@@ -183,24 +162,10 @@ def test_videos_that_cannot_be_scored_are_named(models, tmp_path):
     assert isinstance(outcomes.pop("fine"), ScoredVideo)
     (failed,) = outcomes.values()
     assert "over max_prompt_length 1024" in failed.error
+    with pytest.raises(VideoError, match="give a uint8 array"):
+        model.score([np.zeros((8, 64, 64, 3))], PROMPTS[:1], fps=8.0)
     with pytest.raises(VideoError, match=r"(?s)does not decode.*not found"):
         model.score([broken, tmp_path / "none.mp4"], PROMPTS[:2])
-
-
-def test_checkpoints_of_both_stages_score_as_stage_1_does(small_model, tmp_path):
-    """Adapter and tuned weights merged; stage 2's layout found from its outer folders."""
-    checkpoint = stage1_checkpoint(tmp_path / "checkpoint-5", small_model)
-    settings = dataclasses.replace(SETTINGS, backend="hf", max_new_tokens=12)
-    inner = tmp_path / "global_step_7" / "actor" / "huggingface"
-    shutil.copytree(small_model, inner)
-    assert find_model(tmp_path / "global_step_7") == find_model(inner.parent) == find_model(inner) == str(inner)
-    for path in (checkpoint, tmp_path / "global_step_7"):
-        with RewardModel.from_pretrained(path, settings=settings) as model:
-            scores = think_and_score(model, encode(model))
-        scorer = RewardScorer.from_pretrained(find_model(path), dtype=torch.float32, device="cpu")
-        encoded = scorer.encode(CLIPS, problems=[f"<video>{prompt}" for prompt in PROMPTS])
-        cots = [Cot(score.cot_ids, "") for score in scores]
-        assert [score.reward for score in scores] == pytest.approx(scorer.score_encoded(encoded, cots), abs=TOLERANCE)
 
 
 # From here on engines of vLLM are closed, which ends the process groups of the shared one: it is not used again.

@@ -4,18 +4,20 @@ import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 
 import httpx
 import pytest
 
 from model_support import CLIPS
-from reward_client import RewardClient, RewardServerError
+from reward_client import RewardClient, RewardServerError, ServerPath
 from scoring.source import RewardScale
 from serving.requests import ServerLimits
 from serving_support import (
     HEADER_SECONDS,
     PROMPTS,
     SECONDS,
+    TOLERANCE,
     Client,
     assert_busy,
     assert_scored,
@@ -36,6 +38,9 @@ def test_paths_and_uploads_score_as_the_offline_model_does(serving, offline, sco
     reply = client.upload([clip.read_bytes() for clip in CLIPS], PROMPTS)
     assert_scored(results(reply), offline)
     assert (reply.json()["model"], reply.json()["scale"]) == ("small", None)
+    for kind in (ServerPath, Path, str, Path.read_bytes):
+        (score,) = RewardClient(f"http://127.0.0.1:{client.port}").score([kind(CLIPS[0])], PROMPTS[:1])
+        assert (score.reward, score.cot) == (pytest.approx(offline[0]["reward"], abs=TOLERANCE), offline[0]["cot"])
 
 
 def test_rewards_are_on_the_scale_that_the_answer_names(serving, offline):
@@ -175,16 +180,22 @@ def test_a_stopping_server_takes_no_more_and_finishes_what_it_has_or_refuses_it(
     assert server.scoring.ended.result(SECONDS) is None
 
 
-def test_metrics_count_videos_requests_and_refusals(serving):
-    client = serving().client
-    client.score_paths([*CLIPS[:2], "none.mp4"], ["a", "b <Reward>", "c"])
+def test_videos_that_fail_do_so_alone_and_metrics_count_them(serving, offline, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(CLIPS[0].read_bytes()[:400])
+    client = serving(roots=[tmp_path, CLIPS[0].parent]).client
+    reply = client.score_paths([*CLIPS[:2], "broken.mp4"], [PROMPTS[0], "b <Reward>", "c"])
+    scored = results(reply)
+    assert_scored(scored[:1], offline[:1])
+    assert "reserved token" in scored[1]["error"]
+    assert "does not decode" in scored[2]["error"]
+    assert str(tmp_path) not in reply.text
     client.post("/v1/score", json={})
     assert client.get("/metrics").headers["content-type"].startswith("text/plain")
-    for sample in (
-        'videos_total{outcome="scored"}',
-        'videos_total{outcome="failed"}',
-        'refused_total{reason="invalid"}',
-    ):
-        assert client.metric(f"descore_{sample}") == 1
-    assert client.metric('descore_request_seconds_count{route="paths"}') == 2
+    counts = {
+        'videos_total{outcome="scored"}': 1,
+        'videos_total{outcome="failed"}': 2,
+        'refused_total{reason="invalid"}': 1,
+        'request_seconds_count{route="paths"}': 2,
+    }
+    assert {name: client.metric(f"descore_{name}") for name in counts} == counts
     assert client.num_pending() == 0

@@ -92,13 +92,10 @@ def test_values_of_all_types_are_read_and_strings_literally(folder):
     [
         ("algorithm.kl_coeff=1", "unknown key algorithm.kl_coeff; did you mean algorithm.kl_coef"),
         ("trainer.lr=1", "did you mean worker.actor.optim.lr"),
-        ("worker.rollout.n=2.5", "worker.rollout.n=2.5 must be a valid integer"),
         ("worker.rollout.n=1", "worker.rollout.n=1 must be greater than or equal to 2"),
         ("worker.actor.optim.lr=.nan", "worker.actor.optim.lr=nan must be a finite number"),
         ("trainer.logger=[console,mlflow]", "trainer.logger.1=mlflow must be 'console'"),
-        ("trainer.save_limit=0", "trainer.save_limit=0 must be -1 or at least 1"),
         ("trainer.logger=[console", "trainer.logger=[console: the value is not valid YAML"),
-        ("--worker.rollout.n=4", "is not of the form key=value"),
         ("config=missing.yaml", "config=missing.yaml: no such file"),
         ("data.train_files=missing.csv", "data.train_files=missing.csv: no such file"),
         ("worker.actor.model.model_path=./missing", "no such folder"),
@@ -110,20 +107,12 @@ def test_mistakes_are_named(folder, argument, words):
         load(argument)
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (
-            "worker: {rollout: {n: 0}}\ntrainer: {nodes: 2}",
-            r"a\.yaml: worker\.rollout\.n=0.*unknown key trainer\.nodes",
-        ),
-        ("worker: {rollout", r"a\.yaml is not valid YAML"),
-        ("- 1", r"a\.yaml is not a mapping"),
-    ],
-)
-def test_all_mistakes_in_a_file_are_listed_and_the_file_named(folder, content, words):
-    (folder / "a.yaml").write_text(content)
-    with pytest.raises(ValueError, match=f"(?s){words}"):
+def test_all_mistakes_in_a_file_are_listed_and_the_file_named(folder):
+    (folder / "a.yaml").write_text("worker: {rollout: {n: 0}}\ntrainer: {nodes: 2}")
+    with pytest.raises(ValueError, match=r"(?s)a\.yaml: worker\.rollout\.n=0.*unknown key trainer\.nodes"):
+        load("config=a.yaml")
+    (folder / "a.yaml").write_text("worker: {rollout")
+    with pytest.raises(ValueError, match=r"a\.yaml is not valid YAML"):
         load("config=a.yaml")
     with pytest.raises(ValueError, match=r"not set: data\.train_files, .*model_path, .*reward_function\."):
         load_config([])
@@ -135,8 +124,6 @@ def test_all_mistakes_in_a_file_are_listed_and_the_file_named(folder, content, w
         (["data.rollout_batch_size=10", "worker.actor.global_batch_size=4"], "is not a multiple"),
         (["worker.actor.global_batch_size=2", "trainer.n_gpus_per_node=4"], "leave some of the 4 ranks"),
         (["worker.rollout.tensor_parallel_size=2"], "does not divide the 1 rank(s) of a node"),
-        (["trainer.n_gpus_per_node=3", "worker.actor.fsdp.fsdp_size=2"], "worker.actor.fsdp.fsdp_size=2 does not"),
-        (["worker.rollout.tensor_parallel_size=2", "worker.rollout.name=hf"], "name=vllm"),
         (["algorithm.use_kl_loss=false", "algorithm.kl_penalty=full"], "algorithm.use_kl_loss=true"),
         (["worker.actor.model.lora.rank=8", "worker.actor.model.freeze_vision_tower=false"], "lora.rank=0"),
         (["worker.actor.fsdp.enable_cpu_offload=true", "worker.actor.offload.offload_params=true"], "Leave out"),
@@ -184,7 +171,7 @@ def test_train_sh_has_the_paper_s_settings_on_gpus(folder):
     assert (actor.model.model_path, actor.model.head_path) == (str(folder / "model"), str(folder / "head.pth"))
     assert (data.train_files, data.val_files) == (str(folder / "train.csv"), str(folder / "val.csv"))
     assert trainer.save_checkpoint_path == str(DUAL_RL / "results" / "mine")
-    assert (trainer.n_gpus_per_node, trainer.experiment_name) == (8, "mine")
+    assert trainer.n_gpus_per_node == 8
     script = EXAMPLES / "reward_function" / "r1ta_subdim_head.py"
     assert config.worker.reward.reward_function == f"{script}:compute_score"
 
@@ -197,13 +184,8 @@ def test_train_sh_chooses_cpu_ranks_and_small_sizes_without_gpus_and_arguments_w
     assert (config.data.val_files, config.worker.actor.model.head_path) == (None, None)
     assert (config.worker.rollout.n, config.trainer.experiment_name) == (4, "a b")
     assert config.trainer.save_checkpoint_path == str(folder / "o")
-
-
-@pytest.mark.parametrize("missing", ["MODEL_PATH", "TRAIN_FILES"])
-def test_train_sh_asks_for_what_it_needs(folder, missing):
-    output, passed = run_train_sh(folder, **{missing: ""})
-    assert f"{missing}: set it to" in output
-    assert not passed
+    result = subprocess.run(["bash", str(EXAMPLES / "train.sh")], capture_output=True, text=True)
+    assert (result.returncode, "MODEL_PATH: set it to" in result.stderr) == (1, True)
 
 
 def test_example_config_is_complete_from_the_stage_s_folder_and_the_environment_ships_the_code(folder, monkeypatch):
@@ -245,16 +227,6 @@ def test_shipped_format_prompts_hold_the_problem_and_one_video(name):
     text = form.render("a red circle" if name == "judge" else PROBLEM)
     assert (text.count(VIDEO_PLACEHOLDER), text == text.strip()) == (1, True)
     assert not any(unwanted in text for unwanted in ("{#", "data.", REWARD_TOKEN))
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["{% if %}", "{{ contents }}", "{{ content + 1 }}", "{{ ''.__class__.__mro__ }}", 3,
-     "{% for _ in range(10 ** 9) %}{% endfor %}"],
-)  # fmt: skip
-def test_a_prompt_that_does_not_render_is_one_error_that_names_its_source(text):
-    with pytest.raises(ValueError, match=r"^mine\.jinja: the format prompt "):
-        FormatPrompt(text, source="mine.jinja")
 
 
 PAIRS = [make_pair(pair_id) for pair_id in range(3)]

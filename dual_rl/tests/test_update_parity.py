@@ -6,13 +6,14 @@ on another response shows.
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from model_support import make_builder, small_checkpoint, write_small_model
+from model_support import make_builder, small_checkpoint
 from slow_path import compute_separately, load_policy
 from training_support import forks, free_port
 from update_support import (
@@ -41,6 +42,7 @@ KL = {"algorithm.disable_kl": False}
 FULL_KL = {**KL, "algorithm.kl_penalty": "full"}
 LORA = {"worker.actor.model.lora.rank": 4, "worker.actor.model.lora.alpha": 8}
 TUNED = {"worker.actor.model.freeze_vision_tower": False}
+CHECKPOINTING = {"worker.actor.model.enable_gradient_checkpointing": True}
 SEVERAL_STEPS = {
     "worker.actor.global_batch_size": 2,
     "worker.actor.ppo_epochs": 2,
@@ -66,7 +68,7 @@ FOUR_RANKS = {
     "hybrid": (Case({**KL, MICRO: 1}, order=SHUFFLED), {"worker.actor.fsdp.fsdp_size": 2}),
     "ulysses_of_four": (Case({**KL, MICRO: 1}, order=SHUFFLED), {"worker.actor.ulysses_size": 4}),
     "two_groups": (Case({**KL, MICRO: 1}, order=SHUFFLED), {**ULYSSES, "worker.actor.fsdp.fsdp_size": 2}),
-    "checkpointing": (Case({**LORA, "worker.actor.model.enable_gradient_checkpointing": True}), ULYSSES),
+    "checkpointing": (Case({**LORA, **CHECKPOINTING}), ULYSSES),
 }
 """Replicas of shards; rows cut in four, some without a label, with fewer key heads than ranks; groups of two."""
 
@@ -77,17 +79,12 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder) -> Path:
-    return write_small_model(folder / "model")
-
-
-@pytest.fixture(scope="module")
-def bench(model) -> Iterator[Bench]:
+def bench(small_model) -> Iterator[Bench]:
     """This process as the only rank."""
     forks()  # its server must not see the variables of this rank
     before = dict(os.environ)
     rank = join_process_group(index=0, world_size=1, address="127.0.0.1", port=free_port())
-    yield Bench(model, rank)
+    yield Bench(small_model, rank)
     dist.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
@@ -100,7 +97,7 @@ def one_rank(bench, folder) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folder, model, one_rank) -> Iterator[Ranks]:
+def two_ranks(folder, small_model, one_rank) -> Iterator[Ranks]:
     cases = {name: case.change(sharing) for name, (case, sharing) in CASES.items()}
     cases |= {
         "broken": BROKEN,
@@ -108,7 +105,7 @@ def two_ranks(folder, model, one_rank) -> Iterator[Ranks]:
         "loaded": Case(KL, load=folder / "of_one", num_updates=0),
         "continued": Case(KL, load=folder / "of_one"),
     }
-    ranks = Ranks(folder / "ranks", model, cases)
+    ranks = Ranks(folder / "ranks", small_model, cases)
     yield ranks
     ranks.kill()
 
@@ -123,7 +120,8 @@ class SlowUpdate:
         self.config = make_config(model, case.settings)
         checkpoint = small_checkpoint(model)
         self.builder = make_builder(checkpoint)
-        self.model = load_policy(checkpoint, self.config.worker.actor.model)
+        settings = replace(self.config.worker.actor.model, enable_gradient_checkpointing=False)
+        self.model = load_policy(checkpoint, settings)
         shift_weights(self.model)
         self.reference = load_policy(checkpoint, make_config(model, {}).worker.actor.model)
         self.rollouts, self.prompts = make_batch(case, self.builder)
@@ -213,23 +211,23 @@ def started(two_ranks) -> None:
     "settings",
     [
         {**KL, **LORA},
-        {**TUNED, "worker.actor.loss_avg_mode": "seq", "worker.actor.importance_sampling_cap": 1.5},
+        {**TUNED, **CHECKPOINTING, "worker.actor.loss_avg_mode": "seq", "worker.actor.importance_sampling_cap": 1.5},
         FULL_KL,
     ],
     ids=["lora", "tuned_seq_cap", "full_kl"],
 )
-def test_update_equals_the_slow_path(bench, model, settings):
+def test_update_equals_the_slow_path(bench, small_model, settings):
     case = Case({**settings, MICRO: 2})
-    found, slow = bench.run(case), SlowUpdate(model, case)
+    found, slow = bench.run(case), SlowUpdate(small_model, case)
     metrics, gradient = slow.gradient(slow.rollouts)
     assert largest_error(found.gradients[0], gradient) < BOUND
     assert {name: found.metrics[name] for name in metrics} == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
-def test_several_mini_batches_and_epochs_equal_the_slow_path(bench, model):
+def test_several_mini_batches_and_epochs_equal_the_slow_path(bench, small_model):
     """With clipped gradients, ratios that are clipped, a tie and a pair without a label."""
     case, _ = CASES["several_steps"]
-    found, slow = bench.run(case), SlowUpdate(model, case)
+    found, slow = bench.run(case), SlowUpdate(small_model, case)
     expected = slow.run()
     assert len(found.gradients) == len(expected) == 4
     for ours, theirs in zip(found.gradients, expected, strict=True):
@@ -293,9 +291,9 @@ def test_training_state_moves_between_one_and_two_ranks(bench, folder, one_rank,
 
 
 @pytest.mark.slow
-def test_four_ranks_equal_one(bench, folder, model):
+def test_four_ranks_equal_one(bench, folder, small_model):
     cases = {name: case.change(sharing) for name, (case, sharing) in FOUR_RANKS.items()}
-    ranks = Ranks(folder / "four", model, cases, world_size=4)
+    ranks = Ranks(folder / "four", small_model, cases, world_size=4)
     try:
         for name, (case, _) in FOUR_RANKS.items():
             assert_same_on_ranks(bench, ranks, name, case, last_rank=3)
@@ -304,12 +302,11 @@ def test_four_ranks_equal_one(bench, folder, model):
 
 
 @pytest.mark.slow
-def test_two_ranks_with_compiled_layers_equal_one_without(bench, folder, model, monkeypatch):
+def test_two_ranks_with_compiled_layers_equal_one_without(bench, folder, small_model, monkeypatch):
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # an engine of vLLM in this process sets it
-    checkpointing = {"worker.actor.model.enable_gradient_checkpointing": True}
-    cases = {"full": Case({**KL, MICRO: 1}), "lora": Case({**KL, **LORA, **checkpointing})}
+    cases = {"full": Case({**KL, MICRO: 1}), "lora": Case({**KL, **LORA, **CHECKPOINTING})}
     compiled = {name: case.change(is_compiled=True) for name, case in cases.items()}
-    ranks = Ranks(folder / "compiled", model, compiled)
+    ranks = Ranks(folder / "compiled", small_model, compiled)
     try:
         for name, case in cases.items():
             assert_same_update(ranks.outcome(name), bench.run(case))

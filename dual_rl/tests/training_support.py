@@ -100,7 +100,7 @@ class Workplace:
 
     @property
     def fault(self) -> Path:
-        """Where the reward function reads what to do wrong."""
+        """Where the reward function reads in which call to kill a rank."""
         return self.root / "fault"
 
     @property

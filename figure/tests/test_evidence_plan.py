@@ -85,6 +85,8 @@ def test_flags_of_inference_and_of_the_world_are_flags(plan):
 
 
 def test_baselines_differ_from_descore_in_nothing_but_what_they_are():
+    names = [job.name for job in SMALL.select(["descore"], seeds=[2])]
+    assert names == ["world", "stage1_2", "descore_2", "score_descore_2_own"]
     descore, coupled, off = (set(SMALL.jobs[f"{arm}_1"].command) for arm in ("descore", "coupled", "bt_off"))
     assert off - descore == {"worker.actor.bt_weight=0"}
     assert {text.partition("=")[0] for text in coupled - descore} == {
@@ -95,12 +97,6 @@ def test_baselines_differ_from_descore_in_nothing_but_what_they_are():
     assert set(SMALL.jobs["coupled_fast_1"].command) - coupled == {"worker.actor.optim.lr=2e-4"}
     stage1, discriminative = (SMALL.jobs[f"{arm}_1"].command for arm in ("stage1", "discriminative"))
     assert set(discriminative) - set(stage1) == {"--drop_prob", "1.0"}
-
-
-def test_selected_jobs_bring_what_they_need():
-    names = [job.name for job in SMALL.select(["descore"], seeds=[2])]
-    assert names == ["world", "stage1_2", "descore_2", "score_descore_2_own"]
-    assert [job.name for job in SMALL.select()] == list(SMALL.jobs)
 
 
 def test_slots_take_the_gpus_in_turn_and_share_memory_and_cores(monkeypatch):

@@ -138,7 +138,8 @@ def write_part(path, seed: int, **changes: object) -> None:
 def test_the_driver_merges_files_and_says_which_it_cannot(tmp_path, capsys):
     made = {"settings": asdict(SIZES["small"]), "device": {"num_gpus": 1}}
     other_pairs = [{**make_score("descore", 2, SETS[0], read=OWN, correct="1"), "pairs": "others"}]
-    changes = {"1": {}, "2": {}, "other pairs": {"scores": other_pairs}, "another kind of device": {"device": {}}}
+    changes = {"1": {}, "2": {}, "other pairs": {"scores": other_pairs}}
+    changes["another kind of device"] = {"device": {"num_gpus": 0}}
     changes["another size"] = {"settings": {"short_steps": 3, "long_steps": 2}}
     for seed, (name, changed) in enumerate(changes.items(), start=1):
         write_part(tmp_path / f"{name}.json", seed, **{**made, **changed})
