@@ -12,7 +12,6 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -20,7 +19,6 @@ from inference import main
 from inference_support import LABEL_COLUMNS, NAMES, PROMPTS, VIDEOS, Desk, Scored, all_pairs, make_row
 from model_support import write_small_model
 from scoring.bench_csv import read_bench
-from scoring.benchmark import JOURNAL_SUFFIX
 from scoring.report import added_columns, format_result
 from toy_world.tables import read_table
 from training_support import assert_one_message, wait_until_gone
@@ -114,8 +112,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_files(desk, bench, whole
         if number % 2:  # somewhere in the start
             running.stop_at(0, seconds=rng.uniform(0.0, 0.7))
         else:  # somewhere in the work
-            lines = len(csv.with_suffix(JOURNAL_SUFFIX).read_bytes().splitlines()) if number else 0
-            running.stop_at(lines + rng.randint(1, 2), seconds=rng.uniform(0.0, 0.05))
+            running.stop_at(running.num_lines() + rng.randint(1, 2), seconds=rng.uniform(0.0, 0.05))
         codes.append(running.wait().code)
         for suffix in (".csv", ".json"):  # complete or absent
             path = csv.with_suffix(suffix)
@@ -135,7 +132,7 @@ def test_ctrl_c_ends_a_run_that_no_other_could_join(desk, bench):
     pattern = r"scores.rewards.jsonl is being written by another run\. Wait for it, or choose another"
     assert_one_message(other.code, other.output, pattern)
     for number in (signal.SIGINT, signal.SIGCONT):
-        os.kill(running.process.pid, number)
+        running.signal(number)
     scored = running.wait()
     assert scored.code == 130, scored.output
     assert scored.output.endswith("interrupted; the same command resumes where it stopped\n")
@@ -259,13 +256,12 @@ def test_vllm_scores_like_transformers_and_prints_its_own_lines_only(desk, bench
 def test_two_engines_score_like_one_and_the_death_of_one_costs_nothing(desk, bench, whole):
     running = desk.start(bench, "spread/scores.csv", num_workers=2, batch_size=1)
     running.stop_at(2, number=signal.SIGCONT)  # has no effect: wait for the first reward
-    family = psutil.Process(running.process.pid).children(recursive=True)
-    engines = [child for child in family if child.name().startswith("ray::ScoringActor")]
-    engines[0].kill()
+    engines = [pid for pid, name in running.children().items() if name.startswith("ray::ScoringActor")]
+    os.kill(engines[0], signal.SIGKILL)
     scored = running.wait()
     pattern = "an engine died: its process was killed, .* resumes where this run stopped$"
     assert_one_message(scored.code, scored.output, pattern)
-    assert not wait_until_gone({engine.pid for engine in engines})
+    assert not wait_until_gone(set(engines))
     assert scored.journal
     scored = desk.run(bench, "spread/scores.csv", num_workers=2)
     assert "to score on 2 CPU engine(s)" in scored.output

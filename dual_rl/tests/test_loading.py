@@ -1,6 +1,5 @@
 """Stage 2's CSV, its videos loaded in threads, and the checks before training; faults name file, row and remedy."""
 
-import ast
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +9,8 @@ import torch
 from transformers import AutoProcessor
 
 from descore.csv_table import NUM_PROBLEMS_SHOWN, CsvError
-from make_toy_world import sample_example
-from model_support import DUAL_RL, EXAMPLE_CSV, TINY_BASE
-from scored_sequence import judge_problem as stage1_judge_problem
-from toy_world.tables import read_table, rl_row, training_row, write_table
-from toy_world.world import WorldConfig
+from model_support import EXAMPLE_CSV, TINY_BASE
+from toy_world.tables import write_table
 from verl.config import DataConfig
 from verl.data.loading import PairLoader, check_pairs
 from verl.data.pair_csv import read_pairs
@@ -22,7 +18,6 @@ from verl.data.scored_sequence import REWARD_TOKEN, SequenceBuilder, judge_probl
 from verl.data.vision_process import VideoBudget, VideoError, load_video
 from verl.types import PreferencePair, VideoKey
 
-STAGE1_EXAMPLE = DUAL_RL.parent / "cold_start" / "datasets" / "train"
 VIDEOS = "['v/a.mp4', 'v/b.mp4']"
 GOOD = {"videos": VIDEOS, "problem": "<video> Judge, please.", "answer": "A"}
 BUDGET = VideoBudget(max_frames=6, min_pixels=64 * 64, max_pixels=64 * 64)
@@ -92,18 +87,6 @@ def test_all_faulty_cells_name_file_row_line_and_remedy(tmp_path, change, messag
     assert len(raised.value.problems) == NUM_PROBLEMS_SHOWN + 4
 
 
-def test_the_shipped_example_is_what_the_toy_world_makes_and_is_read():
-    rows, pairs = read_table(EXAMPLE_CSV), sample_example(WorldConfig())
-    assert rows == [rl_row(pair, stage1_judge_problem(pair.prompt)) for pair in pairs]
-    for pair, row in zip(pairs, read_table(STAGE1_EXAMPLE / "example.csv"), strict=True):
-        expected = training_row(pair, stage1_judge_problem(pair.prompt))
-        assert {name: str(value) for name, value in expected.items()} == row
-    for row in rows:
-        for video in ast.literal_eval(row["videos"]):
-            assert (EXAMPLE_CSV.parent / video).read_bytes() == (STAGE1_EXAMPLE / video).read_bytes()
-    assert [pair.preference for pair in read(EXAMPLE_CSV)] == [1, -1, 0, 1]
-
-
 @pytest.fixture(scope="module")
 def builder() -> SequenceBuilder:
     processor = AutoProcessor.from_pretrained(TINY_BASE)
@@ -113,18 +96,14 @@ def builder() -> SequenceBuilder:
 
 @pytest.fixture(scope="module")
 def pairs() -> list[PreferencePair]:
-    return read(EXAMPLE_CSV)
+    pairs = read(EXAMPLE_CSV)
+    assert [pair.preference for pair in pairs] == [1, -1, 0, 1]
+    return pairs
 
 
 def make_loader(builder, *, max_dropped_share=0.0) -> PairLoader:
     limits = {"num_pairs": 4, "max_dropped_share": max_dropped_share}
     return PairLoader(builder, BUDGET, source="some.csv", num_threads=3, **limits)
-
-
-@pytest.fixture
-def loader(builder):
-    with make_loader(builder) as loader:
-        yield loader
 
 
 def broken_pair(pair: PreferencePair, folder: Path, *, pair_id: int) -> PreferencePair:
@@ -134,10 +113,11 @@ def broken_pair(pair: PreferencePair, folder: Path, *, pair_id: int) -> Preferen
     return replace(pair, pair_id=pair_id, videos=(pair.videos[0], str(path)))
 
 
-def test_prompts_are_those_of_each_pair_in_order(loader, builder, pairs):
+def test_prompts_are_those_of_each_pair_in_order(builder, pairs):
     order = [pairs[2], pairs[0], pairs[3]]
-    loader.prefetch(pairs[:1])
-    found = loader.load(order)
+    with make_loader(builder) as loader:
+        loader.prefetch(pairs[:1])
+        found = loader.load(order)
     assert [pair for pair, _ in found] == order
     for pair, prompts in found:
         for side, path, prompt in zip("AB", pair.videos, prompts, strict=True):
@@ -171,9 +151,10 @@ def check(pairs, builder, *, max_prompt_length=1000, should_filter=True):
     )
 
 
-def test_overlong_prompts_are_left_out_and_counted_or_errors(builder, loader, pairs, caplog):
+def test_overlong_prompts_are_left_out_and_counted_or_errors(builder, pairs, caplog):
     mixed = [pairs[0], replace(pairs[1], problem=pairs[1].problem + " and more" * 100), pairs[2]]
-    lengths = [max(len(prompt.input_ids) for prompt in prompts) for _, prompts in loader.load(mixed)]
+    with make_loader(builder) as loader:
+        lengths = [max(len(prompt.input_ids) for prompt in prompts) for _, prompts in loader.load(mixed)]
     limit = max(lengths[0], lengths[2])
     with caplog.at_level(logging.WARNING):
         assert check(mixed, builder, max_prompt_length=limit) == [pairs[0], pairs[2]]

@@ -59,10 +59,9 @@ def test_arguments_win_over_the_file_and_the_file_over_defaults_and_all_is_saved
 
 def test_paths_become_absolute(folder):
     config = load("data.val_files=val.csv", "worker.actor.model.head_path=head.pth", "trainer.experiment_name=mine")
-    os.chdir("/")
-    assert (config.data.train_files, config.data.val_files) == (str(folder / "train.csv"), str(folder / "val.csv"))
-    assert config.worker.actor.model.model_path == str(folder / "model")
-    assert config.worker.actor.model.head_path == str(folder / "head.pth")
+    model = config.worker.actor.model
+    found = [config.data.train_files, config.data.val_files, model.model_path, model.head_path]
+    assert found == [str(folder / name) for name in ("train.csv", "val.csv", "model", "head.pth")]
     assert config.worker.reward.reward_function == f"{folder}/reward.py:compute_score"
     assert config.trainer.output_folder == folder / "results" / "mine"
 

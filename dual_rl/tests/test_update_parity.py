@@ -6,7 +6,6 @@ on another response shows.
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,8 +119,7 @@ class SlowUpdate:
         self.config = make_config(model, case.settings)
         checkpoint = small_checkpoint(model)
         self.builder = make_builder(checkpoint)
-        settings = replace(self.config.worker.actor.model, enable_gradient_checkpointing=False)
-        self.model = load_policy(checkpoint, settings)
+        self.model = load_policy(checkpoint, self.config.worker.actor.model)
         shift_weights(self.model)
         self.reference = load_policy(checkpoint, make_config(model, {}).worker.actor.model)
         self.rollouts, self.prompts = make_batch(case, self.builder)

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -155,6 +155,13 @@ class Process:
         self.process = forks().Process(target=_main, args=(module, arguments, str(console)))
         self.process.start()
 
+    def children(self) -> dict[int, str]:
+        """Names of the processes that it has started, by id."""
+        return {child.pid: child.name() for child in psutil.Process(self.process.pid).children(recursive=True)}
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
     def wait_for_end(self) -> tuple[int, str]:
         """Exit status and console, again and again if need be; one that hangs is killed and fails the test."""
         self.process.join(RUN_TIMEOUT)
@@ -171,12 +178,6 @@ class Running(Process):
     def __init__(self, folder: Path, arguments: list[str]) -> None:
         self.folder = folder
         super().__init__("verl.trainer.main", arguments, folder.with_name(f"{folder.name}.console"))
-
-    def kill(self) -> dict[int, str]:
-        """SIGKILL; returns the processes that the run had started, name by id."""
-        children = {child.pid: child.name() for child in psutil.Process(self.process.pid).children(recursive=True)}
-        os.kill(self.process.pid, signal.SIGKILL)
-        return children
 
     def wait(self) -> Run:
         return Run(*self.wait_for_end(), self.folder)
@@ -202,12 +203,12 @@ def assert_one_message(code: int, output: str, pattern: str) -> None:
     assert re.search(rf"^error: .*{pattern}", output, re.MULTILINE), output
 
 
-def wait_for(condition, *, running: Running, seconds: float = RUN_TIMEOUT) -> None:
+def wait_for(condition: Callable[[], bool], *, running: Process) -> None:
     """Wait until `condition()` holds, while `running` runs."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + RUN_TIMEOUT
     while not condition():
         assert running.process.is_alive(), f"ended before:\n{running.console.read_text()}"
-        assert time.monotonic() < deadline, f"not within {seconds} s"
+        assert time.monotonic() < deadline, f"not within {RUN_TIMEOUT} s"
         time.sleep(0.002)
 
 
