@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 600
 BARE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -33,8 +32,8 @@ def read_pins(path: Path) -> dict[str, str]:
 def run_setup(venv: Path, **variables: str) -> subprocess.CompletedProcess:
     """The set-up in an environment that has nothing but `variables`."""
     environment = {"HOME": os.environ["HOME"], "PATH": BARE_PATH, "VENV": str(venv)} | variables
-    command = ["bash", ROOT / ".ci" / "setup_env.sh"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    script = ROOT / ".ci" / "setup_env.sh"
+    return subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture
@@ -72,13 +71,14 @@ def link_programs_without_python(folder: Path) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("has_python", [True, False], ids=["the system's Python", "uv"])
 def test_setup_installs_once_and_is_not_finished_while_something_does_not_start(unfinished, tmp_path, has_python):
+    code = "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))"
+    if has_python and subprocess.run(f"/usr/bin/python3 -c '{code}'", shell=True).returncode:
+        pytest.skip("/usr/bin/python3 is older than 3.11 or has no venv module")
     variables = {"STAGES": "cold_start"} | ({} if has_python else link_programs_without_python(tmp_path / "bin"))
     result = run_setup(unfinished, **variables)
     assert result.returncode == 0, result.stderr
     assert ("with uv" in result.stdout) != has_python
-    command = [unfinished / "bin" / "python", "-m", "deepspeed.launcher.runner", "--help"]
-    assert "--num_gpus" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert (unfinished / "bin" / "deepspeed").read_text().startswith(f"#!{unfinished}/bin/python")
+    assert b"--num_gpus" in subprocess.check_output([unfinished / "bin" / "deepspeed", "--help"])
     assert run_setup(unfinished, **variables).stdout == ""  # nothing left to do
     (unfinished / ".setup" / "installed").write_text("of older requirements")
     (tmp_path / "deepspeed.py").write_text("raise SystemError('broken')")

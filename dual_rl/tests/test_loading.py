@@ -103,7 +103,7 @@ def pairs() -> list[PreferencePair]:
 
 def make_loader(builder, *, max_dropped_share=0.0) -> PairLoader:
     limits = {"num_pairs": 4, "max_dropped_share": max_dropped_share}
-    return PairLoader(builder, BUDGET, source="some.csv", num_threads=3, **limits)
+    return PairLoader(builder, BUDGET, source="some.csv", **limits)
 
 
 def broken_pair(pair: PreferencePair, folder: Path, *, pair_id: int) -> PreferencePair:
