@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from compiling import compiling  # noqa: F401
 from model_support import write_small_model
 from training_support import Workplace
 

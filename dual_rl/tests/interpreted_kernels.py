@@ -1,13 +1,10 @@
-"""The kernels of rollouts in Triton's interpreter; test_rollout_kernels.py runs these in a process of their own.
+"""The kernels of shared-prompt decoding against attention request by request in fp32, in Triton's interpreter.
 
-Shared-prompt decoding against attention request by request in fp32, draws against Philox on Python's integers.
+test_rollout_kernels.py runs this in a process of its own.
 """
-
-import itertools
 
 import torch
 
-from verl.rollout.draw_kernel import draw_tokens
 from verl.rollout.shared_prompt.kernels import Grouping, VirtualBatch, gather_queries, merge_parts
 
 BLOCK, WIDTH, LEAST = 4, 12, 8
@@ -61,9 +58,7 @@ def attend_virtually(queries: torch.Tensor, cache: torch.Tensor, batch: VirtualB
 
 
 STEPS = {
-    "groups of equal size, side by side": [(p, 3 + i) for p in range(3) for i in range(4)],
     "members scattered, sizes differ": [(0, 5), (1, 1), (0, 9), (2, 4), (1, 2), (0, 8), (3, 7)],
-    "nobody shares": [(p, 6) for p in range(5)],
     "one request": [(0, 3)],
     "more members than one group takes": [(0, 1 + i % 7) for i in range(9)] + [(1, 3), (1, 4)],
 }
@@ -86,83 +81,5 @@ def test_grouped_attention_is_attention_request_by_request():
             for query, row, length in zip(queries, table, lengths.tolist(), strict=True)
         ]
         torch.testing.assert_close(output, torch.stack(expected), atol=1e-5, rtol=1e-5)
-
-
-def members(batch: VirtualBatch) -> list[list[int]]:
-    """Requests of each group that is there."""
-    bounds = batch.starts[: batch.num_groups + 1].tolist()
-    groups = [batch.queries[start:end].tolist() for start, end in itertools.pairwise(bounds)]
-    return [group for group in groups if group]
-
-
-def test_requests_of_a_prompt_are_one_group_wherever_they_stand():
-    table, lengths = make_step(STEPS["members scattered, sizes differ"])
-    batch = make_grouping().group(table, lengths)
-    assert members(batch) == [[0, 2, 5], [1, 4]]
-    assert batch.num_keys[:2].tolist() == [3 * BLOCK, 4 * BLOCK]  # the prompts' blocks, read once
-    assert batch.num_keys[batch.num_groups :].tolist() == [5, 1, 9, 5 * BLOCK + 4, 2, 8, 6 * BLOCK + 7]
-
-
-def test_large_groups_are_split_and_short_beginnings_are_not_shared():
-    table, lengths = make_step(STEPS["more members than one group takes"])
-    assert members(make_grouping(most_members=4).group(table, lengths)) == [[0, 1, 2, 3], [4, 5, 6, 7], [9, 10]]
-    table, lengths = make_step([(0, 5), (1, 5), (0, 6)])
-    table[1, :1] = table[0, :1]  # as a system prompt would be
-    assert members(make_grouping().group(table, lengths)) == [[0, 2]]
-
-
-def test_the_block_that_is_written_to_is_never_shared_and_rows_that_fill_up_a_graph_have_no_keys():
-    """A request whose present token is the first of a block reads the blocks before it; that one itself is its own."""
-    table, lengths = make_step([(0, 1), (0, 1), (0, 7), (0, 8)])
-    lengths[:2] -= 1  # the present token is the prompt's last
-    lengths[2:] = 0
-    batch = make_grouping().group(table, lengths)
-    assert members(batch) == [[0, 1]]
-    assert batch.num_keys[0] == 2 * BLOCK
-    assert batch.num_keys[batch.num_groups :].tolist() == [BLOCK, BLOCK, 0, 0]
-
-
-VOCAB = 301  # no multiple of what the kernel works on at once
-
-
-def draw(logits: torch.Tensor, seeds: list[int], *, position: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, and their log-probs as the kernel notes them."""
-    table = torch.full((len(seeds), 4), torch.nan)
-    rows = torch.tensor([seeds, [position] * len(seeds), list(range(len(seeds)))])
-    return draw_tokens(logits, rows, table), table[:, position]
-
-
-def some_logits(num_rows: int) -> torch.Tensor:
-    logits = 2 * torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(0))
-    logits[:, ::7] = -torch.inf  # as forbidden tokens are
-    return logits
-
-
-def philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox 4x32-10 as its authors give it, on Python's integers."""
-    for _ in range(10):
-        products = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
-        counter = [
-            (products[1] >> 32) ^ counter[1] ^ key[0],
-            products[1] % 2**32,
-            (products[0] >> 32) ^ counter[3] ^ key[1],
-            products[0] % 2**32,
-        ]
-        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
-    return counter
-
-
-def test_draws_are_gumbel_max_over_counted_noise_in_any_batch():
-    assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # its known answer
-    seeds, position = [7, 2**61 + 12345], 3
-    logits = some_logits(len(seeds))
-    quarter = -(-VOCAB // 4)
-    tokens, log_probs = draw(logits, seeds, position=position)
-    for row, seed in enumerate(seeds):
-        words = [philox([i, position, 0, 0], [seed % 2**32, seed >> 32]) for i in range(quarter)]
-        uniform = torch.tensor(words, dtype=torch.float64).T.reshape(-1)[:VOCAB].add(0.5).div(2**32)
-        noise = -torch.log(-torch.log1p(-uniform))
-        assert tokens[row] == (logits[row] + noise).argmax()
-        assert draw(logits[row : row + 1], [seed], position=position)[0] == tokens[row]
-    expected = logits.log_softmax(dim=1)[range(len(seeds)), tokens]
-    torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
+        read = int(batch.num_keys.sum())  # blocks that requests share are read once
+        assert (read < int(lengths.sum())) == (len(prompts) > 1)

@@ -11,14 +11,17 @@ import torch
 from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from slow_path import load_policy
-from verl.config import LoraConfig, ModelConfig
+from verl.config import ModelConfig
 from verl.data.scored_sequence import REWARD_TOKEN, SequenceBuilder, judge_problem
 from verl.data.vision_process import VideoBudget, VideoFrames
 from verl.model.policy import PolicyModel
 from verl.model.reward_files import PolicyCheckpoint, load_checkpoint, save_head
 from verl.types import PairRollout, PreferencePair, Response, ResponseKey, VideoKey, VideoPrompt
 
-TINY_BASE = Path(__file__).resolve().parents[2] / "cold_start" / "model" / "tiny_base"
+DUAL_RL = Path(__file__).resolve().parents[1]
+EXAMPLE_CSV = DUAL_RL / "data" / "example.csv"
+CLIPS = sorted((DUAL_RL / "data" / "videos").glob("*.mp4"))
+TINY_BASE = DUAL_RL.parent / "cold_start" / "model" / "tiny_base"
 SMALL_BUDGET = VideoBudget(max_frames=8, min_pixels=64 * 64, max_pixels=64 * 96)
 LETTERS = "the quick brown fox jumps over a lazy dog and 0 1 2 "
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -59,26 +62,9 @@ def make_builder(checkpoint: PolicyCheckpoint) -> SequenceBuilder:
     return SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
 
 
-def make_policy(
-    checkpoint: PolicyCheckpoint,
-    *,
-    lora_rank: int = 0,
-    freeze_vision_tower: bool = True,
-    gradient_checkpointing: bool = False,
-) -> PolicyModel:
-    """A policy in training mode; its adapter, if any, does something."""
-    settings = ModelConfig(
-        model_path="",
-        freeze_vision_tower=freeze_vision_tower,
-        enable_gradient_checkpointing=gradient_checkpointing,
-        lora=LoraConfig(rank=lora_rank, alpha=2 * lora_rank or 1),
-    )
-    model = load_policy(checkpoint, settings)
-    with torch.no_grad():
-        for layer in model.adapters.values():
-            generator = torch.Generator().manual_seed(7)
-            layer.lora_B["default"].weight.normal_(std=0.1, generator=generator)
-    return model.train()
+def make_policy(checkpoint: PolicyCheckpoint) -> PolicyModel:
+    """A policy in training mode."""
+    return load_policy(checkpoint, ModelConfig(model_path="")).train()
 
 
 def make_video(number: int) -> VideoFrames:

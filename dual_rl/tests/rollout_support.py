@@ -8,27 +8,25 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGeneration
 
+from model_support import TINY_BASE
 from verl.config import RolloutConfig
 from verl.data.scored_sequence import REWARD_TOKEN, SequenceBuilder, forbidden_token_ids, judge_problem
 from verl.data.vision_process import VideoFrames
 from verl.rollout.engine import RolloutEngine, build_engine
 from verl.types import Response, Sampling, VideoKey, VideoPrompt
 
-TINY_BASE = Path(__file__).resolve().parents[2] / "cold_start" / "model" / "tiny_base"
 MAX_MODEL_LEN = 512
 CPU = torch.device("cpu")
 WRITING = Sampling(n=3, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=16, seed=5)
 GREEDY = Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, max_tokens=16, seed=5)
 
 
-def write_engine_folder(folder: Path, *, tied: bool = False) -> Path:
-    """Config and processor of the tiny base with `<Reward>`; no weights. `tied`: embedding and output are one."""
+def write_engine_folder(folder: Path) -> Path:
+    """Config and processor of the tiny base with `<Reward>`; no weights."""
     processor = AutoProcessor.from_pretrained(TINY_BASE)
     processor.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
     processor.save_pretrained(folder)
-    config = AutoConfig.from_pretrained(TINY_BASE)
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
-    config.save_pretrained(folder)
+    AutoConfig.from_pretrained(TINY_BASE).save_pretrained(folder)
     return folder
 
 
@@ -36,13 +34,6 @@ def write_engine_folder(folder: Path, *, tied: bool = False) -> Path:
 def tiny_weights() -> Mapping[str, torch.Tensor]:
     """Trained weights under Hugging Face names, fp32."""
     return {name: tensor.float() for name, tensor in load_file(TINY_BASE / "model.safetensors").items()}
-
-
-def tied_weights() -> dict[str, torch.Tensor]:
-    """Weights of a tied model, where the output layer has no name of its own."""
-    weights = dict(tiny_weights())
-    weights["model.language_model.embed_tokens.weight"] = weights.pop("lm_head.weight")
-    return weights
 
 
 def changed_weights() -> dict[str, torch.Tensor]:

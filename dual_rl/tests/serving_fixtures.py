@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from model_support import CLIPS
 from scoring.reward_model import RewardModel
 from scoring.types import Outcome, ScoringSettings
-from serving_support import CLIPS, PROMPTS, SECONDS, Serving
+from serving_support import PROMPTS, SECONDS, Serving
 
 
 class Gate:
@@ -27,54 +28,55 @@ class Gate:
 
 
 @pytest.fixture(scope="session")
-def model(small_model) -> Iterator[RewardModel]:
+def reward_model(small_model) -> Iterator[RewardModel]:
     settings = ScoringSettings(backend="hf", batch_size=8, max_new_tokens=8, num_threads=1)
     with RewardModel.from_pretrained(small_model, settings=settings) as model:
         yield model
 
 
 @pytest.fixture(scope="session")
-def offline(model) -> list[dict]:
+def offline(reward_model) -> list[dict]:
     """What the clips score without a server."""
-    scores = model.score(CLIPS, PROMPTS)
+    scores = reward_model.score(CLIPS, PROMPTS)
     return [{"reward": reward, "cot": cot} for reward, cot in zip(*scores, strict=True)]
 
 
 @pytest.fixture
-def serving(model, tmp_path) -> Iterator[Callable[..., Serving]]:
+def serving(reward_model, tmp_path) -> Iterator[Callable[..., Serving]]:
     """Starts servers, one at a time."""
     started: list[Serving] = []
 
     def start(**options: object) -> Serving:
-        started.append(Serving(model, tmp_path / f"uploads_{len(started)}", **options))
+        started.append(Serving(reward_model, tmp_path / f"uploads_{len(started)}", **options))
         return started[-1]
 
     yield start
     for server in started:
         server.stop()
-    while model.num_pending:  # of servers that were stopped early
-        model.advance()
+    while reward_model.num_pending:  # of servers that were stopped early
+        reward_model.advance()
 
 
 @pytest.fixture
-def gate(model, monkeypatch) -> Iterator[Gate]:
-    """Before the model's work."""
-    gate = Gate(model)
-    monkeypatch.setattr(model, "advance", gate)
+def gate(reward_model, monkeypatch) -> Iterator[Gate]:
+    """Before the model's work; closed."""
+    gate = Gate(reward_model)
+    monkeypatch.setattr(reward_model, "advance", gate)
+    gate.is_open.clear()
     yield gate
     gate.failure = None
     gate.is_open.set()
 
 
 @pytest.fixture
-def scored_paths(model, monkeypatch) -> list[str]:
+def scored_paths(reward_model, monkeypatch) -> list[str]:
     """Paths of all videos that the model is given."""
     paths: list[str] = []
-    submit = model.submit
+    submit = reward_model.submit
 
     def record(tasks) -> None:
         paths.extend(task.video for task in tasks)
         submit(tasks)
 
-    monkeypatch.setattr(model, "submit", record)
+    monkeypatch.setattr(reward_model, "submit", record)
     return paths

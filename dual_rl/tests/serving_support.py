@@ -14,14 +14,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from model_support import CLIPS, DUAL_RL
 from serving.app import RewardService
 from serving.metrics import ServerMetrics
 from serving.requests import AllowedRoots, ServerLimits
 from serving.scoring_thread import ScoringThread
 from serving.server import build_server, choose_port
-from training_support import DUAL_RL
 
-CLIPS = sorted((DUAL_RL / "data" / "videos").glob("*.mp4"))
 PROMPTS = [f"a shape, number {number}" for number in range(len(CLIPS))]
 SECONDS = 30.0
 HEADER_SECONDS = 2.0
@@ -66,10 +65,10 @@ class Client(httpx.Client):
         except httpx.TransportError:
             return None
 
-    def score_paths(self, paths: Sequence[str | Path], prompts: Sequence[str]) -> httpx.Response:
+    def score_paths(self, paths: Sequence[str | Path], prompts: Sequence[str] = PROMPTS) -> httpx.Response:
         return self.post("/v1/score", json={"videos": [{"path": str(path)} for path in paths], "prompts": prompts})
 
-    def upload(self, videos: Sequence[bytes], prompts: Sequence[str]) -> httpx.Response:
+    def upload(self, videos: Sequence[bytes], prompts: Sequence[str] = ("a",)) -> httpx.Response:
         return self.post(UPLOAD, **form(videos, prompts))
 
     def open(self, sent: bytes) -> socket.socket:
@@ -99,6 +98,11 @@ def assert_scored(scored: list[dict], expected: list[dict]) -> None:
     assert [result["reward"] for result in scored] == pytest.approx([e["reward"] for e in expected], abs=TOLERANCE)
     assert [result["cot"] for result in scored] == [e["cot"] for e in expected]
     assert all(result["num_tokens"] == 8 and not result["is_finished"] for result in scored)
+
+
+def assert_busy(reply: httpx.Response, seconds: int) -> None:
+    """Refused for now, with the time after which a client may ask again."""
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, str(seconds))
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -142,11 +146,11 @@ class Serving:
 class ServingProcess:
     """`python serve.py` as users start it; its temporary files lie in `root/tmp`."""
 
-    def __init__(self, root: Path, arguments: Sequence[object], *, script: Path = DUAL_RL / "serve.py") -> None:
+    def __init__(self, root: Path, arguments: Sequence[object]) -> None:
         self.temporary, self.console = root / "tmp", root / "console"
         self.temporary.mkdir(parents=True, exist_ok=True)
         variables = {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary), "PYTHONPATH": str(DUAL_RL)}
-        command = [sys.executable, script, "--port", "0", *map(str, arguments)]
+        command = [sys.executable, DUAL_RL / "serve.py", "--port", "0", *map(str, arguments)]
         with self.console.open("wb") as console:
             self.process = subprocess.Popen(
                 command, stdout=console, stderr=subprocess.STDOUT, env=os.environ | variables

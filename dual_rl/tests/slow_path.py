@@ -5,8 +5,7 @@ attention, logits at every position over the whole vocabulary, and a second forw
 parameters of a PolicyModel, but no code with its forward.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -35,19 +34,6 @@ def load_policy(
     model.backbone.tie_weights()
     model.initialize_adapters({name: fresh[name] for name in fresh if name not in state})
     return model
-
-
-@contextmanager
-def stock_attention(model: PolicyModel) -> Iterator[None]:
-    """Within it text and vision attend by transformers' own implementation."""
-    config = model.backbone.config
-    parts = (config, config.text_config, config.vision_config)
-    before = config._attn_implementation
-    for part in parts:
-        part._attn_implementation = "sdpa"
-    yield
-    for part in parts:
-        part._attn_implementation = before
 
 
 def compute_separately(
@@ -99,20 +85,21 @@ def compute_log_distributions(
 def _stock_forward(
     model: PolicyModel, ids: list[int], prompt: VideoPrompt, builder: SequenceBuilder
 ) -> dict[str, torch.Tensor]:
-    """`logits` [length, vocab] and `hidden` [length, hidden] of one sequence."""
+    """`logits` [length, vocab] and `hidden` [length, hidden] of one sequence; the model attends so from then on."""
     backbone, input_ids = model.backbone, torch.tensor([ids])
     grid_thw = torch.tensor([prompt.grid_thw])
     is_video = input_ids == backbone.config.video_token_id
     positions, _ = backbone.model.get_rope_index(input_ids, mm_token_type_ids=is_video * 2, video_grid_thw=grid_thw)
     embeddings = backbone.get_input_embeddings()(input_ids)
     is_reward = (input_ids == builder.reward_token_id).unsqueeze(-1)
-    with stock_attention(model):
-        output = backbone(
-            inputs_embeds=torch.where(is_reward, model.reward_embedding, embeddings),
-            position_ids=positions,
-            pixel_values_videos=builder.pixel_values(prompt),
-            video_grid_thw=grid_thw,
-            output_hidden_states=True,
-            use_cache=False,
-        )
+    for part in (backbone.config, backbone.config.text_config, backbone.config.vision_config):
+        part._attn_implementation = "sdpa"
+    output = backbone(
+        inputs_embeds=torch.where(is_reward, model.reward_embedding, embeddings),
+        position_ids=positions,
+        pixel_values_videos=builder.pixel_values(prompt),
+        video_grid_thw=grid_thw,
+        output_hidden_states=True,
+        use_cache=False,
+    )
     return {"logits": output.logits[0], "hidden": output.hidden_states[-1][0]}

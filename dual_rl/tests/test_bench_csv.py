@@ -57,26 +57,12 @@ def test_rows_of_every_format_find_their_videos_prompts_labels_and_models(tmp_pa
         assert row.models == (None if has_no_models else tuple(clip.generator for clip in clips))
 
 
-@pytest.mark.parametrize("bench_type", PAIRED)
-def test_every_spelling_of_a_label_is_read(tmp_path, bench_type):
-    cells = {**{name: LABELS[name] for name in ("A", "B", "same", "invalid")}, " ": None, "NaN": None, "Invalid": None}
-    if bench_type == "tabench":
-        cells |= {"Video 2 is better": -1, '<answer>{"gsb_result": "A"}</answer>': 1, '{"gsb_result": null}': None}
-        cells['```json\n{"gsb_result": "same", "video_1_scores": {"style": 2}}\n```'] = 0
-    if bench_type == "genai":
-        cells |= {**LABELS, " BothBad_vote ": 0}
-    label = list(GOOD[bench_type])[-1]
-    bench = read_bench(write_bench(tmp_path, [{**GOOD[bench_type], label: cell} for cell in cells]), bench_type)
-    assert [row.labels for row in bench.rows] == [(label,) for label in cells.values()]
-
-
-def test_columns_may_be_absent_or_unknown_and_models_blank(tmp_path):
-    row = {**GOOD["videoalign"], "Overall": "B", "MQ": "A", "GSB_unread": "?", "note": "?", "A_model": "sora"}
-    bench = read_bench(write_bench(tmp_path, [row]), "videoalign")
-    assert (bench.label_columns, bench.rows[0].labels, bench.rows[0].models) == (("Overall", "MQ"), (-1, 1), None)
-    rows = [{**row, "A_model": a, "B_model": b} for a, b in ((" sora", "kling"), ("sora", ""), ("nan", "kling"))]
-    bench = read_bench(write_bench(tmp_path, rows), "videoalign")
-    assert [row.models for row in bench.rows] == [("sora", "kling"), None, None]
+def test_every_spelling_of_a_label_is_read(tmp_path):
+    common = {" ": None, "NaN": None, "Invalid": None, "A": 1}
+    for bench_type, own in (("tabench", {"Video 2 is better": -1, '{"gsb_result": null}': None}), ("genai", LABELS)):
+        label, cells = list(GOOD[bench_type])[-1], common | own
+        bench = read_bench(write_bench(tmp_path, [{**GOOD[bench_type], label: cell} for cell in cells]), bench_type)
+        assert [row.labels for row in bench.rows] == [(value,) for value in cells.values()]
 
 
 def test_a_react_column_without_any_label_is_not_a_label_column(tmp_path, caplog):
@@ -91,15 +77,6 @@ def test_a_react_column_without_any_label_is_not_a_label_column(tmp_path, caplog
         read_bench(write_bench(tmp_path, [{**GOOD["react"], "GSB_overall": "A is blurred"}]), "react")
 
 
-def test_problem_replaces_the_judge_prompt(tmp_path):
-    rows = [{**TABENCH, "problem": "<video> Judge."}, {**TABENCH, "problem": " "}]
-    bench = read_bench(write_bench(tmp_path, rows), "tabench")
-    problems = [[bench.items[item_id].problem for item_id in row.item_ids] for row in bench.rows]
-    assert problems == [["<video> Judge."] * 2, [judge_problem("a red circle")] * 2]
-    alone = write_bench(tmp_path, b"video_path,problem\na.mp4,Judge.\n")
-    assert [item.problem for item in read_bench(alone, "videofeedback").items.values()] == ["Judge."]
-
-
 def test_each_video_and_problem_is_one_item_and_duplicate_rows_are_counted(tmp_path):
     videos = [f"v/{index}.mp4" for index in range(4)]
     pairs = [(a, b, prompt) for prompt in ("x", "y") for a in videos for b in videos if a < b]
@@ -112,11 +89,9 @@ def test_each_video_and_problem_is_one_item_and_duplicate_rows_are_counted(tmp_p
         assert items == [(str(tmp_path / video), judge_problem(prompt)) for video in (a, b)]
 
 
-def test_item_ids_do_not_change_when_the_folder_moves(tmp_path, monkeypatch):
+def test_item_ids_do_not_change_when_the_folder_moves(tmp_path):
     first, second = (read_bench(write_bench(tmp_path / name, [TABENCH]), "tabench") for name in ("here", "there"))
     assert (list(first.items), first.rows) == (list(second.items), second.rows)
-    monkeypatch.chdir(tmp_path / "here")
-    assert read_bench(Path("bench.csv"), "tabench").items == first.items
     # Journals name items by these ids: a change of this value orphans them.
     assert compute_item_id("./v/a.mp4", problem="Judge.") == "ba55e764e5c0ac60"
 
@@ -129,10 +104,8 @@ def test_paths_start_from_the_csv_or_video_root_and_missing_videos_are_listed(tm
     for bench in (read_bench(path, "tabench"), read_bench(elsewhere, "tabench", video_root=str(data))):
         assert [item.video for item in bench.items.values()] == [str(data / f"{n}.mp4") for n in ("a", "b", "gone")]
         assert bench.missing == {bench.rows[1].item_ids[1]: f"video not found: {data / 'gone.mp4'}"}
-    all_gone = write_bench(tmp_path / "empty", [TABENCH], videos=())
-    message = f"no video exists, {all_gone.parent}/a.mp4 for one; paths start from {all_gone.parent}. Set video_root"
-    with pytest.raises(CsvError, match=re.escape(message)):
-        read_bench(all_gone, "tabench")
+    with pytest.raises(CsvError, match=r"no video exists, .*/empty/a\.mp4 for one; .* Set video_root"):
+        read_bench(write_bench(tmp_path / "empty", [TABENCH], videos=()), "tabench")
     with pytest.raises(CsvError, match=r"video_root .*absent is not a folder"):
         read_bench(path, "tabench", video_root=str(tmp_path / "absent"))
 
@@ -141,9 +114,7 @@ def test_paths_start_from_the_csv_or_video_root_and_missing_videos_are_listed(tm
     ("bench_type", "change", "message"),
     [
         ("tabench", {"video_A": " "}, "video_A is ' '; write the path of a video"),
-        ("tabench", {"video_A": "x" * 5000}, r"video_A is 'x{77}\.\.\.'; write the path of a video"),
         ("tabench", {"prompt": " "}, "prompt is empty; write the text that the video was made from"),
-        ("tabench", {"answer": '{"score": 1}'}, "answer: the answer has neither gsb_result nor scores"),
         ("videoalign", {"Overall": "leftvote"}, "Overall: 'leftvote' is not a label. Write A, B, same or invalid"),
     ],
 )
@@ -153,40 +124,6 @@ def test_faulty_cells_name_file_row_line_and_remedy(tmp_path, bench_type, change
         read_bench(write_bench(tmp_path, rows), bench_type)
 
 
-def test_the_faults_of_all_rows_are_listed(tmp_path):
-    bad = {"video_A": "", "video_B": "b.mp4", "prompt": "", "answer": "?"}
-    with pytest.raises(CsvError, match=r"6 fault\(s\)") as raised:
-        read_bench(write_bench(tmp_path, [TABENCH, *[bad] * 5, {**TABENCH, "answer": "?"}]), "tabench")
-    assert [problem[:5] for problem in raised.value.problems] == [f"row {row}" for row in "234567"]
-
-
-@pytest.mark.parametrize(
-    ("bench_type", "content", "message"),
-    [
-        (
-            "tabench",
-            b"video_A,answer",
-            r"column video_B is missing; .*tabench needs it; .*\n.*column prompt",
-        ),
-        (
-            "videoalign",
-            b"path_A,path_B,prompt",
-            "column VQ or MQ or TA or Overall is missing",
-        ),
-    ],
-)
-def test_a_file_of_another_format_lacks_columns(tmp_path, bench_type, content, message):
-    with pytest.raises(CsvError, match=message):
-        read_bench(write_bench(tmp_path, content), bench_type)
-
-
-def test_rows_keep_their_cells_unchanged(tmp_path):
-    rows = [{**TABENCH, "answer": label, "note": f' {label}, "quoted"\nline '} for label in ("A", "B", "same", "A")]
-    bench = read_bench(write_bench(tmp_path, rows), "tabench")
-    assert bench.columns == tuple(rows[0])
-    assert [row.cells for row in bench.rows] == rows
-    assert [row.labels for row in bench.rows] == [(LABELS[row["answer"]],) for row in rows]
-    with pytest.raises(CsvError, match=r"row 2 \(line 3\): it has 1 cells"):
-        read_bench(
-            write_bench(tmp_path, b"video_A,video_B,prompt,answer\na.mp4,b.mp4,caf\xc3\xa9,A\na.mp4\n"), "tabench"
-        )
+def test_a_file_of_another_format_lacks_columns(tmp_path):
+    with pytest.raises(CsvError, match=r"(?s)video_B.*prompt"):
+        read_bench(write_bench(tmp_path, b"video_A,answer"), "tabench")

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,8 @@ from verl.config import TrainerConfig
 from verl.trainer.checkpoints import TRACKER_FILE, CheckpointFolder, find_resume, load_state, step_of
 
 FILES = {"actor/huggingface/model.safetensors": 3000, "actor/rm_head.pth": 100, "config.yaml": 10}
-STAGE_DIR = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{STAGE_DIR}:{STAGE_DIR / 'tests'}"}
+DUAL_RL = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{DUAL_RL}:{DUAL_RL / 'tests'}"}
 
 
 def save(folder: CheckpointFolder, step: int, **settings) -> None:
@@ -53,7 +52,7 @@ def test_tracker_names_last_and_best(folder):
     assert_whole(folder.find_last())
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(-1, [1, 2, 3, 4, 5]), (1, [2, 5]), (2, [2, 4, 5]), (9, [1, 2, 3, 4, 5])])
+@pytest.mark.parametrize(("limit", "kept"), [(-1, [1, 2, 3, 4, 5]), (1, [2, 5]), (2, [2, 4, 5])])
 def test_the_newest_and_the_best_are_kept(folder, limit, kept):
     for step, val in enumerate((0.1, 0.9, 0.3, 0.2, 0.1), start=1):
         save(folder, step, val=val, save_limit=limit if step == 5 else -1)
@@ -66,15 +65,6 @@ def test_a_failed_save_leaves_nothing_and_removes_nothing(folder):
         save(folder, 2, val=float("nan"), save_limit=1)
     assert tracker_of(folder)["last_global_step"] == 1
     assert sorted(path.name for path in folder.root.iterdir()) == [TRACKER_FILE, "global_step_1"]
-
-
-def test_a_folder_without_its_state_is_not_a_checkpoint_and_is_replaced(folder):
-    save(folder, 1)
-    save(folder, 2)
-    (folder.path_of(2) / "state.json").unlink()
-    assert folder.find_last() == folder.path_of(1)
-    save(folder, 2)
-    assert_whole(folder.find_last())
 
 
 KILLED_AT_EVERY_POINT = """
@@ -131,25 +121,6 @@ def test_a_kill_at_any_point_of_writing_leaves_whole_checkpoints(tmp_path):
     assert outcomes[0] == [1, 2]
     assert outcomes[-1] == [1, 3], "the last root is of the process that was not killed"
     assert [1, 2, 3] in outcomes, "some were killed between the new one's arrival and the old one's end"
-
-
-def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(folder):
-    program = """if True:
-        import sys, time
-        from verl.trainer.checkpoints import CheckpointFolder
-        CheckpointFolder(sys.argv[1]).lock()
-        print("locked", flush=True)
-        time.sleep(60)
-    """
-    command = [sys.executable, "-c", program, str(folder.root)]
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as first:
-        try:
-            assert first.stdout.readline() == "locked\n"
-            with pytest.raises(ValueError, match=rf"{folder.root} is in use by process {first.pid} on "):
-                folder.lock()
-        finally:
-            first.send_signal(signal.SIGKILL)
-    folder.lock()
 
 
 def test_resume_point_follows_the_settings(folder, tmp_path):

@@ -1,136 +1,127 @@
-"""Scripts and files for users to run or copy name settings that exist, and every setting is used."""
+"""What users run or copy: the quick start, best of N, the reward for video generators, the scale."""
 
-import ast
+import dataclasses
+import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
-from itertools import accumulate
-from pathlib import Path
+import sys
+from statistics import fmean, stdev
+from types import ModuleType
 
+import decord
+import numpy as np
 import pytest
-from omegaconf import OmegaConf
-from ray.runtime_env import RuntimeEnv
+import torch
 
-from verl.config import Config
-from verl.config_loading import leaf_types, load_config
+from model_support import CLIPS, DUAL_RL, EXAMPLE_CSV
+from scoring.reward_model import RewardModel
+from scoring.source import compute_scale, load_model_scale, read_checkpoint, save_scale
+from scoring.types import ScoringSettings
+from toy_world.tables import read_table
+from verl.model.reward_files import fingerprint, save_head
 
-STAGE_DIR = Path(__file__).resolve().parents[1]
-REPOSITORY = STAGE_DIR.parent
-EXAMPLES = STAGE_DIR / "examples"
-MENTIONED = re.compile(r"(?<![\w./-])((?:data|algorithm|worker|trainer)\.[a-z_.]*[a-z_])=")
-OPEN_SETTING = "worker.reward.reward_function_kwargs."
-"""Below it users write keys of their own."""
-
-WRITE_ARGUMENTS = '#!/usr/bin/env bash\nprintf "%s\\0" "$PYTHONPATH" "$PYTHONSAFEPATH" "$@" > "$ARGUMENTS_FILE"\n'
+SETTINGS = ScoringSettings(backend="hf", batch_size=4, max_new_tokens=6)
+PROMPTS = ["a red circle", "a blue star"]
 
 
-@pytest.fixture
-def caller(tmp_path, monkeypatch) -> Path:
-    """A folder that a user calls from, with a model and data in it."""
-    (tmp_path / "my" / "checkpoint-5").mkdir(parents=True)
-    for name in ("train.csv", "val.csv", "head.pth"):
-        (tmp_path / "my" / name).write_text("")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def load_example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DUAL_RL / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def run_train_sh(caller: Path, *arguments: str, **variables: str) -> tuple[str, list[str]]:
-    """Output, and what train.sh passes to Python: a `python3` on the PATH writes it down."""
-    (caller / "bin").mkdir()
-    python, passed = caller / "bin" / "python3", caller / "arguments"
-    python.write_text(WRITE_ARGUMENTS)
-    python.chmod(0o755)
-    files = {"MODEL_PATH": "my/checkpoint-5", "TRAIN_FILES": "my/train.csv"}
-    files |= {"PATH": f"{python.parent}:{os.environ['PATH']}", "ARGUMENTS_FILE": str(passed), "PYTHONPATH": "mine"}
-    command = ["bash", str(EXAMPLES / "train.sh"), *arguments]
-    result = subprocess.run(command, env=os.environ | files | variables, capture_output=True, text=True, check=False)
-    assert (result.returncode == 0) == passed.exists()
-    return result.stdout + result.stderr, passed.read_text().split("\0")[:-1] if passed.exists() else []
+@pytest.mark.slow
+def test_quickstart_trains_and_shows_what_changed(small_model, tmp_path):
+    """From a folder as stage 1's quick start leaves it, with the example's clips for a world."""
+    world, work = tmp_path / "stage1_quickstart" / "world", tmp_path / "work"
+    shutil.copytree(CLIPS[0].parent, world / "videos")
+    for name in ("train_rl.csv", "eval_rl.csv"):
+        shutil.copy(EXAMPLE_CSV, world / name)
+    rows = [f"videos/example_{index}_a.mp4,videos/example_{index}_b.mp4,a shape,A" for index in range(2)]
+    (world / "bench_tabench.csv").write_text("\n".join(["video_A,video_B,prompt,answer", *rows, ""]))
+    settings = ["worker.rollout.name=hf", "worker.rollout.n=2"]
+    settings += ["data.rollout_batch_size=4", "data.max_response_length=8"]
+    variables = {"STAGE1": world.parent, "MODEL_PATH": small_model, "WORK": work, "STEPS": 1, "PROCESSES": 1}
+    environment = os.environ | {name: str(value) for name, value in variables.items()} | {"BACKEND": "hf"}
+    command = ["bash", str(DUAL_RL / "quickstart.sh"), *settings]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    log = [json.loads(line) for line in (work / "train_log.jsonl").read_text().splitlines()]
+    accuracies = " +".join(f"{line['val/gsb_acc']:.3f}" for line in log)
+    assert re.search(f"pair accuracy of the head +{accuracies}$", result.stdout, re.MULTILINE)
+    assert "accuracy without ties" in result.stdout
+    assert (work / "global_step_1" / "actor" / "huggingface" / "model.safetensors").is_file()
+    assert json.loads((work / "bench_tabench_step_1.json").read_text())["num_scored"] == 4
 
 
-def train_sh_config(caller: Path, *arguments: str, **variables: str) -> Config:
-    output, passed = run_train_sh(caller, *arguments, **variables)
-    assert passed, output
-    python_path, safe_path, *passed = passed
-    assert python_path == f"{STAGE_DIR}:mine"
-    assert safe_path == "1", "a user's folder must not hide our modules or our libraries"
-    assert passed[:2] == ["-m", "verl.trainer.main"]
-    return load_config(passed[2:])
+def test_best_of_n_ranks_clips_and_lists_failures_and_incomplete_folders(small_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    example, folder, output = load_example("best_of_n"), tmp_path / "clips", tmp_path / "best.csv"
+    for number in range(2):
+        inner = folder / f"prompt_{number}"
+        inner.mkdir(parents=True)
+        (inner / "prompt.txt").write_text(f"shape number {number}\n")
+        for index, clip in enumerate(CLIPS[3 * number : 3 * number + 3]):
+            shutil.copy(clip, inner / f"{index}.mp4")
+    (folder / "prompt_1" / "2.mp4").write_bytes(b"no video")
+    flags = ["--model_ckpt", str(small_model), "--clips", str(folder), "--output", str(output)]
+    assert example.main([*flags, "--backend", "hf", "--max_new_tokens", "6"]) == 0
+    console = capsys.readouterr()
+    assert "failed: prompt_1/2.mp4: video does not decode" in console.err
+    rows = read_table(output)
+    assert [row["rank"] for row in rows] == ["1", "2", "3", "1", "2", ""]
+    assert {row["video"] for row in rows} == {str(path) for path in folder.glob("*/*.mp4")}
+    for name in ("prompt_0", "prompt_1"):
+        rewards = [float(row["reward"]) for row in rows if row["folder"] == name and row["reward"]]
+        assert rewards == sorted(rewards, reverse=True)
+    assert f"prompt_0: {rows[0]['video']}" in console.out
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"(?s)empty has no text.*empty has no clip"):
+        example.find_tasks(folder)
 
 
-def test_train_sh_has_the_paper_s_settings_on_gpus(caller):
-    config = train_sh_config(caller, NUM_GPUS="8", EXP_NAME="mine", HEAD_PATH="my/head.pth", VAL_FILES="my/val.csv")
-    data, algorithm, actor, trainer = config.data, config.algorithm, config.worker.actor, config.trainer
-    assert (config.worker.rollout.n, data.rollout_batch_size, actor.global_batch_size) == (8, 128, 128)
-    assert (algorithm.disable_kl, algorithm.use_kl_loss) == (False, True)
-    assert (algorithm.kl_penalty, algorithm.kl_coef) == ("low_var_kl", 1e-5)
-    assert (actor.bt_weight, actor.optim.lr, actor.optim.weight_decay, actor.max_grad_norm) == (5e-3, 1e-6, 0.01, 1.0)
-    assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_dual) == (0.2, 0.3, 3.0)
-    assert actor.model.model_path == str(caller / "my" / "checkpoint-5")
-    assert actor.model.head_path == str(caller / "my" / "head.pth")
-    assert (data.train_files, data.val_files) == (str(caller / "my" / "train.csv"), str(caller / "my" / "val.csv"))
-    assert trainer.save_checkpoint_path == str(STAGE_DIR / "results" / "mine")
-    assert (trainer.n_gpus_per_node, trainer.experiment_name) == (8, "mine")
-    script = EXAMPLES / "reward_function" / "r1ta_subdim_head.py"
-    assert config.worker.reward.reward_function == f"{script}:compute_score"
+def test_clips_in_memory_and_on_disk_score_alike_for_trainers_of_generators(small_model):
+    example = load_example("video_reward")
+    clips = [decord.VideoReader(str(path)).get_batch(range(16)).asnumpy() for path in CLIPS[:2]]
+    height, width = (min(clip.shape[axis] for clip in clips) for axis in (1, 2))
+    videos = np.stack([clip[:, :height, :width] for clip in clips])
+    reward = example.VideoReward(small_model, fps=8.0, settings=SETTINGS)
+    scores, info = reward(videos, PROMPTS, None)
+    assert (scores.dtype, scores.shape, len(info["cots"])) == (np.float32, (2,), 2)
+    tensor = torch.from_numpy(videos).permute(0, 1, 4, 2, 3)
+    for form in (tensor.float() / 255, videos.astype(np.float32) / 255):
+        assert reward(form, PROMPTS, [{}, {}])[0] == pytest.approx(scores, abs=1e-5)
+    expected = reward.model.score(CLIPS[:2], PROMPTS).rewards
+    results = reward.reward([str(clip) for clip in CLIPS[:2]], PROMPTS)
+    assert [result["Overall"] for result in results] == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="made with normalize=False"):
+        reward.reward([str(CLIPS[0])], PROMPTS[:1], use_norm=True)
+    reward.close()
 
 
-def test_train_sh_chooses_cpu_ranks_and_small_sizes_without_gpus_and_arguments_win(caller):
-    settings = ["worker.rollout.n=4", "trainer.experiment_name=a b"]
-    config = train_sh_config(caller, *settings, NUM_GPUS="0", NUM_PROCESSES="2", OUTPUT_DIR="o")
-    trainer = config.trainer
-    assert (trainer.n_gpus_per_node, trainer.n_cpu_ranks_per_node) == (0, 2)
-    assert (config.data.rollout_batch_size, config.worker.actor.global_batch_size) == (8, 8)
-    assert (config.data.val_files, config.worker.actor.model.head_path) == (None, None)
-    assert (config.worker.rollout.n, trainer.experiment_name) == (4, "a b")
-    assert trainer.save_checkpoint_path == str(caller / "o")
-
-
-@pytest.mark.parametrize("missing", ["MODEL_PATH", "TRAIN_FILES"])
-def test_train_sh_asks_for_what_it_needs(caller, missing):
-    output, passed = run_train_sh(caller, **{missing: ""})
-    assert f"{missing}: set it to" in output
-    assert not passed
-
-
-def test_example_config_is_complete_from_the_stage_s_folder(caller, monkeypatch):
-    monkeypatch.chdir(STAGE_DIR)
-    required = [f"data.train_files={caller}/my/train.csv", f"worker.actor.model.model_path={caller}/my/checkpoint-5"]
-    config = load_config(["config=examples/config.yaml", *required])
-    assert Path(config.trainer.save_checkpoint_path) == STAGE_DIR / "results" / "dual_rl"
-
-
-def test_runtime_environment_ships_the_code_and_nothing_else():
-    settings = OmegaConf.to_container(OmegaConf.load(EXAMPLES / "runtime_env.yaml"))
-    working_dir = settings.pop("working_dir")
-    assert (STAGE_DIR / working_dir / "verl" / "trainer" / "main.py").is_file()
-    assert RuntimeEnv(**settings)["excludes"]
-    for pattern in settings["excludes"]:  # gitignore patterns: without a slash in front, data/ would be verl/data/ too
-        assert pattern.startswith(("/", "**/__pycache__")), pattern
-
-
-def test_every_setting_mentioned_anywhere_exists():
-    known = {key for leaf, _ in leaf_types() for key in accumulate(leaf.split("."), "{}.{}".format)}
-    texts = [path for kind in ("*.md", "*.sh", "*.yaml", "*.py") for path in STAGE_DIR.rglob(kind)]
-    texts += [REPOSITORY / "README.md", REPOSITORY / "Makefile", *(REPOSITORY / ".ci").glob("*.sh")]
-    mentioned = {
-        (key, path.relative_to(REPOSITORY))
-        for path in texts
-        if path.is_file() and path != STAGE_DIR / "tests" / "test_settings.py"  # which has unknown keys on purpose
-        for key in MENTIONED.findall(path.read_text(encoding="utf-8"))
-    }
-    assert len(mentioned) > 20
-    unknown = [entry for entry in mentioned if entry[0] not in known and not entry[0].startswith(OPEN_SETTING)]
-    assert not unknown
-
-
-def test_every_setting_is_read_by_the_code():
-    names: set[str] = set()
-    for path in (STAGE_DIR / "verl").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute):
-                names.add(node.attr)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                names.add(node.value)  # getattr(settings, "n")
-    unread = [key for key, _ in leaf_types() if key.rpartition(".")[2] not in names]
-    assert not unread
+def test_a_model_scores_on_its_scale_which_is_refused_for_another_head(small_model, tmp_path, caplog):
+    folder = tmp_path / "model"
+    shutil.copytree(small_model, folder)
+    with pytest.raises(ValueError, match=r"has no reward_scale\.json: make it with inference\.py --calibrate"):
+        RewardModel.from_pretrained(folder, settings=SETTINGS, normalize=True)
+    with pytest.raises(ValueError, match="calibrate on more, and different, videos"):
+        compute_scale([2.0, 2.0, 2.0], data="val.csv", weights="w", video={})
+    with RewardModel.from_pretrained(folder, settings=SETTINGS) as model:
+        raw = model.score(CLIPS[:2], PROMPTS).rewards
+        budget = dataclasses.asdict(model.loader.budget)
+    checkpoint = read_checkpoint(folder)
+    scale = compute_scale(raw, data="val.csv", weights=fingerprint(folder, checkpoint), video=budget)
+    assert json.loads(save_scale(folder, scale).read_text())["num_videos"] == 2
+    with RewardModel.from_pretrained(folder, settings=SETTINGS, normalize=True) as model:
+        scaled = model.score(CLIPS[:2], PROMPTS).rewards
+    assert scaled == pytest.approx([(reward - fmean(raw)) / stdev(raw) for reward in raw], abs=1e-4)
+    assert "the scale was measured" not in caplog.text
+    assert load_model_scale(folder, checkpoint, dataclasses.replace(SETTINGS, video_fps=3.0)) == scale
+    assert "the scale was measured with videos read with" in caplog.text
+    save_head(folder / "rm_head.pth", torch.load(folder / "rm_head.pth", weights_only=True)["rm_head.weight"] * 1.01)
+    with pytest.raises(ValueError, match="other weights or another head"):
+        load_model_scale(folder, read_checkpoint(folder), SETTINGS)

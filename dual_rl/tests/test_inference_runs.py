@@ -4,7 +4,6 @@ Rewards depend on a batch's padding by rounding only: runs that must be bit-equa
 differ in the last digits.
 """
 
-import importlib.util
 import math
 import os
 import random
@@ -13,32 +12,19 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from inference import main
-from inference_support import CLIPS, LABEL_COLUMNS, PROMPTS, VIDEOS, Desk, Scored, all_pairs, make_row
+from inference_support import NAMES, PROMPTS, VIDEOS, Desk, Scored, all_pairs, make_row
 from model_support import write_small_model
-from scoring.bench_csv import BENCH_FORMATS, read_bench
+from scoring.bench_csv import read_bench
 from scoring.report import added_columns, format_result
 from toy_world.tables import read_table
-from training_support import wait_until_gone
+from training_support import assert_one_message, wait_until_gone
 from verl.model.reward_files import save_head
 
 NUM_KILLS = 3
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
-OWN_LINES = (
-    "inference: ",
-    "tabench: ",
-    "24 rows, ",
-    "mean reward ",
-    "label ",
-    "answer ",
-    "95% ",
-    "the best ",
-    "score: ",
-)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +40,11 @@ def bench(desk) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(desk, bench) -> Scored:
-    """`bench` scored without interruption, one video at a time."""
-    scored = desk.run(bench, output="whole/scores.csv", batch_size=1)
+    """`bench` scored without interruption by the script, one video at a time. It prints its own lines only."""
+    (desk.root / "whole").mkdir()
+    scored = desk.run_script(bench, "whole/scores.csv", batch_size=1)
     assert scored.code == 0, scored.output
+    assert not scored.foreign_lines
     return scored
 
 
@@ -73,7 +61,7 @@ def assert_refused(capfd, caplog) -> Callable[..., None]:
 
     def check(pattern: str, desk: Desk, bench: Path, output: str = "out/scores.csv", **options: object) -> None:
         code = main(desk.flags(bench, output, **options))
-        Scored(code, capfd.readouterr().err, desk.root / output).assert_mistake(pattern)
+        assert_one_message(code, capfd.readouterr().err, pattern)
         assert "to score" not in caplog.text
 
     return check
@@ -89,63 +77,57 @@ def write_head(path: Path, model: Path, *, value: float = 1.0) -> Path:
 def assert_same(scored: Scored, whole: Scored) -> None:
     """The same thoughts about the same videos, and the same rewards but for rounding."""
     assert scored.code == 0, scored.output
-    assert scored.cots == whole.cots
-    assert scored.rewards == pytest.approx(whole.rewards, rel=1e-5, abs=1e-5)
+    assert scored.of_items("cot") == whole.of_items("cot")
+    assert scored.of_items("reward") == pytest.approx(whole.of_items("reward"), rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("bench_type", ["videoalign", "videofeedback"])  # test_bench_csv.py reads the others
-def test_every_format_is_scored_once_per_video_and_reported(desk, bench_type):
+def test_every_video_is_scored_once_and_reported_in_all_its_rows(desk):
+    """test_bench_csv.py reads the other formats, test_report.py writes single videos."""
     pairs = all_pairs(PROMPTS[::2])
-    path = desk.write([*pairs, *pairs[:4]], bench_type, name=bench_type)
-    scored = desk.run(path, bench_type, f"{bench_type}/scores.csv", batch_size=8, report=desk.root / "page.html")
+    path = desk.write([*pairs, *pairs[:4]], "videoalign", name="align")
+    options = {"bench_type": "videoalign", "batch_size": 8, "report": desk.root / "page.html"}
+    scored = desk.run(path, "align/scores.csv", **options)
     assert scored.code == 0, scored.output
     assert scored.output.endswith(format_result(scored.json) + "\n")
-    bench = read_bench(path, bench_type)
-    assert len(set(scored.rewards.values())) == len(bench.items) == 16
+    bench, rewards, cots = read_bench(path, "videoalign"), scored.of_items("reward"), scored.of_items("cot")
+    assert len(set(rewards.values())) == len(bench.items) == 16
     assert (scored.json["num_rows"], scored.json["num_scored"], scored.json["failures"]) == (20, 16, [])
     assert list(scored.rows[0]) == [*read_table(path)[0], *added_columns(bench)]
     for cells, before, row in zip(scored.rows, read_table(path), bench.rows, strict=True):
-        rewards, cots = ([of[item] for item in row.item_ids] for of in (scored.rewards, scored.cots))
-        assert all(map(math.isfinite, rewards))
-        assert cells == before | dict(zip(added_columns(bench), [*map(repr, rewards), *cots], strict=True))
-    for label in LABEL_COLUMNS[bench_type]:
-        decided = [row for row in scored.rows if row[label] in ("A", "B")]
-        right = [(float(row["Reward_A"]) > float(row["Reward_B"])) == (row[label] == "A") for row in decided]
-        values = scored.json["labels"][label]
-        assert values["without_ties"]["value"] == sum(right) / len(decided)
-        assert bool(values["models"]) == bool(BENCH_FORMATS[bench_type].model_columns)
-    assert f"<h1>{bench_type}: {bench_type}.csv</h1>" in (desk.root / "page.html").read_text()
+        expected = [*(repr(rewards[item]) for item in row.item_ids), *(cots[item] for item in row.item_ids)]
+        assert cells == before | dict(zip(added_columns(bench), expected, strict=True))
+    assert scored.json["labels"].keys() == {"VQ", "Overall"}
+    assert "<h1>videoalign: align.csv</h1>" in (desk.root / "page.html").read_text()
 
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_files(desk, bench, whole):
-    rng, codes = random.Random(0), []
-    scored = Scored(0, "", desk.root / "killed" / "scores.csv")
+    rng, codes, csv = random.Random(0), [], desk.root / "killed" / "scores.csv"
     for number in range(NUM_KILLS):
-        running = desk.start(bench, output="killed/scores.csv", batch_size=1)
+        running = desk.start(bench, "killed/scores.csv", batch_size=1)
         if number % 2:  # somewhere in the start
             running.stop_at(0, seconds=rng.uniform(0.0, 0.7))
         else:  # somewhere in the work
-            lines = len(scored.journal_path.read_bytes().splitlines()) if number else 0
-            running.stop_at(lines + rng.randint(1, 2), seconds=rng.uniform(0.0, 0.05))
+            running.stop_at(running.num_lines() + rng.randint(1, 2), seconds=rng.uniform(0.0, 0.05))
         codes.append(running.wait().code)
         for suffix in (".csv", ".json"):  # complete or absent
-            path = scored.csv.with_suffix(suffix)
+            path = csv.with_suffix(suffix)
             assert not path.exists() or path.read_bytes() == whole.csv.with_suffix(suffix).read_bytes()
     assert set(codes) <= {-signal.SIGKILL, 0}
     assert codes.count(-signal.SIGKILL) > NUM_KILLS / 2
-    last = desk.run(bench, output="killed/scores.csv", batch_size=1)
+    last = desk.run(bench, "killed/scores.csv", batch_size=1)
     assert last.code == 0, last.output
     assert last.files[:2] == whole.files[:2]
     assert last.journal.keys() == whole.journal.keys()
 
 
 def test_ctrl_c_ends_a_run_that_no_other_could_join(desk, bench):
-    running = desk.start(bench, output="interrupted/scores.csv", batch_size=1)
+    running = desk.start(bench, "interrupted/scores.csv", batch_size=1)
     running.stop_at(2, number=signal.SIGSTOP)
-    other = desk.run(bench, output="interrupted/scores.csv", batch_size=1, overwrite=True)
-    other.assert_mistake(r"scores.rewards.jsonl is being written by another run\. Wait for it, or choose another")
+    other = desk.run(bench, "interrupted/scores.csv", batch_size=1, overwrite=True)
+    pattern = r"scores.rewards.jsonl is being written by another run\. Wait for it, or choose another"
+    assert_one_message(other.code, other.output, pattern)
     for number in (signal.SIGINT, signal.SIGCONT):
-        os.kill(running.process.pid, number)
+        running.signal(number)
     scored = running.wait()
     assert scored.code == 130, scored.output
     assert scored.output.endswith("interrupted; the same command resumes where it stopped\n")
@@ -157,14 +139,14 @@ def test_ctrl_c_ends_a_run_that_no_other_could_join(desk, bench):
 def test_what_is_scored_is_not_scored_again_and_overwrite_starts_clean(desk, bench, whole, finished):
     for path in (Path(finished), Path(finished).with_suffix(".json")):
         path.unlink()
-    scored = desk.run(bench, output=finished, batch_size=8)
+    scored = desk.run(bench, finished, batch_size=8)
     assert scored.code == 0, scored.output
     assert "24 scored before, 0 to score" in scored.output
     assert scored.files == whole.files
-    scored = desk.run(bench, output=finished, batch_size=8, max_new_tokens=4, overwrite=True)
+    scored = desk.run(bench, finished, batch_size=8, max_new_tokens=4, overwrite=True)
     assert "0 scored before, 24 to score" in scored.output
     assert scored.journal.keys() == whole.journal.keys()
-    assert {entry["num_tokens"] for entry in scored.journal.values()} == {4}
+    assert set(scored.of_items("num_tokens").values()) == {4}
     assert scored.json["run"] == {**whole.json["run"], "max_new_tokens": 4}
 
 
@@ -181,7 +163,7 @@ def test_rewards_of_another_run_are_not_mixed_in(desk, bench, whole, finished, t
 
 
 def test_videos_that_cannot_be_scored_are_listed_and_harm_no_others(tmp_path, small_model):
-    desk, (good, other, broken, missing) = Desk(tmp_path, small_model), CLIPS[:4]
+    desk, (good, other, broken, missing) = Desk(tmp_path, small_model), NAMES[:4]
     shutil.copytree(VIDEOS, tmp_path / "videos")
     (tmp_path / "videos" / broken).write_bytes((VIDEOS / broken).read_bytes()[:400])
     (tmp_path / "videos" / missing).unlink()
@@ -199,33 +181,31 @@ def test_videos_that_cannot_be_scored_are_listed_and_harm_no_others(tmp_path, sm
     assert (scored.json["num_scored"], scored.json["labels"]["answer"]["num_unscored"]) == (2, 3)
     filled = [[bool(row[name]) for name in ("Reward_A", "Reward_B", "CoT_A", "CoT_B")] for row in scored.rows]
     assert filled == [[True] * 4, [True, False] * 2, [False, True] * 2, [False] * 4]
-    before = scored.rewards
+    before = scored.of_items("reward")
     for name in (broken, missing):
         shutil.copy(VIDEOS / name, tmp_path / "videos")
     scored = desk.run(bench)
     assert "2 scored before, 4 to score" in scored.output
     assert (len(scored.json["failures"]), scored.json["num_scored"]) == (2, 4)
-    assert before.items() <= scored.rewards.items()
+    assert before.items() <= scored.of_items("reward").items()
 
 
 MISTAKES = [
     (r".*bench.csv: 1 fault\(s\)$", {"answer": "?"}, {}),
-    (r"\n  column left_video_path is missing; --bench_type genai needs it; ", {}, {"bench_type": "genai"}),
     (r"\n  it has the column\(s\) Reward_A already; rename them$", {"Reward_A": "1"}, {}),
     (r"--output is \S+scores.txt; name a .csv file", {}, {"output": "scores.txt"}),
     (r"--output is the benchmark itself, \S+bench.csv; name another file", {}, {"output": "bench.csv"}),
     (r"mine\.csv exists and is not from such a run: choose another output", {}, {"output": "mine.csv"}),
-    (r"--output is \S+folder\.csv; name a .csv file", {}, {"output": "folder.csv"}),
+    (r"\S+folder\.csv", {}, {"output": "folder.csv"}),
     ("max_new_tokens=9000 leaves -?[0-9]+ of 8192 positions", {}, {"max_new_tokens": 9000}),
     ("batch_size is 0; it must be at least 1", {}, {"batch_size": 0}),
-    ("save_every is 0; it must be at least 1", {}, {"save_every": 0}),
     (r"no model folder at /no/such/model$", {}, {"model_ckpt": "/no/such/model"}),
     ("no reward head at .*: name the rm_head.pth", {}, {"rm_ckpt": VIDEOS}),
 ]
 
 
 def test_mistakes_are_reported_before_an_engine_starts(tmp_path, small_model, assert_refused):
-    desk, row = Desk(tmp_path, small_model), make_row("tabench", (*CLIPS[:2], "a cat"), 0)
+    desk, row = Desk(tmp_path, small_model), make_row("tabench", (*NAMES[:2], "a cat"), 0)
     (tmp_path / "mine.csv").write_text("notes\n")
     (tmp_path / "folder.csv").mkdir()
     for pattern, cells, options in MISTAKES:
@@ -237,11 +217,11 @@ def test_mistakes_are_reported_before_an_engine_starts(tmp_path, small_model, as
 
 def test_a_run_in_which_nothing_can_be_scored_fails_and_lists_the_files(desk):
     head = write_head(desk.root / "not a number", desk.model, value=math.nan)
-    scored = desk.run(desk.write([(*CLIPS[:2], "a cat")], name="two"), output="nothing.csv", rm_ckpt=head)
+    scored = desk.run(desk.write([(*NAMES[:2], "a cat")], name="two"), "nothing.csv", rm_ckpt=head)
     assert scored.code == 1
     assert "Traceback" not in scored.output
     assert "1 rows, 2 videos: 0 scored, 2 failed" in scored.output
-    assert all(f"videos/{name}: " in scored.output for name in CLIPS[:2])
+    assert all(f"videos/{name}: " in scored.output for name in NAMES[:2])
     assert (scored.journal, [row["Reward_A"] for row in scored.rows]) == ({}, [""])
 
 
@@ -251,26 +231,25 @@ def test_a_base_model_is_refused(desk, bench, tmp_path, assert_refused):
     assert_refused(pattern, desk, bench, "base/scores.csv", model_ckpt=base)
 
 
-@pytest.mark.parametrize("backend", ["hf", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])])
-def test_the_script_scores_alike_with_both_backends_and_prints_its_own_lines_only(desk, bench, whole, backend):
-    options = {"backend": backend, "batch_size": 8, "max_new_tokens": 8}
-    scored = desk.run_script(bench, output=f"{backend}/out.csv", **options)
+@pytest.mark.slow
+def test_vllm_scores_like_transformers_and_prints_its_own_lines_only(desk, bench, whole):
+    (desk.root / "vllm").mkdir()
+    scored = desk.run_script(bench, "vllm/out.csv", backend="vllm", batch_size=8)
     assert_same(scored, whole)
-    foreign = [line for line in scored.output.splitlines() if line.strip() and not line.startswith(OWN_LINES)]
-    assert not foreign, scored.output
+    assert not scored.foreign_lines
 
 
 @pytest.mark.slow
 def test_two_engines_score_like_one_and_the_death_of_one_costs_nothing(desk, bench, whole):
-    running = desk.start(bench, output="spread/scores.csv", num_workers=2, batch_size=1)
+    running = desk.start(bench, "spread/scores.csv", num_workers=2, batch_size=1)
     running.stop_at(2, number=signal.SIGCONT)  # has no effect: wait for the first reward
-    family = psutil.Process(running.process.pid).children(recursive=True)
-    engines = [child for child in family if child.name().startswith("ray::_score_share")]
-    engines[0].kill()
+    engines = [pid for pid, name in running.children().items() if name.startswith("ray::_score_share")]
+    os.kill(engines[0], signal.SIGKILL)
     scored = running.wait()
-    scored.assert_mistake("an engine died: its process was killed, .* resumes where this run stopped$")
-    assert not wait_until_gone({engine.pid for engine in engines})
+    pattern = "an engine died: its process was killed, .* resumes where this run stopped$"
+    assert_one_message(scored.code, scored.output, pattern)
+    assert not wait_until_gone(set(engines))
     assert scored.journal
-    scored = desk.run(bench, output="spread/scores.csv", num_workers=2)
+    scored = desk.run(bench, "spread/scores.csv", num_workers=2)
     assert "to score on 2 CPU engine(s)" in scored.output
     assert_same(scored, whole)

@@ -1,4 +1,4 @@
-"""The objective against values worked out by hand, and what it promises about identity and splitting."""
+"""The packed row and the objective on it: by hand, by identity, in any order and in parts."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from model_support import make_builder, make_group, small_checkpoint
 from verl.config import Config
 from verl.core.objective import Experience, GlobalCounts, PolicyOutput, dual_loss
-from verl.core.packing import PackedGroups, join_labels, pack_groups
+from verl.core.packing import PackedGroups, SharedPromptLayout, join_labels, pack_groups, split_labels
 from verl.types import ResponseKey
 
 LENGTHS = {0: ([2, 0], [1, -2]), 1: ([3, 1], [-1, 2])}
@@ -132,3 +132,26 @@ def test_kl_in_the_reward_is_no_part_of_the_loss(groups):
     loss, metrics, *_ = run(pack(groups, (0, 1)), config, ref_log_probs=None)
     assert "actor/kl" not in metrics
     assert loss == pytest.approx((metrics["actor/policy_loss"] + 0.25 * metrics["bt/loss"]).item(), abs=1e-7)
+
+
+def test_labels_split_by_response_and_join_again(groups):
+    packed, other_order = pack(groups, (0, 1)), pack(groups, (1, 0))
+    assert packed.keys == tuple(KEYS)
+    values = torch.randn(len(packed.labels))
+    pieces = split_labels(values, packed)
+    assert [len(pieces[key]) for key in packed.keys] == list(packed.num_labels)
+    assert torch.equal(join_labels(pieces, packed), values)
+    again = split_labels(join_labels(pieces, other_order), other_order)
+    assert all(torch.equal(again[key], pieces[key]) for key in packed.keys)
+    with pytest.raises(AssertionError, match="one value per label"):
+        join_labels({**pieces, packed.keys[0]: values[:1]}, packed)
+
+
+def test_layout_of_the_documented_example():
+    layout = SharedPromptLayout((3,), ((2, 1),))
+    assert layout.segment_bounds.tolist() == [0, 3, 5, 6]
+    (group,) = layout.groups
+    assert (group.prompt, group.responses) == (slice(0, 3), slice(3, 6))
+    source, index = layout.unrolled
+    assert source.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 0]]
+    assert index.tolist() == [0, 1, 2, 3, 4, 8]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 from arguments import ModelArguments
@@ -77,7 +76,7 @@ def rewards_in_stage_1(folder, checkpoint: PolicyCheckpoint) -> torch.Tensor:
     [
         (True, 8, {}),
         (False, 0, {"lora_enable": False}),
-        pytest.param(False, 8, {"freeze_vision_tower": True, "vision_lora": True}, marks=pytest.mark.slow),
+        (False, 8, {"freeze_vision_tower": True, "vision_lora": True}),
     ],
     ids=["lora_tied", "full_grown_embedding", "vision_lora"],
 )
@@ -130,22 +129,6 @@ def test_saved_policy_scores_the_same_in_both_stages(tmp_path, tied, shard_bytes
     assert json.loads((saved / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_a_bf16_save_says_so_in_its_config(tmp_path, small_model):
-    checkpoint = load_checkpoint(small_model, with_weights=True)
-    weights = ((name, tensor.bfloat16()) for name, tensor in checkpoint.weights.items())
-    save_policy(tmp_path / "saved", weights=weights, head_weight=checkpoint.head_weight, checkpoint=checkpoint)
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
-    assert {t.dtype for t in load_file(tmp_path / "saved" / "model.safetensors").values()} == {torch.bfloat16}
-
-
-def test_a_model_without_reward_token_names_the_stage_1_command(tmp_path):
-    base = write_small_model(tmp_path / "base", has_reward=False)
-    with pytest.raises(ValueError, match=r"bash cold_start/train\.sh"):
-        load_checkpoint(base, with_weights=False)
-    with pytest.raises(ValueError, match="nothing does not load"):
-        load_checkpoint(tmp_path / "nothing", with_weights=False)
-
-
 @pytest.fixture
 def copied(tmp_path, small_model) -> Path:
     """A copy of the model to damage."""
@@ -174,21 +157,18 @@ def test_heads_are_read_in_every_layout(tmp_path, key, nested):
     ("content", "message"),
     [
         ({"model": torch.zeros(1, 4)}, r"no rm_head\.weight .* in it, only model"),
-        ({"rm_head.weight": [1.0]}, r"no rm_head\.weight"),
         (torch.zeros(1, 4), r"no rm_head\.weight .* in it, only a Tensor"),
         ({"rm_head.weight": torch.zeros(1, 64)}, r"\(1, 64\) .* hidden size is 4"),
+        (b"", r"torch cannot load the head: \w"),
+        (b"version https://git-lfs.github.com/spec/v1", r"torch cannot load the head: \w"),
     ],
 )
 def test_other_heads_are_errors_that_name_the_file(tmp_path, content, message):
-    torch.save(content, tmp_path / "rm_head.pth")
+    if isinstance(content, bytes):
+        (tmp_path / "rm_head.pth").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "rm_head.pth")
     with pytest.raises(ValueError, match=rf"rm_head\.pth: .*{message}"):
-        load_head(tmp_path / "rm_head.pth", hidden_size=4)
-
-
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1"], ids=["empty", "LFS pointer"])
-def test_files_that_torch_cannot_read_are_named(tmp_path, content):
-    (tmp_path / "rm_head.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"rm_head\.pth: torch cannot load the head: \w"):
         load_head(tmp_path / "rm_head.pth", hidden_size=4)
 
 

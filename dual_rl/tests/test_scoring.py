@@ -1,7 +1,6 @@
 """The reward model for use: one engine's thoughts and rewards against plain forwards, in any batch."""
 
 import dataclasses
-import importlib.util
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -11,45 +10,36 @@ import decord
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, Qwen3VLForConditionalGeneration, Qwen3VLVideoProcessor
+from transformers import AutoConfig, Qwen3VLVideoProcessor
 
-from infer_utils.scorer import Cot, RewardScorer
-from model_support import write_small_model
+from model_support import CLIPS as ALL_CLIPS
+from model_support import TINY_BASE
+from rollout_support import write_engine_folder
 from scoring.reward_model import RewardModel
-from scoring.source import find_model
 from scoring.types import ScoredVideo, ScoringSettings, ThoughtScore, VideoTask
 from slow_path import compute_reward, load_policy
-from test_reward_files import stage1_checkpoint
 from verl.config import ModelConfig
-from verl.data.scored_sequence import REWARD_TOKEN
-from verl.data.vision_process import VideoBudget, VideoError, load_video, sample_frames
+from verl.data.vision_process import VideoError
 from verl.model.policy import PolicyModel
 from verl.model.reward_files import load_checkpoint, save_head
 from verl.rollout.vllm_start import CPU_BLOCK_SIZE
 from verl.types import Response, ResponseKey, VideoKey, VideoPrompt
 
-DUAL_RL = Path(__file__).resolve().parents[1]
-TINY_BASE = DUAL_RL.parent / "cold_start" / "model" / "tiny_base"
-CLIPS = sorted((DUAL_RL / "data" / "videos").glob("*.mp4"))[:4]
+CLIPS = ALL_CLIPS[:4]
 PROMPTS = ["a red circle moves left over a plain gray background", "a blue star", "a green square grows", "a cat"]
 TOLERANCE = 1e-4  # of rewards, fp32
 SETTINGS = ScoringSettings(batch_size=4, max_prompt_length=1024, max_new_tokens=220, kv_cache_gib=1)
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
-needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")
-BACKENDS = ["hf", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])]
+BACKENDS = ["hf", pytest.param("vllm", marks=pytest.mark.slow)]
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory) -> Path:
     """The tiny base, which has learned to think, with a head that has not learned."""
-    folder = tmp_path_factory.mktemp("tiny")
-    model, processor = (kind.from_pretrained(TINY_BASE) for kind in (Qwen3VLForConditionalGeneration, AutoProcessor))
-    processor.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    folder = write_engine_folder(tmp_path_factory.mktemp("tiny"))
+    shutil.copy(TINY_BASE / "model.safetensors", folder)
     (folder / "reward_config.json").write_text("{}")
-    hidden_size = model.config.text_config.hidden_size
+    hidden_size = AutoConfig.from_pretrained(folder).text_config.hidden_size
     generator = torch.Generator().manual_seed(3)
     save_head(folder / "rm_head.pth", torch.randn(1, hidden_size, generator=generator) / hidden_size**0.5)
     return folder
@@ -57,19 +47,14 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def load_tiny(tiny_model) -> Callable[..., RewardModel]:
-    """Loads it in a backend, with changed settings."""
-
-    def load(backend: str, **changes: object) -> RewardModel:
-        settings = dataclasses.replace(SETTINGS, backend=backend, **changes)
-        return RewardModel.from_pretrained(tiny_model, settings=settings)
-
-    return load
+    """Loads it with changed settings."""
+    return lambda **changes: RewardModel.from_pretrained(tiny_model, settings=dataclasses.replace(SETTINGS, **changes))
 
 
 @pytest.fixture(scope="module")
 def models(load_tiny) -> Iterator[dict[str, RewardModel]]:
     """Each backend once: starting vLLM takes most of the time."""
-    made = {backend: load_tiny(backend) for backend in (["hf", "vllm"] if HAS_VLLM else ["hf"])}
+    made = {backend: load_tiny(backend=backend) for backend in ("hf", "vllm")}
     yield made
     for model in made.values():
         model.close()
@@ -130,7 +115,6 @@ def test_rewards_are_those_of_the_plain_forward(models, thoughts, policy, backen
     assert_plain_forward(policy, models[backend], scores)
 
 
-@needs_vllm
 def test_backends_write_and_score_alike(thoughts):
     ours, theirs = thoughts["vllm"], thoughts["hf"]
     assert [score.cot_ids for score in ours] == [score.cot_ids for score in theirs]
@@ -159,7 +143,6 @@ def test_neither_its_batch_nor_an_interrupted_call_changes_a_score(models, monke
             assert alone.rewards == pytest.approx([together.rewards[n]], abs=TOLERANCE)
 
 
-@needs_vllm
 def test_vllm_encodes_a_video_once_and_scores_on_the_cached_prefix(models, monkeypatch):
     engine = models["vllm"].engine
     prompts = encode(models["vllm"])
@@ -182,24 +165,6 @@ def test_vllm_encodes_a_video_once_and_scores_on_the_cached_prefix(models, monke
     assert engine.prompt_tokens - engine.cached_tokens <= len(prompts) * CPU_BLOCK_SIZE
 
 
-@pytest.mark.parametrize("budget", [VideoBudget(), VideoBudget(fps=3.7, max_pixels=64 * 64)])
-def test_frames_in_memory_are_sampled_like_those_of_a_file(budget):
-    frames, fps = read_frames(CLIPS[0])
-    of_file = load_video(CLIPS[0], budget)
-    for form in (frames, torch.from_numpy(frames).permute(0, 3, 1, 2)):
-        in_memory = sample_frames(form, fps=fps, budget=budget)
-        assert torch.equal(in_memory.frames, of_file.frames)
-        assert in_memory.metadata == of_file.metadata
-
-
-def test_frames_that_are_not_a_clip_are_refused(models):
-    for shape, dtype in (((8, 64, 64, 3), float), ((8, 3, 64, 64), np.uint8), ((2, 64, 64, 3), np.uint8)):
-        with pytest.raises(VideoError, match=r"give a uint8 array|at least 4"):
-            sample_frames(np.zeros(shape, dtype), fps=8.0, budget=VideoBudget())
-    with pytest.raises(ValueError, match=r"frames have no rate\. Give the frames per second"):
-        models["hf"].score([np.zeros((8, 64, 64, 3), np.uint8)], PROMPTS[:1])
-
-
 def test_videos_that_cannot_be_scored_are_named(models, tmp_path):
     model, broken = models["hf"], tmp_path / "broken.mp4"
     broken.write_bytes(CLIPS[0].read_bytes()[:400])
@@ -208,44 +173,10 @@ def test_videos_that_cannot_be_scored_are_named(models, tmp_path):
     assert isinstance(outcomes.pop("fine"), ScoredVideo)
     (failed,) = outcomes.values()
     assert "over max_prompt_length 1024" in failed.error
+    with pytest.raises(VideoError, match="give a uint8 array"):
+        model.score([np.zeros((8, 64, 64, 3))], PROMPTS[:1], fps=8.0)
     with pytest.raises(VideoError, match=r"(?s)does not decode.*not found"):
         model.score([broken, tmp_path / "none.mp4"], PROMPTS[:2])
-
-
-def test_checkpoints_of_both_stages_score_as_stage_1_does(small_model, tmp_path):
-    """Adapter and tuned weights merged; stage 2's layout found from its outer folders."""
-    checkpoint = stage1_checkpoint(tmp_path / "checkpoint-5", small_model)
-    settings = dataclasses.replace(SETTINGS, backend="hf", max_new_tokens=12)
-    inner = tmp_path / "global_step_7" / "actor" / "huggingface"
-    shutil.copytree(small_model, inner)
-    assert find_model(tmp_path / "global_step_7") == find_model(inner.parent) == find_model(inner) == str(inner)
-    for path in (checkpoint, tmp_path / "global_step_7"):
-        with RewardModel.from_pretrained(path, settings=settings) as model:
-            scores = think_and_score(model, encode(model))
-        scorer = RewardScorer.from_pretrained(find_model(path), dtype=torch.float32, device="cpu")
-        encoded = scorer.encode(CLIPS, problems=[f"<video>{prompt}" for prompt in PROMPTS])
-        cots = [Cot(score.cot_ids, "") for score in scores]
-        assert [score.reward for score in scores] == pytest.approx(scorer.score_encoded(encoded, cots), abs=TOLERANCE)
-
-
-@torch.no_grad()
-def test_a_head_in_fp32_reads_bf16_states_without_the_error_of_one_in_bf16(thoughts, load_tiny):
-    """Against the same states and many heads in float64."""
-    with load_tiny("hf", precision="bf16") as in_bf16:
-        prompts, engine = encode(in_bf16), in_bf16.engine.engine
-        cot_ids = [score.cot_ids for score in thoughts["hf"]]
-        continuations = [(*ids, in_bf16.builder.reward_token_id) for ids in cot_ids]
-        states = engine.model.model(**engine.left_padded(prompts, continuations)).last_hidden_state[:, -1]
-        rewards = in_bf16.engine.compute_rewards(prompts, cot_ids)
-        head_weight = in_bf16.engine.head_weight[0]
-    assert states.dtype == torch.bfloat16
-    hidden_size = states.shape[1]
-    heads = torch.randn(1000, hidden_size, generator=torch.Generator().manual_seed(0)) / hidden_size**0.5
-    truth = states.double() @ heads.double().T
-    error_in_fp32 = ((states.float() @ heads.T).double() - truth).abs().mean()
-    error_in_bf16 = ((states @ heads.bfloat16().T).double() - truth).abs().mean()
-    assert 1000 * error_in_fp32 < error_in_bf16
-    assert rewards == pytest.approx((states.float() @ head_weight).tolist(), abs=1e-6)
 
 
 # From here on engines of vLLM are closed, which ends the process groups of the shared one: it is not used again.
@@ -253,8 +184,8 @@ def test_a_head_in_fp32_reads_bf16_states_without_the_error_of_one_in_bf16(thoug
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("changes", [{"max_new_tokens": 7}, {"mask_cot": True}], ids=["cut", "masked"])
-def test_a_thought_that_is_cut_or_masked_is_scored_as_it_is(thoughts, policy, load_tiny, backend, changes):
-    with load_tiny(backend, **changes) as model:
+def test_a_thought_that_is_cut_or_masked_is_scored_as_it_is(load_tiny, thoughts, policy, backend, changes):
+    with load_tiny(backend=backend, **changes) as model:
         scores = think_and_score(model, encode(model))
         cut = [(whole.cot_ids[:7], False) for whole in thoughts[backend]]
         assert [(score.cot_ids, score.is_finished) for score in scores] == (
@@ -263,24 +194,10 @@ def test_a_thought_that_is_cut_or_masked_is_scored_as_it_is(thoughts, policy, lo
         assert_plain_forward(policy, model, scores)
 
 
-@needs_vllm
-@pytest.mark.slow
-def test_vllm_in_bf16_keeps_the_head_in_fp32(thoughts, load_tiny):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_head_stays_in_fp32_beside_a_model_in_bf16(load_tiny, thoughts, backend):
     """Its rewards have the states' error only: they are not multiples of bf16's steps."""
-    with load_tiny("vllm", precision="bf16") as in_bf16:
+    with load_tiny(backend=backend, precision="bf16") as in_bf16:
         rewards = [score.reward for score in think_and_score(in_bf16, encode(in_bf16))]
     assert any(float(torch.tensor(reward).bfloat16()) != reward for reward in rewards)
     assert rewards == pytest.approx([score.reward for score in thoughts["hf"]], abs=0.3)
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_tied_embeddings_score_alike_in_both_backends(tmp_path):
-    folder = write_small_model(tmp_path / "tied", tied=True)
-    scores = {}
-    for backend in ("hf", "vllm"):
-        settings = dataclasses.replace(SETTINGS, backend=backend, max_new_tokens=8)
-        with RewardModel.from_pretrained(folder, settings=settings) as model:
-            scores[backend] = think_and_score(model, encode(model))
-    assert [s.cot_ids for s in scores["vllm"]] == [s.cot_ids for s in scores["hf"]]
-    assert [s.reward for s in scores["vllm"]] == pytest.approx([s.reward for s in scores["hf"]], abs=TOLERANCE)

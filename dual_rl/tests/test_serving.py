@@ -4,19 +4,22 @@ import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 
 import httpx
 import pytest
 
-from reward_client import RewardClient, RewardServerError
+from model_support import CLIPS
+from reward_client import RewardClient, RewardServerError, ServerPath
 from scoring.source import RewardScale
 from serving.requests import ServerLimits
 from serving_support import (
-    CLIPS,
     HEADER_SECONDS,
     PROMPTS,
     SECONDS,
+    TOLERANCE,
     Client,
+    assert_busy,
     assert_scored,
     read_all,
     results,
@@ -29,17 +32,20 @@ pytest_plugins = ["serving_fixtures"]
 
 def test_paths_and_uploads_score_as_the_offline_model_does(serving, offline, scored_paths):
     client = serving().client
-    assert_scored(results(client.score_paths(CLIPS, PROMPTS)), offline)
-    assert_scored(results(client.score_paths([clip.name for clip in CLIPS], PROMPTS)), offline)
+    assert_scored(results(client.score_paths(CLIPS)), offline)
+    assert_scored(results(client.score_paths([clip.name for clip in CLIPS])), offline)
     assert scored_paths == [str(clip.resolve()) for clip in CLIPS] * 2
     reply = client.upload([clip.read_bytes() for clip in CLIPS], PROMPTS)
     assert_scored(results(reply), offline)
     assert (reply.json()["model"], reply.json()["scale"]) == ("small", None)
+    for kind in (ServerPath, Path, str, Path.read_bytes):
+        (score,) = RewardClient(f"http://127.0.0.1:{client.port}").score([kind(CLIPS[0])], PROMPTS[:1])
+        assert (score.reward, score.cot) == (pytest.approx(offline[0]["reward"], abs=TOLERANCE), offline[0]["cot"])
 
 
 def test_rewards_are_on_the_scale_that_the_answer_names(serving, offline):
     scale = RewardScale(0.5, 2.0, 10, "val.csv", "w", {"fps": 2.0})
-    reply = serving(scale=scale).client.score_paths(CLIPS, PROMPTS)
+    reply = serving(scale=scale).client.score_paths(CLIPS)
     assert reply.json()["scale"] == asdict(scale)
     assert_scored(results(reply), [{**result, "reward": (result["reward"] - 0.5) / 2.0} for result in offline])
 
@@ -92,17 +98,16 @@ def test_connections_without_a_whole_header_are_closed_and_lock_nobody_out(servi
 def test_only_so_many_bodies_are_received_at_a_time(serving):
     server = serving(limits=ServerLimits(max_receiving=2, body_timeout=20))
     held = [server.client.open(upload_bytes([b"a"], num_bytes=50)) for _ in range(2)]
-    wait_for(lambda: server.client.upload([b"a"], ["b"]).status_code == 503, "no room")
-    assert "retry-after" in server.client.upload([b"a"], ["b"]).headers
+    wait_for(lambda: server.client.upload([b"a"]).status_code == 503, "no room")
+    assert "retry-after" in server.client.upload([b"a"]).headers
     for connection in held:
         connection.close()
-    wait_for(lambda: server.client.upload([b"a"], ["b"]).status_code == 200, "room again")
+    wait_for(lambda: server.client.upload([b"a"]).status_code == 200, "room again")
 
 
 def test_videos_of_a_client_that_leaves_are_dropped_unless_they_were_started(serving, gate, offline):
     """Those that were started are finished, and their files stay until then."""
     server = serving()
-    gate.is_open.clear()
     connection = server.client.open(upload_bytes([CLIPS[0].read_bytes()]))
     server.wait_for_pending(1)
     leaving = server.client.open(upload_bytes([clip.read_bytes() for clip in CLIPS * 2]))
@@ -120,14 +125,12 @@ def test_videos_of_a_client_that_leaves_are_dropped_unless_they_were_started(ser
 
 def test_a_full_queue_refuses_at_once_and_recovers(serving, gate, offline):
     server = serving(limits=ServerLimits(max_queue=4, max_videos=4))
-    gate.is_open.clear()
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(server.client.score_paths, CLIPS[:1], PROMPTS[:1])
         server.wait_for_pending(1)
         second = pool.submit(server.client.score_paths, CLIPS[:4], PROMPTS[:4])
         server.wait_for_pending(5)
-        reply = server.client.score_paths(CLIPS[:1], PROMPTS[:1])
-        assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
+        assert_busy(server.client.score_paths(CLIPS[:1], PROMPTS[:1]), 2)
         impatient = RewardClient(f"http://127.0.0.1:{server.client.port}", num_retries=0, timeout=5)
         with pytest.raises(RewardServerError, match="queue is full: 4 of 4"):
             impatient.score([bytes(20 << 20)], ["a long upload"])
@@ -140,10 +143,9 @@ def test_a_full_queue_refuses_at_once_and_recovers(serving, gate, offline):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_everyone_waiting_hears_that_the_engine_failed(serving, gate):
     server = serving()
-    gate.is_open.clear()
     with ThreadPoolExecutor(8) as pool:
         waiting = [pool.submit(server.client.score_paths, CLIPS[:3], PROMPTS[:3]) for _ in range(4)]
-        waiting += [pool.submit(server.client.upload, [CLIPS[0].read_bytes()], ["a"]) for _ in range(4)]
+        waiting += [pool.submit(server.client.upload, [CLIPS[0].read_bytes()]) for _ in range(4)]
         server.wait_for_pending(16)
         gate.failure = RuntimeError("out of memory")
         gate.is_open.set()
@@ -158,14 +160,12 @@ def test_everyone_waiting_hears_that_the_engine_failed(serving, gate):
 @pytest.mark.parametrize("is_in_time", [True, False], ids=["finished", "out of grace"])
 def test_a_stopping_server_takes_no_more_and_finishes_what_it_has_or_refuses_it(serving, gate, offline, is_in_time):
     server = serving()
-    gate.is_open.clear()
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(server.client.score_paths, CLIPS[:4], PROMPTS[:4]) for _ in range(3)]
         server.wait_for_pending(12)
         server.scoring.stop()
         server.scoring.stop()  # a second signal changes nothing
-        reply = server.client.score_paths(CLIPS[:1], PROMPTS[:1])
-        assert (reply.status_code, reply.headers["retry-after"]) == (503, "10")
+        assert_busy(server.client.score_paths(CLIPS[:1], PROMPTS[:1]), 10)
         assert server.client.health() == 503
         if is_in_time:
             gate.is_open.set()
@@ -176,17 +176,26 @@ def test_a_stopping_server_takes_no_more_and_finishes_what_it_has_or_refuses_it(
         if is_in_time:
             assert_scored(results(reply), offline[:4])
         else:
-            assert (reply.status_code, reply.headers["retry-after"]) == (503, "10")
+            assert_busy(reply, 10)
     assert server.scoring.ended.result(SECONDS) is None
 
 
-def test_metrics_count_videos_requests_and_refusals(serving):
-    client = serving().client
-    client.score_paths([*CLIPS[:2], "none.mp4"], ["a", "b <Reward>", "c"])
+def test_videos_that_fail_do_so_alone_and_metrics_count_them(serving, offline, tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(CLIPS[0].read_bytes()[:400])
+    client = serving(roots=[tmp_path, CLIPS[0].parent]).client
+    reply = client.score_paths([*CLIPS[:2], "broken.mp4"], [PROMPTS[0], "b <Reward>", "c"])
+    scored = results(reply)
+    assert_scored(scored[:1], offline[:1])
+    assert "reserved token" in scored[1]["error"]
+    assert "does not decode" in scored[2]["error"]
+    assert str(tmp_path) not in reply.text
     client.post("/v1/score", json={})
     assert client.get("/metrics").headers["content-type"].startswith("text/plain")
-    assert client.metric('descore_videos_total{outcome="scored"}') == 1
-    assert client.metric('descore_videos_total{outcome="failed"}') == 1
-    assert client.metric('descore_refused_total{status="422"}') == 1
-    assert client.metric('descore_request_seconds_count{route="paths"}') == 2
+    counts = {
+        'videos_total{outcome="scored"}': 1,
+        'videos_total{outcome="failed"}': 2,
+        'refused_total{status="422"}': 1,
+        'request_seconds_count{route="paths"}': 2,
+    }
+    assert {name: client.metric(f"descore_{name}") for name in counts} == counts
     assert client.num_pending() == 0

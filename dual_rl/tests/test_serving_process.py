@@ -1,31 +1,15 @@
 """`python serve.py` as a process: its command line, its signals, and what it leaves behind."""
 
-import importlib.util
-import re
-import shutil
 import signal
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import serve
+from model_support import CLIPS
 from scoring.reward_model import RewardModel
-from serving.server import choose_port, read_token
-from serving_support import (
-    CLIPS,
-    PROMPTS,
-    UPLOAD,
-    Client,
-    ServingProcess,
-    assert_scored,
-    read_all,
-    results,
-    upload_bytes,
-    wait_for,
-)
-from training_support import DUAL_RL
+from serving_support import ServingProcess, assert_busy, read_all, results, upload_bytes, wait_for
 
 pytest_plugins = ["serving_fixtures"]
 FLAGS = ["--backend", "hf", "--batch_size", "2", "--num_threads", "1"]
@@ -33,6 +17,7 @@ MISTAKES = {
     "/nowhere": ["--model_ckpt", "/nowhere"],
     "no such folder: nowhere": ["--roots", "nowhere"],
     "--token_file nowhere": ["--token_file", "nowhere"],
+    "token_file": ["--token_file", "/dev/null"],
     "cannot listen on 999.1.1.1": ["--host", "999.1.1.1"],
     "max_videos=9 is over max_queue=8": ["--max_videos", "9", "--max_queue", "8"],
     "body_timeout is 0.0": ["--body_timeout", "0"],
@@ -45,13 +30,6 @@ def test_mistakes_are_reported_before_the_model_is_loaded(small_model, capfd, mo
     for message, flags in MISTAKES.items():
         assert serve.main(["--model_ckpt", str(small_model), "--port", "0", *flags]) == 1
         assert message in capfd.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("content", [" \n", "two words", "t\xe9"])
-def test_a_file_without_a_token_is_refused(tmp_path, content):
-    (tmp_path / "token").write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match="token_file"):
-        read_token(str(tmp_path / "token"))
 
 
 def test_sigterm_with_requests_in_flight(small_model, tmp_path):
@@ -67,9 +45,9 @@ def test_sigterm_with_requests_in_flight(small_model, tmp_path):
         server.process.terminate()
         wait_for(lambda: client.health() == 503, "stopping")
         assert b"503 Service Unavailable" in read_all(receiving)
-        late = client.upload([b"a"], ["b"])
+        late = client.upload([b"a"])
         replies = [future.result() for future in waiting]
-    assert (late.status_code, late.headers.get("retry-after")) == (503, "10")
+    assert_busy(late, 10)
     scored = [reply for reply in replies if reply.status_code == 200]
     assert len(scored) >= 5
     assert all("reward" in result for reply in scored for result in results(reply))
@@ -78,90 +56,28 @@ def test_sigterm_with_requests_in_flight(small_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failing_engine_ends_the_process_with_an_error(small_model, tmp_path):
-    script = tmp_path / "failing.py"
-    script.write_text(
-        "import sys, serve\n"
-        "from scoring.reward_model import RewardModel\n"
-        "def fail(self): raise RuntimeError('device lost')\n"
-        "RewardModel.advance = fail\n"
-        "sys.exit(serve.main(sys.argv[1:]))\n"
-    )
-    server = ServingProcess(tmp_path / "server", ["--model_ckpt", small_model, *FLAGS], script=script)
-    reply = server.client().upload([CLIPS[0].read_bytes()], ["a"])
-    assert (reply.status_code, "device lost" in reply.json()["error"]) == (500, True)
-    server.assert_ends(1)
-    assert "RuntimeError: device lost" in server.console.read_text()
-
-
-@pytest.mark.slow
-def test_a_server_out_of_grace_ends_in_the_middle_of_a_step_and_of_a_body(small_model, tmp_path):
+def test_a_server_ends_while_it_loads_and_out_of_grace_in_the_middle_of_a_step_and_of_a_body(small_model, tmp_path):
+    """And the next start removes what a killed one left."""
     arguments = ["--model_ckpt", small_model, *FLAGS, "--grace_seconds", "0.2", "--max_new_tokens", "3000"]
     server = ServingProcess(tmp_path / "server", arguments)
     client = server.client()
     with ThreadPoolExecutor(4) as pool, client.open(upload_bytes([b"a"], num_bytes=50)):
-        waiting = [pool.submit(client.upload, [clip.read_bytes()], ["a"]) for clip in CLIPS[:4]]
+        waiting = [pool.submit(client.upload, [clip.read_bytes()]) for clip in CLIPS[:4]]
         wait_for(lambda: client.metric("descore_in_flight") > 0, "in flight")
         server.process.send_signal(signal.SIGINT)
         assert [future.result().status_code for future in waiting] == [503] * 4
         server.assert_ends(0, seconds=60)
-
-
-@pytest.mark.slow
-def test_a_server_that_still_loads_ends_at_once_and_the_next_start_removes_what_a_killed_one_left(
-    small_model, tmp_path
-):
-    killed = ServingProcess(tmp_path / "server", ["--model_ckpt", small_model, *FLAGS])
+    killed = ServingProcess(tmp_path / "server", arguments)
     with killed.client().open(upload_bytes([bytes(5 << 20)], num_bytes=4 << 20)):
         killed.process.kill()
     killed.process.wait()
     (left,) = killed.temporary.iterdir()
-    server = ServingProcess(tmp_path / "server", ["--model_ckpt", small_model, *FLAGS])
+    server = ServingProcess(tmp_path / "server", arguments)
     client = server.client(wanted="listening")
     assert not left.exists()
     wait_for(lambda: client.health() == 503, "an answer")
-    assert client.upload([b"a"], ["b"]).status_code == 503
+    assert client.upload([b"a"]).status_code == 503
     server.process.terminate()
     start = time.monotonic()
     server.assert_ends(0)
     assert time.monotonic() - start < 15
-
-
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
-@pytest.mark.slow
-def test_vllm_serves_from_its_thread(small_model, offline, tmp_path):
-    flags = ["--backend", "vllm", "--batch_size", 4, "--max_new_tokens", 8, "--max_prompt_length", 1024]
-    server = ServingProcess(tmp_path / "server", ["--model_ckpt", small_model, "--roots", CLIPS[0].parent, *flags])
-    client = server.client()
-    with ThreadPoolExecutor(16) as pool:
-        replies = list(pool.map(lambda _: client.score_paths(CLIPS, PROMPTS), range(16)))
-    for reply in replies:
-        assert_scored(results(reply), offline)
-    server.process.terminate()
-    server.assert_ends(0, seconds=60)
-
-
-@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
-def test_the_proxy_of_the_readme_passes_uploads_on_up_to_its_limit(serving, offline, tmp_path):
-    """Its configuration, but for the certificate."""
-    (config,) = (
-        found for path in DUAL_RL.glob("*.md") for found in re.findall(r"```nginx\n(.*?)```", path.read_text(), re.S)
-    )
-    server, port = serving(), choose_port("127.0.0.1", 0)
-    config = re.sub(r"ssl_.*;", "", config).replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
-    config = config.replace("127.0.0.1:8000", f"127.0.0.1:{server.client.port}")
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    folders = "".join(f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in kinds)
-    head = f"user root;\npid {tmp_path}/nginx.pid;\nerror_log {tmp_path}/error.log;\nevents {{}}\n"
-    (tmp_path / "nginx.conf").write_text(f"{head}http {{\naccess_log off;\n{folders}{config}}}\n")
-    proxy = subprocess.Popen(["nginx", "-p", tmp_path, "-c", tmp_path / "nginx.conf", "-g", "daemon off;"])
-    try:
-        client = Client(port)
-        wait_for(lambda: client.health() == 200, "nginx")
-        assert_scored(results(client.upload([clip.read_bytes() for clip in CLIPS], PROMPTS)), offline)
-        too_large = f"POST {UPLOAD} HTTP/1.1\r\nHost: here\r\nContent-Length: {257 << 20}\r\n\r\n"
-        with client.open(too_large.encode()) as connection:
-            assert connection.recv(100).startswith(b"HTTP/1.1 413")
-    finally:
-        proxy.terminate()
-        proxy.wait(10)

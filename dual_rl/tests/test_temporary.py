@@ -4,34 +4,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from training_support import DUAL_RL
+from model_support import DUAL_RL
 from verl.temporary import temporary_folder
-
-
-@pytest.fixture
-def temporary() -> Iterator[Path]:
-    """The temporary directory of this process and of those that it starts; sockets in it allow no long path."""
-    with tempfile.TemporaryDirectory(prefix="t") as folder:
-        yield Path(folder)
-
-
-def start(code: str, temporary: Path) -> subprocess.Popen:
-    """A process that has printed a line."""
-    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(DUAL_RL)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    return process
-
-
-def kill(process: subprocess.Popen) -> None:
-    process.kill()
-    process.communicate()
-
 
 HOLD = """
 import time
@@ -43,55 +19,29 @@ with temporary_folder("engine") as folder:
 """
 
 
-def test_the_folder_of_a_killed_process_goes_with_the_next_start(temporary, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    users = temporary / "descore_update_8b"
+def hold(temporary: Path) -> subprocess.Popen:
+    """A process that has a folder there."""
+    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(DUAL_RL)}
+    process = subprocess.Popen([sys.executable, "-c", HOLD], env=environment, stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    return process
+
+
+def test_the_folder_of_a_killed_process_goes_with_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    users = tmp_path / "descore_update_8b"
     users.mkdir()
-    (temporary / "descore_link").symlink_to(users)
-    killed, living = start(HOLD, temporary), start(HOLD, temporary)
-    kill(killed)
-    assert len(list(temporary.glob("descore_engine_*/weights"))) == 2
+    (tmp_path / "descore_link").symlink_to(users)
+    killed, living = hold(tmp_path), hold(tmp_path)
+    killed.kill()
+    killed.communicate()
+    assert len(list(tmp_path.glob("descore_engine_*/weights"))) == 2
     with temporary_folder("engine") as own, temporary_folder("server"):
-        assert len(list(temporary.glob("descore_engine_*/weights"))) == 1
-        assert own in temporary.glob("descore_engine_*")
+        assert len(list(tmp_path.glob("descore_engine_*/weights"))) == 1
+        assert own in tmp_path.glob("descore_engine_*")
     assert not own.exists()
-    kill(living)
+    living.kill()
+    living.communicate()
     with temporary_folder("engine"):
-        assert not list(temporary.glob("descore_engine_*/weights"))
-    assert sorted(path.name for path in temporary.iterdir()) == ["descore_link", "descore_update_8b"]
-
-
-def test_a_folder_that_nobody_closed_goes_with_its_process(temporary):
-    code = "from verl.temporary import temporary_folder; f = temporary_folder('engine'); print(f.__enter__())"
-    start(code, temporary).communicate()
-    assert not list(temporary.iterdir())
-
-
-RAY = """
-import ray
-from verl.temporary import temporary_folder
-from verl.trainer.cluster import connect
-from verl.config import TrainerConfig
-
-class Worker:
-    def start(self):
-        self.files = temporary_folder("engine")
-        self.files.__enter__()
-
-connect(TrainerConfig(n_gpus_per_node=0, n_cpu_ranks_per_node=1))
-worker = ray.remote(Worker).remote()
-ray.get(worker.start.remote())
-print(flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_failed_and_killed_runs_leave_nothing_after_the_next(temporary):
-    fail = start(RAY + "ray.kill(worker)\nray.shutdown()\nraise SystemExit('failed')", temporary)
-    assert fail.wait(60) == 1
-    assert not list(temporary.glob("descore_ray_*"))
-    kill(start(RAY + "import time\ntime.sleep(60)", temporary))
-    kinds = {path.name.split("_")[1] for path in temporary.iterdir()}
-    assert kinds == {"ray", "engine"}
-    assert start(RAY + "ray.shutdown()", temporary).wait(60) == 0
-    assert not list(temporary.iterdir())
+        assert not list(tmp_path.glob("descore_engine_*/weights"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["descore_link", "descore_update_8b"]

@@ -1,11 +1,10 @@
-"""Stage 2 as users start it: whole runs with Ray, FSDP2 and a rollout engine on CPU ranks.
+"""Stage 2 as users start it: whole runs with Ray, FSDP2 and a rollout engine on CPU ranks, and what stops them.
 
 Weights are compared in fp32. On the same number of ranks a continued run must be bit-equal. On another number sums are
 taken in another order; Adam divides by the root of the second moment and so turns the rounding of a gradient near zero
 into a part of the learning rate, 1e-3 here: weights may differ by TOLERANCE, numbers in the log by RELATIVE_TOLERANCE.
 """
 
-import importlib.util
 import json
 import os
 import secrets
@@ -19,13 +18,14 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
+from model_support import DUAL_RL, write_small_model
 from test_reward_files import rewards_here, rewards_in_stage_1
 from training_support import (
-    DUAL_RL,
     RUN_TIMEOUT,
     Run,
     Running,
     Workplace,
+    assert_one_message,
     free_port,
     largest_difference,
     wait_for,
@@ -36,7 +36,6 @@ from verl.trainer.main import main
 
 TOLERANCE = 1e-4
 RELATIVE_TOLERANCE = 1e-4
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
 TWO_RANKS = {"trainer.n_cpu_ranks_per_node": 2}
 
 
@@ -55,37 +54,28 @@ def uninterrupted(background_run) -> tuple[Workplace, Run]:
     return background_run[0], run
 
 
-def assert_same_training(run: Run, workplace: Workplace, uninterrupted: tuple[Workplace, Run]) -> None:
-    """The same responses to the same pairs in the same order, the same log, the same weights after three steps."""
-    assert run.code == 0, run.output
+def assert_same_training(
+    run: Run, workplace: Workplace, uninterrupted: tuple[Workplace, Run], *, num_steps: int = 3
+) -> None:
+    """The same responses to the same pairs in the same order, the same log, the same weights after each step."""
     reference_workplace, reference = uninterrupted
-    assert workplace.calls == reference_workplace.calls
-    for line, expected in zip(run.repeatable_log, reference.repeatable_log, strict=True):
+    assert workplace.calls[:num_steps] == reference_workplace.calls[:num_steps], run.output
+    logs = ([line for line in of.repeatable_log if line["step"] <= num_steps] for of in (run, reference))
+    for line, expected in zip(*logs, strict=True):
         assert line == pytest.approx(expected, rel=RELATIVE_TOLERANCE, abs=RELATIVE_TOLERANCE)
-    for step in (1, 2, 3):
+    for step in range(1, num_steps + 1):
         assert largest_difference(run.weights(step), reference.weights(step)) < TOLERANCE
 
 
-def run_command(workplace: Workplace, name: str, settings: dict[str, object], **variables: str) -> Run:
-    """A run just as users start it, with stdout and stderr together."""
-    result = subprocess.run(
-        [sys.executable, "-m", "verl.trainer.main", *workplace.arguments(workplace.root / name, settings)],
-        cwd=DUAL_RL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=RUN_TIMEOUT,
-        check=False,
-    )
-    return Run(result.returncode, result.stdout, workplace.root / name)
-
-
 def test_a_killed_run_continues_to_what_an_uninterrupted_one_reaches(background_run, workplace, capfd):
-    """SIGKILL in the second step; test_checkpoints.py kills at every point of saving."""
+    """SIGKILL in the second step, before which no other run can join; test_checkpoints.py kills at every point."""
     running = workplace.start()
     wait_for(lambda: len(workplace.calls) == 2, running=running)
-    children = running.kill()
+    running.signal(signal.SIGSTOP)
+    assert main(workplace.arguments(running.folder, {})) == 1
+    assert f"{running.folder} is in use by process {running.process.pid} on " in capfd.readouterr().err
+    children = running.children()
+    running.signal(signal.SIGKILL)
     run = running.wait()
     assert run.code == -signal.SIGKILL, run.output
     # Ray's own two agents look for their parent only now and then; they hold nothing that a run needs.
@@ -108,13 +98,22 @@ def test_a_killed_run_continues_to_what_an_uninterrupted_one_reaches(background_
     assert "global_step_3 belongs to another run: other frames." in capfd.readouterr().err
 
 
-def test_two_ranks_train_as_one(uninterrupted, workplace):
-    assert_same_training(workplace.run(settings=TWO_RANKS), workplace, uninterrupted)
+def test_two_ranks_train_as_one_until_one_of_them_dies(uninterrupted, workplace):
+    """In the second step, which leaves the first checkpoint whole; slow tests go through all three steps."""
+    workplace.fault.write_text("2")
+    run = workplace.run(settings=TWO_RANKS)
+    assert_one_message(run.code, run.output, r"rank [01] died in prepare\(\): its process was killed, or crashed")
+    assert [path.name for path in run.folder.glob("global_step_*")] == ["global_step_1"]
+    assert_same_training(run, workplace, uninterrupted, num_steps=1)
+    assert workplace.calls == uninterrupted[0].calls[:2]
 
 
-@pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")
-def test_a_run_writes_everything_users_expect(workplace):
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_writes_everything_users_expect(workplace, num_ranks):
+    """Two ranks write their rollouts together."""
     settings = {
+        "trainer.n_cpu_ranks_per_node": num_ranks,
+        "worker.rollout.tensor_parallel_size": num_ranks,
         "worker.rollout.name": "vllm",
         "data.val_files": workplace.root / "pairs.csv",
         "trainer.max_steps": 2,
@@ -127,7 +126,8 @@ def test_a_run_writes_everything_users_expect(workplace):
     run = workplace.run(settings=settings)
     assert run.code == 0, run.output
     own = ("2 of 6 pairs do not fill", "generations of step", "  ", "step ")
-    assert not [line for line in run.output.splitlines() if line.strip() and not line.startswith(own)], run.output
+    foreign = [line for line in run.output.splitlines() if line.strip() and not line.startswith(own)]
+    assert num_ranks > 1 or not foreign, run.output
     actor = run.folder / "global_step_2" / "actor"
     for name in ("config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "reward_config.json"):
         assert (actor / "huggingface" / name).is_file(), name
@@ -157,6 +157,31 @@ def assert_complete_log(run: Run) -> None:
     samples = [json.loads(line) for line in (run.folder / "generations.jsonl").read_text().splitlines()]
     assert {sample["step"] for sample in samples} == {0, 1, 2}
     assert all(isinstance(sample["head_reward"], float) for sample in samples)
+
+
+def test_what_cannot_run_is_named_before_a_worker_starts(workplace, tmp_path, capfd, monkeypatch):
+    """In this process. A cluster that does not answer is an error, not a hang."""
+    write_small_model(tmp_path / "base", has_reward=False)
+    torch.save({"rm_head.weight": torch.zeros(1, 48)}, tmp_path / "rm_head.pth")
+    cases = [
+        ({"worker.actor.model.model_path": tmp_path / "base"}, "<Reward>.* stage 1 "),
+        ({"worker.actor.model.head_path": tmp_path}, r"a head of shape \(1, 48\) .* hidden size"),
+        ({"data.max_response_length": 8000}, r"together exceed the model's 8192 positions"),
+        ({"trainer.nnodes": 2}, r"no Ray cluster to join, RAY_ADDRESS is not set: start it with"),
+        ({}, r"no Ray cluster to join, nothing answers at RAY_ADDRESS=127.0.0.1:\d+: start it with"),
+    ]
+    for number, (settings, pattern) in enumerate(cases):
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        if not settings:
+            monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+        code = main(workplace.arguments(workplace.root / f"run_{number}", settings))
+        assert_one_message(code, capfd.readouterr().err, pattern)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_every_rank(workplace):
+    run = workplace.run(settings={**TWO_RANKS, "worker.actor.optim.lr": 1e30})
+    assert_one_message(run.code, run.output, r"rank [01]: step 1: loss .* stopped before the weights changed")
 
 
 @pytest.mark.slow
@@ -197,11 +222,21 @@ def two_nodes() -> Iterator[dict[str, str]]:
         yield {**variables, "RAY_ADDRESS": f"127.0.0.1:{port}"}
 
 
+def run_command(workplace: Workplace, name: str, settings: dict[str, object], variables: dict[str, str]) -> Run:
+    """A run just as users start it, with stdout and stderr together; Ray reads variables on import."""
+    command = [sys.executable, "-m", "verl.trainer.main", *workplace.arguments(workplace.root / name, settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": RUN_TIMEOUT}
+    result = subprocess.run(command, cwd=DUAL_RL, env=environment, check=False, **pipes)
+    return Run(result.returncode, result.stdout, workplace.root / name)
+
+
 @pytest.mark.slow
 def test_two_ray_nodes_train_as_one(two_nodes, uninterrupted, workplace):
-    run = run_command(workplace, "run", {"trainer.nnodes": 2}, **two_nodes)  # no fork: Ray reads variables on import
+    run = run_command(workplace, "run", {"trainer.nnodes": 2}, two_nodes)
+    assert run.code == 0, run.output
     assert_same_training(run, workplace, uninterrupted)
     settings = {"trainer.nnodes": 3, "worker.actor.global_batch_size": 4}
-    run = run_command(workplace, "more", settings, **two_nodes)
+    run = run_command(workplace, "more", settings, two_nodes)
     assert run.code == 1
     assert "asks for 3 node(s) with 1 CPU(s) each, but the Ray cluster has 2 node(s)" in run.output

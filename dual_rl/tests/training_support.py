@@ -3,12 +3,13 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -20,10 +21,9 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from model_support import DUAL_RL, EXAMPLE_CSV
 from toy_world.tables import read_table, write_table
 
-DUAL_RL = Path(__file__).resolve().parents[1]
-EXAMPLE_CSV = DUAL_RL / "data" / "example.csv"
 SPYING_REWARD = Path(__file__).with_name("spying_reward.py")
 SMALL_RUN = {
     "data.max_prompt_length": 1024,
@@ -100,7 +100,7 @@ class Workplace:
 
     @property
     def fault(self) -> Path:
-        """Where the reward function reads what to do wrong."""
+        """Where the reward function reads in which call to kill a rank."""
         return self.root / "fault"
 
     @property
@@ -112,7 +112,7 @@ class Workplace:
 
     def arguments(self, folder: Path, settings: Mapping[str, object]) -> list[str]:
         """The command line's arguments of a run into `folder`."""
-        paths = {"log": self.root / "calls.jsonl", "fault": self.fault, "videos": self.root / "videos"}
+        paths = {"log": self.root / "calls.jsonl", "fault": self.fault}
         values = {
             **SMALL_RUN,
             "data.train_files": self.root / "pairs.csv",
@@ -124,13 +124,13 @@ class Workplace:
         }
         return [f"{key}={value}" for key, value in values.items()]
 
-    def start(self, name: str = "run", settings: Mapping[str, object] | None = None, **variables: str) -> "Running":
+    def start(self, name: str = "run", settings: Mapping[str, object] | None = None) -> "Running":
         """Start a run into the folder `name`; it continues what is there."""
-        return Running(self.root / name, self.arguments(self.root / name, settings or {}), variables)
+        return Running(self.root / name, self.arguments(self.root / name, settings or {}))
 
-    def run(self, name: str = "run", settings: Mapping[str, object] | None = None, **variables: str) -> Run:
+    def run(self, name: str = "run", settings: Mapping[str, object] | None = None) -> Run:
         """A run from start to end."""
-        return self.start(name, settings, **variables).wait()
+        return self.start(name, settings).wait()
 
 
 @cache
@@ -150,10 +150,17 @@ def forks() -> BaseContext:
 class Process:
     """A command of stage 2 in progress: `main(arguments)` of `module`, in a process whose console is a file."""
 
-    def __init__(self, module: str, arguments: list[str], console: Path, variables: Mapping[str, str]) -> None:
+    def __init__(self, module: str, arguments: list[str], console: Path) -> None:
         self.console = console
-        self.process = forks().Process(target=_main, args=(module, arguments, str(console), dict(variables)))
+        self.process = forks().Process(target=_main, args=(module, arguments, str(console)))
         self.process.start()
+
+    def children(self) -> dict[int, str]:
+        """Names of the processes that it has started, by id."""
+        return {child.pid: child.name() for child in psutil.Process(self.process.pid).children(recursive=True)}
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
 
     def wait_for_end(self) -> tuple[int, str]:
         """Exit status and console, again and again if need be; one that hangs is killed and fails the test."""
@@ -168,38 +175,40 @@ class Process:
 class Running(Process):
     """A training run in progress."""
 
-    def __init__(self, folder: Path, arguments: list[str], variables: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, arguments: list[str]) -> None:
         self.folder = folder
-        super().__init__("verl.trainer.main", arguments, folder.with_name(f"{folder.name}.console"), variables)
-
-    def kill(self) -> dict[int, str]:
-        """SIGKILL; returns the processes that the run had started, name by id."""
-        children = {child.pid: child.name() for child in psutil.Process(self.process.pid).children(recursive=True)}
-        os.kill(self.process.pid, signal.SIGKILL)
-        return children
+        super().__init__("verl.trainer.main", arguments, folder.with_name(f"{folder.name}.console"))
 
     def wait(self) -> Run:
         return Run(*self.wait_for_end(), self.folder)
 
 
-def _main(module: str, arguments: list[str], console: str, variables: dict[str, str]) -> None:
+def _main(module: str, arguments: list[str], console: str) -> None:
     """What `python -m module` does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
     descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.environ.pop("RAY_ADDRESS", None)
-    os.environ.update({"OMP_NUM_THREADS": "1", **variables})
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.chdir(DUAL_RL)
     sys.exit(import_module(module).main(arguments))
 
 
-def wait_for(condition, *, running: Running, seconds: float = RUN_TIMEOUT) -> None:
+def assert_one_message(code: int, output: str, pattern: str) -> None:
+    """A command ended with exit status 1 and one message, in which `pattern` is; no traceback."""
+    assert code == 1, output
+    assert "Traceback" not in output, output
+    assert len(re.findall(r"^error: ", output, re.MULTILINE)) == 1, output
+    assert re.search(rf"^error: .*{pattern}", output, re.MULTILINE), output
+
+
+def wait_for(condition: Callable[[], bool], *, running: Process) -> None:
     """Wait until `condition()` holds, while `running` runs."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + RUN_TIMEOUT
     while not condition():
         assert running.process.is_alive(), f"ended before:\n{running.console.read_text()}"
-        assert time.monotonic() < deadline, f"not within {seconds} s"
+        assert time.monotonic() < deadline, f"not within {RUN_TIMEOUT} s"
         time.sleep(0.002)
 
 

@@ -53,9 +53,8 @@ class Case:
     """One update. `settings` by dotted key, over SETTINGS; `order`: indices into LENGTHS, the pairs of the batch.
 
     `broken`: a response whose advantage is not a number. `has_old`: compute old log-probs first. `load`, `save`:
-    folders of training state to start from and to write. `is_moved`: weights are moved to host memory and back, as the
-    offload options do. `is_compiled`: layers are compiled, as on GPUs; only on ranks of their own, since their process
-    attends as compiled layers do from then on.
+    folders of training state. `is_moved`: weights go to host memory and back, as the offload options do.
+    `is_compiled`: layers are compiled, as on GPUs; only on ranks of their own, whose process attends so from then on.
     """
 
     settings: Mapping[str, object] = field(default_factory=dict)

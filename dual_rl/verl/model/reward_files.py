@@ -86,21 +86,6 @@ def load_checkpoint(
     return dataclasses.replace(checkpoint, weights=dict(stream_weights(model_path, checkpoint, dtype=torch.float32)))
 
 
-def load_base(model_path: str | os.PathLike, *, seed: int) -> PolicyCheckpoint:
-    """A plain Qwen3-VL as stage 1 would start from it, without its weights: the baseline to compare training with.
-
-    `<Reward>` is added, its row is the mean of the others, and a fresh head is drawn with `seed`.
-    """
-    with _loading(f"the processor of {model_path}"):
-        processor = AutoProcessor.from_pretrained(model_path)
-    processor.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
-    folder = find_folder(model_path)
-    with _loading(f"the embedding of {folder}"), _open_embedding(folder) as file:
-        row = file.get_slice(EMBEDDING_KEY)[: reward_token_id(processor.tokenizer)].float().mean(dim=0)
-    head = torch.randn(1, len(row), generator=torch.Generator().manual_seed(seed)) / (len(row) + 1) ** 0.5
-    return _describe_model(folder, processor, row, head)
-
-
 def _describe_model(folder: Path, processor, row: torch.Tensor, head: torch.Tensor) -> PolicyCheckpoint:
     """A checkpoint without weights, of the model in `folder` with the `<Reward>` row and the head given."""
     values, source = _read_reward_config(folder), _find_base(folder)
@@ -131,7 +116,7 @@ def stream_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Pairs of Hugging Face name and whole weight, on the CPU in `dtype`, as stage 1 merges them.
 
-    `checkpoint`: of the same path, read by `load_checkpoint` or `load_base`. Needs host memory for the whole model.
+    `checkpoint`: of the same path, read by `load_checkpoint`. Needs host memory for the whole model.
     """
     folder = find_folder(model_path)
     source = _find_base(folder)
