@@ -70,6 +70,7 @@ def make_config(options: argparse.Namespace) -> Config:
     actor.model.max_kept_layers = options.max_kept_layers
     actor.optim.lr = 0.0
     actor.max_grad_norm = 1e9
+    config.worker.rollout.max_log_prob_difference = 1e9  # the rollout's are zeros
     return config
 
 

@@ -8,6 +8,7 @@ the best), reward, video and chain of thought. Clips that cannot be scored are l
 
 import argparse
 import csv
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -19,6 +20,7 @@ from scoring.options import configure_console
 from scoring.reward_model import RewardModel
 from scoring.types import FailedVideo, Outcome, ScoringSettings, VideoTask
 from verl.data.scored_sequence import judge_problem
+from verl.trainer.checkpoints import write_atomically
 
 COLUMNS = ("folder", "rank", "reward", "video", "cot")
 CLIP_SUFFIXES = (".avi", ".mkv", ".mov", ".mp4", ".webm")
@@ -87,10 +89,11 @@ def main(argv: Sequence[str]) -> int:
     failures = [outcome for outcome in outcomes if isinstance(outcome, FailedVideo)]
     sys.stderr.writelines(f"failed: {failure.name}: {failure.error}\n" for failure in failures)
     rows = list(rank_clips(options.clips, outcomes))
-    with options.output.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, fieldnames=COLUMNS, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(options.output, table.getvalue())
     for row in rows:
         if row.get("rank") == 1:
             sys.stdout.write(f"{row['folder']}: {row['video']} ({row['reward']:.4f})\n")

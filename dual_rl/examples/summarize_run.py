@@ -39,7 +39,10 @@ def read_logs(runs: Sequence[Path]) -> Log:
     """Means over the runs of the steps that all of them have; of each run its folder or its log."""
     by_step = []
     for run in runs:
-        text = (run if run.is_file() else run / "train_log.jsonl").read_text()
+        log = run if run.is_file() else run / "train_log.jsonl"
+        if not log.is_file():
+            sys.exit(f"{log} does not exist. Give the folder of a run that has logged a step.")
+        text = log.read_text()
         by_step.append({line["step"]: line for line in map(json.loads, text.splitlines())})
     return [average([lines[step] for lines in by_step]) for step in sorted(set.intersection(*map(set, by_step)))]
 

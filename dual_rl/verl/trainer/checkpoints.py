@@ -151,7 +151,7 @@ def find_resume(folder: CheckpointFolder, trainer: TrainerConfig) -> Path | None
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file that is never seen half written."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", newline="")
     os.replace(temporary, path)
 
 

@@ -133,6 +133,7 @@ class WorkerGroup:
             )
             self._actors.append(actor_class.options(scheduling_strategy=node).remote(config, rank, self.world_size))
         ((address, port),) = self._wait("choose_meeting_point", [self._actors[0].choose_meeting_point.remote()])
+        logger.info("loading the model and starting the rollout engine, ranks: %d", self.world_size)
         self.call("start", address, port)
 
     def call(self, method: str, *arguments: object) -> list:

@@ -42,11 +42,12 @@ Generation = Mapping[str, Any]
 
 
 class ConsoleLogger:
-    """A progress bar on a terminal, and one line per call of `log`."""
+    """A progress bar on a terminal, and one line per call of `log`; elsewhere also the phases of the first step."""
 
     def __init__(self, config: Config, start_step: int, num_steps: int | None) -> None:
-        self.num_steps = num_steps
+        self.start_step, self.num_steps = start_step, num_steps
         self.bar = tqdm(total=num_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
+        self.has_logged_step = False
 
     def log(self, metrics: Metrics, step: int) -> None:
         shown = [f"{label} {metrics[name]:.4g}" for label, name in HEADLINE.items() if name in metrics]
@@ -54,12 +55,16 @@ class ConsoleLogger:
         tqdm.write(f"step {step}{of_all}  {'  '.join(shown)}".rstrip(), file=sys.stdout)
         sys.stdout.flush()
         self.bar.update(max(0, step - self.bar.n))
+        self.has_logged_step = step > self.start_step
 
     def log_generations(self, rows: Sequence[Generation], step: int) -> None:
         """Nothing: they are too long for a console."""
 
     def show_phase(self, phase: str) -> None:
         self.bar.set_postfix_str(phase)
+        if self.bar.disable and not self.has_logged_step:
+            sys.stdout.write(f"  {phase} ...\n")
+            sys.stdout.flush()
 
     def close(self) -> None:
         self.bar.close()
