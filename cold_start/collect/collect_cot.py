@@ -21,9 +21,10 @@ import csv
 import hashlib
 import json
 import logging
+import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -219,14 +220,29 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--eval_dim", default="GSB", help="label column")
     add("--overwrite", action="store_true", help="start again where another run wrote --output")
     add = parser.add_argument_group("sampling").add_argument
-    add("--num_samples", type=int, default=4, help="CoTs per video; a later run with more keeps the first ones")
-    add("--temperature", type=float, default=0.7)
-    add("--top_p", type=float, default=0.95)
-    add("--max_tokens", type=int, default=MAX_COT_TOKENS, help="longest CoT; CoTs that are cut off are not used")
+    add(
+        "--num_samples",
+        type=number(int, 1),
+        default=4,
+        help="CoTs per video; a later run with more keeps the first ones",
+    )
+    add("--temperature", type=number(float, 0), default=0.7)
+    add("--top_p", type=number(float, 0.001, 1), default=0.95)
+    add(
+        "--max_tokens",
+        type=number(int, 1),
+        default=MAX_COT_TOKENS,
+        help="longest CoT; CoTs that are cut off are not used",
+    )
     add("--seed", type=int, default=0)
     add = parser.add_argument_group("selection").add_argument
     add("--require_agreement", action="store_true", help="leave rows without CoTs where none agree with the label")
-    add("--tie_margin", type=float, default=0.25, help="largest difference of overall scores under the label same")
+    add(
+        "--tie_margin",
+        type=number(float, 0),
+        default=0.25,
+        help="largest difference of overall scores under the label same",
+    )
     add("--drop_incomplete", action="store_true", help="leave rows without CoTs out of the output")
     add("--replace_cots", action="store_true", help="sample again for rows that have both CoTs")
     add("--replace_answers", action="store_true", help="overwrite existing answers for stage 2")
@@ -241,10 +257,26 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("server").add_argument
     add("--endpoint", metavar="URL", help="http://host:port/v1 of any OpenAI-compatible server; default: vLLM here")
     add("--api_key_file", help="file that holds the server's key")
-    add("--send_video", choices=VIDEO_FORMS, default="clip", help="form of the videos for --endpoint, see the README")
-    add("--concurrency", type=int, default=32, help="videos at a time")
-    add("--timeout", type=float, default=600.0, help="seconds that a reply may take")
-    return parser.parse_args(arguments)
+    add("--send_video", choices=VIDEO_FORMS, help="form of the videos for --endpoint, by default clip; see the README")
+    add("--concurrency", type=number(int, 1), default=32, help="videos at a time")
+    add("--timeout", type=number(float, 0.001), default=600.0, help="seconds that a reply may take")
+    options = parser.parse_args(arguments)
+    for name in ("api_key_file", "send_video"):
+        if getattr(options, name) is not None and options.endpoint is None:
+            parser.error(f"--{name} is for a server of yours: give its --endpoint")
+    options.send_video = options.send_video or "clip"
+    return options
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """A flag's type: numbers within bounds."""
+
+    def parse(text: str) -> float:
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+
+    return parse
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -144,7 +144,9 @@ class Endpoint:
     def _connect(self) -> openai.AsyncOpenAI:
         timeout, key_file = openai.Timeout(self.options.timeout, connect=CONNECT_SECONDS), self.options.api_key_file
         key = Path(key_file).read_text().strip() if key_file else NO_KEY
-        return openai.AsyncOpenAI(base_url=self.url, api_key=key, max_retries=NUM_RETRIES, timeout=timeout)
+        # The server that is started here is on this machine: no proxy is between.
+        direct = {} if self.options.endpoint else {"http_client": openai.DefaultAsyncHttpxClient(trust_env=False)}
+        return openai.AsyncOpenAI(base_url=self.url, api_key=key, max_retries=NUM_RETRIES, timeout=timeout, **direct)
 
     async def _answer(self, client: openai.AsyncOpenAI, job: VideoJob, slots: asyncio.Semaphore, put) -> None:
         """All samples of a video, one after another: after the first, the server has cached prompt and video."""

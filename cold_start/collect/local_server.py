@@ -84,12 +84,14 @@ def serve(model: str, *, max_model_len: int) -> Iterator[str]:
             try:
                 process.wait(SECONDS_TO_END)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # its engine, too
+                process.wait()
 
 
 def _is_healthy(address: str) -> bool:
     try:
-        with urllib.request.urlopen(f"http://{address}/health", timeout=10) as reply:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(f"http://{address}/health", timeout=10) as reply:
             return reply.status == 200
     except OSError:  # URLError is one
         return False

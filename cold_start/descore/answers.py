@@ -9,7 +9,6 @@ A judgement is what a response says about its own video: an `<answer>` block wit
 `dimensional_scores`. A block may hold a ``` fence and text around its object. Reading takes time linear in the text.
 """
 
-import itertools
 import json
 import re
 import reprlib
@@ -22,8 +21,6 @@ LABEL_KEY = "gsb_result"
 SCORE_KEYS = {"A": "video_1_scores", "B": "video_2_scores"}
 JUDGEMENT_KEY, OVERALL_KEY = "dimensional_scores", "overall_score"
 LARGEST_OVERALL = 1e9
-MAX_TRIES = 100
-"""Each costs time linear in the text."""
 SUB_SCORES = (0, 1, 2, NOT_ASKED)
 
 _OPEN, _CLOSE, _FENCE = "<answer>", "</answer>", "```"
@@ -37,7 +34,10 @@ _LABELS: tuple[tuple[re.Pattern, int | None], ...] = (
     (re.compile(r"invalid"), None),
 )
 _OBJECT_START = re.compile(r'\{(?=\s*+["}])')
-_DECODER = json.JSONDecoder()
+_TOKEN = re.compile(  # possessive throughout: it never backtracks
+    r'\s*+(?:(?P<open>\{(?=\s*+["}])|\[)|(?P<close>[}\]])|"(?:[^"\\\x00-\x1f]++|\\.)*+"|[,:]'
+    r"|true|false|null|NaN|-?Infinity|-?[0-9][0-9.eE+-]*+)"
+)
 _REPR = reprlib.Repr()
 _REPR.maxstring = 80
 
@@ -169,10 +169,25 @@ def _find_object(body: str) -> dict | None:
 
 
 def _find_first_object(text: str) -> dict | None:
-    """The first JSON object. Braces that open none are skipped, at most MAX_TRIES of them."""
-    for start in itertools.islice(_OBJECT_START.finditer(text), MAX_TRIES):
-        try:
-            return _DECODER.raw_decode(text, start.start())[0]
-        except (ValueError, RecursionError):  # a missing comma, or nesting or a number without end
-            continue
+    """The first JSON object. Braces that open none are skipped."""
+    start = _OBJECT_START.search(text)
+    while start:
+        end, is_closed = _skip_value(text, start.start())
+        if is_closed:
+            try:
+                return json.loads(text[start.start() : end])
+            except (ValueError, RecursionError):  # a missing comma, or nesting or a number without end
+                pass
+        start = _OBJECT_START.search(text, end)
     return None
+
+
+def _skip_value(text: str, position: int) -> tuple[int, bool]:
+    """The end of the balanced value at `position`, or where the tokens of JSON end before it is closed (False)."""
+    depth = 0
+    while token := _TOKEN.match(text, position):
+        position = token.end()
+        depth += {"open": 1, "close": -1, None: 0}[token.lastgroup]
+        if depth == 0:
+            return position, True
+    return position, False

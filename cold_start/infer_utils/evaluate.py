@@ -129,7 +129,10 @@ def main() -> None:
         try:
             if options.output:  # before anything is scored
                 Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+                is_new = not Path(options.output).exists()
                 Path(options.output).open("a").close()
+                if is_new:
+                    Path(options.output).unlink()
             results = {Path(options.checkpoint).name: evaluate(options)}
         except (ValueError, OSError) as error:
             parser.error(str(error))

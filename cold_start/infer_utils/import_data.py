@@ -26,7 +26,7 @@ from urllib.parse import unquote, urlparse
 import pandas as pd
 import pyarrow.parquet as pq
 
-from descore.csv_table import CsvError, shorten
+from descore.csv_table import shorten
 from infer_utils.public_sets import SETS, Comparison, PublicSet, Rating, Record, Video, larger_of, pair_set
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".gif")
@@ -34,6 +34,7 @@ ROWS_AT_A_TIME = 5_000
 EMBEDDED_ROWS_AT_A_TIME = 50
 """Of parquet files, whose rows may hold videos."""
 SPLITS = ("train", "val", "test")
+REPORT = "report.json"
 MOST_NAMED = 10
 """Missing videos in the report."""
 
@@ -45,13 +46,14 @@ class VideoFiles:
         self.source, self.output = source, output
         self.files: dict[str, list[tuple[Path, str | None]]] = defaultdict(list)
         for path in sorted(source.rglob("*")):
+            if path.is_relative_to(output):
+                continue
             if path.suffix.lower() in VIDEO_SUFFIXES:
                 self.files[path.name].append((path, None))
             elif path.suffix.lower() == ".zip":
-                with zipfile.ZipFile(path) as archive:
-                    for member in archive.namelist():
-                        if member.lower().endswith(VIDEO_SUFFIXES):
-                            self.files[PurePosixPath(member).name].append((path, member))
+                for member in _open_zip(path).namelist():
+                    if member.lower().endswith(VIDEO_SUFFIXES):
+                        self.files[PurePosixPath(member).name].append((path, member))
         self.archives = ExitStack()
         self.opened: dict[Path, zipfile.ZipFile] = {}
 
@@ -65,6 +67,9 @@ class VideoFiles:
             return self._write(hashlib.sha256(video.content).hexdigest()[:24] + suffix, video.content)
         parts = PurePosixPath(unquote(urlparse(video.name).path if "://" in video.name else video.name)).parts
         found = self.files.get(parts[-1], []) if parts else []
+        exact = [(path, member) for path, member in found if self._parts(path, member) == parts]
+        if len(exact) == 1:
+            return self._place(*exact[0])
         for length in range(len(parts), 0, -1):
             fitting = [
                 (path, member) for path, member in found if self._parts(path, member)[-length:] == parts[-length:]
@@ -86,7 +91,7 @@ class VideoFiles:
         if member is None:
             return str(path.resolve())
         if path not in self.opened:
-            self.opened[path] = self.archives.enter_context(zipfile.ZipFile(path))
+            self.opened[path] = self.archives.enter_context(_open_zip(path))
         name = f"{path.stem}/{'/'.join(part for part in PurePosixPath(member).parts if part not in ('..', '/'))}"
         if (self.output / "videos" / name).is_file():
             return f"videos/{name}"
@@ -100,6 +105,28 @@ class VideoFiles:
             partial.write_bytes(content)
             partial.rename(target)
         return f"videos/{name}"
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{path} is not a zip file that can be read: {error}. Fetch it again.") from error
+
+
+def prepare_output(options: argparse.Namespace) -> None:
+    """An empty output folder, or one of an earlier import of the same source, whose CSVs go. Raises ValueError."""
+    output, report = options.output, options.output / REPORT
+    if output.resolve() == options.source.resolve():
+        raise ValueError(f"--output is the source, {output}. Name another folder.")
+    if output.is_dir() and any(output.iterdir()):
+        before = json.loads(report.read_text()) if report.is_file() else {}
+        if before.get("import") != [options.set, str(options.source.resolve())]:
+            raise ValueError(f"{output} holds other files than an import of {options.source}. Name another --output.")
+        for name in (*SPLITS, "bench"):
+            (output / f"{name}.csv").unlink(missing_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    report.write_text(json.dumps({"import": [options.set, str(options.source.resolve())]}) + "\n")
 
 
 def find_tables(source: Path, patterns: Iterable[str]) -> list[Path]:
@@ -126,7 +153,7 @@ def read_records(path: Path) -> Iterator[Record]:
                 yield from map(json.loads, filter(str.strip, file))
         else:
             options = {"dtype": str, "keep_default_na": False, "chunksize": ROWS_AT_A_TIME}
-            for part in pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", **options):
+            for part in pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index_col=False, **options):
                 yield from part.to_dict("records")
     except (OSError, ValueError) as error:  # pandas', pyarrow's and json's errors are ValueErrors
         raise ValueError(f"{path} cannot be read as {path.suffix[1:] or 'a table'}: {error}") from error
@@ -154,13 +181,16 @@ def read_items(form: PublicSet, tables: Iterable[Path], report: Counter) -> Iter
 def form_pairs(ratings: Iterable[Rating], options: argparse.Namespace) -> Iterator[Comparison]:
     """Comparisons of the videos of each prompt, at most `pairs_per_prompt`, in random order of A and B."""
     by_prompt: dict[str, list[Rating]] = defaultdict(list)
-    for rating in ratings:
+    for rating in filter(lambda rating: rating.prompt, ratings):
         by_prompt[rating.prompt].append(rating)
     draws = random.Random(options.seed)
     for prompt, rated in by_prompt.items():
-        pairs = list(itertools.combinations(rated, 2))
-        for pair in draws.sample(pairs, min(len(pairs), options.pairs_per_prompt)):
-            first, second = draws.sample(pair, 2)
+        num_pairs = len(rated) * (len(rated) - 1) // 2
+        drawn: dict[tuple[int, ...], None] = {}
+        while len(drawn) < min(num_pairs, options.pairs_per_prompt):
+            drawn[tuple(sorted(draws.sample(range(len(rated)), 2)))] = None
+        for pair in drawn:
+            first, second = (rated[index] for index in draws.sample(pair, 2))
             labels = {}
             for name in first.scores.keys() & second.scores.keys():
                 difference = first.scores[name] - second.scores[name]
@@ -215,7 +245,7 @@ def import_set(form: PublicSet, options: argparse.Namespace) -> dict:
     """Write the CSVs; returns the report. Raises ValueError for a source of another form or without any video."""
     report, labels, missing = Counter(), defaultdict(Counter), Counter()
     tables = find_tables(options.source, form.files)
-    options.output.mkdir(parents=True, exist_ok=True)
+    prepare_output(options)
     videos = VideoFiles(
         options.videos or (options.source if options.source.is_dir() else options.source.parent), options.output
     )
@@ -249,6 +279,7 @@ def import_set(form: PublicSet, options: argparse.Namespace) -> dict:
         )
     writer.finish()
     return {
+        "import": [options.set, str(options.source.resolve())],
         "source": form.source,
         "tables": [str(table) for table in tables],
         "counts": dict(report),
@@ -262,8 +293,11 @@ def declare_table(columns: Iterable[str]) -> PublicSet:
     """A set of any table, from `prompt=caption video_a=left video_b=right label.GSB=winner`. Raises ValueError."""
     named = dict(column.partition("=")[::2] for column in columns)
     labels = {name.removeprefix("label."): value for name, value in named.items() if name.startswith("label.")}
-    if not {"prompt", "video_a", "video_b"} <= named.keys() or not labels or not all(named.values()):
-        raise ValueError("--columns needs prompt=, video_a=, video_b= and at least one label.NAME=")
+    known = {"prompt", "video_a", "video_b", "model_a", "model_b", *(f"label.{name}" for name in labels)}
+    if not {"prompt", "video_a", "video_b"} <= named.keys() <= known or not labels or not all(named.values()):
+        raise ValueError(
+            "--columns needs prompt=, video_a=, video_b= and at least one label.NAME=, and may have model_a=, model_b="
+        )
     return pair_set(
         source="a table",
         download="",
@@ -296,13 +330,15 @@ def main() -> int:
         form = declare_table(options.columns) if options.set == "table" else SETS[options.set]
         if options.test is None:
             options.test = 1.0 if form.is_benchmark else 0.05
+        if not (0 <= options.val <= 1 and 0 <= options.test <= 1):
+            raise ValueError("--val and --test are shares of the prompts, from 0 to 1")
         if not options.source.exists():
             raise ValueError(f"{options.source} does not exist. Fetch the set first: {form.download}")
         report = import_set(form, options)
-    except (ValueError, CsvError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of an encrypted zip file
         sys.stderr.write(f"error: {error}\n")
         return 1
-    (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (options.output / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
     return 0
 

@@ -5,6 +5,7 @@ formed. `source` says where its columns were seen.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -86,7 +87,8 @@ def number_of(record: Record, column: str) -> float | None:
     """The cell as a number, None for a blank one."""
     text = text_of(record, column)
     try:
-        return float(text) if text else None
+        number = float(text) if text else math.nan
+        return number if math.isfinite(number) else None
     except ValueError as error:
         raise ValueError(f"{column} is {text[:80]!r}, not a number") from error
 
@@ -114,10 +116,6 @@ def rating_set(*, prompt: str, video: Callable[[Record], Video], scores: Mapping
         yield Rating(text_of(record, prompt), video(record), given)
 
     return PublicSet(needs=(prompt, *scores.values()), dimensions=tuple(scores), read=read, **fields)
-
-
-def by_weight(dimension: str) -> tuple[str, str]:
-    return f"weighted_results1_{dimension}", f"weighted_results2_{dimension}"
 
 
 def pair_set(

@@ -211,7 +211,8 @@ def main(argv: Sequence[str]) -> None:
     log |= {"num_parameters": model.num_parameters(), **train(model, processor, args)}
     copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(args.save)
     processor.save_pretrained(args.save)
-    shutil.copy(TINY_BASE / CONFIG_FILE, args.save)  # the video budget
+    if args.save.resolve() != TINY_BASE.resolve():
+        shutil.copy(TINY_BASE / CONFIG_FILE, args.save)  # the video budget
     log["evaluation"] = evaluate(args.save, num_pairs=min(NUM_EVALUATED_PAIRS, args.pool_size))
     logger.info("%s", log["evaluation"])
     args.save.with_name(f"{args.save.name}_train.json").write_text(json.dumps(log, indent=1) + "\n")

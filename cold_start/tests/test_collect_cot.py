@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,13 +135,19 @@ def test_interrupted_run_resumes_with_more_samples_to_the_files_of_an_uninterrup
     assert run_collect(bare_csv, whole, server) == 0
     num_requests = len(server.requests)
 
+    first, is_over = threading.Lock(), threading.Event()
+
     def press_ctrl_c(request: dict) -> tuple:
-        if len(server.requests) == num_requests + 12:
-            os.kill(os.getpid(), signal.SIGINT)
+        """At the twelfth request, which gets no reply, nor do later ones."""
+        if len(server.requests) >= num_requests + 12:
+            if first.acquire(blocking=False):
+                os.kill(os.getpid(), signal.SIGINT)
+            is_over.wait(60)
         return completion(random_cot(request))
 
     server.answer = press_ctrl_c
-    assert run_collect(bare_csv, output, server, num_samples=3) == 130
+    assert run_collect(bare_csv, output, server, num_samples=3, concurrency=4) == 130
+    is_over.set()
     assert capsys.readouterr().err.endswith("collect_cot: interrupted. The same command resumes.\n")
     assert not output.exists()
     num_kept = journal.read_bytes().count(b"\n") - 1

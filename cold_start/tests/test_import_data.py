@@ -209,8 +209,13 @@ def test_videos_come_out_of_zip_files_and_missing_ones_are_reported(source, clip
 
 def test_sub_scores_become_the_answer_of_stage_2(source, clips, tmp_path, monkeypatch):
     write_mj(source, *names_of(clips))
-    assert run(monkeypatch, "mj-bench-video", "--source", source, "--output", tmp_path, "--test", 0, "--val", 0) == 0
-    answer = json.loads(read_rows(tmp_path, "train")[1]["answer"].removeprefix("<answer>").removesuffix("</answer>"))
+    assert (
+        run(monkeypatch, "mj-bench-video", "--source", source, "--output", tmp_path / "out", "--test", 0, "--val", 0)
+        == 0
+    )
+    answer = json.loads(
+        read_rows(tmp_path / "out", "train")[1]["answer"].removeprefix("<answer>").removesuffix("</answer>")
+    )
     assert answer["gsb_result"] == "B"
     assert len(answer["video_1_scores"]) == 28
     assert answer["video_2_scores"]["criterion 1"] == 1
@@ -218,9 +223,9 @@ def test_sub_scores_become_the_answer_of_stage_2(source, clips, tmp_path, monkey
 
 def test_ratings_closer_than_the_margin_are_no_preference(source, clips, tmp_path, monkeypatch):
     write_feedback(source, *names_of(clips))
-    arguments = ["--source", source, "--output", tmp_path, "--test", 0, "--val", 0, "--margin", 2]
+    arguments = ["--source", source, "--output", tmp_path / "out", "--test", 0, "--val", 0, "--margin", 2]
     assert run(monkeypatch, "videofeedback", *arguments) == 0
-    assert sorted(row["GSB"] == "same" for row in read_rows(tmp_path, "train")) == [False, True]
+    assert sorted(row["GSB"] == "same" for row in read_rows(tmp_path / "out", "train")) == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +257,22 @@ def test_any_table_with_a_column_map(source, clips, tmp_path, monkeypatch):
     )
     (source / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     columns = ["prompt=caption", "video_a=left", "video_b=right", "label.GSB=winner"]
-    arguments = ["--source", source / "mine.jsonl", "--output", tmp_path, "--test", 0, "--val", 0]
+    arguments = ["--source", source / "mine.jsonl", "--output", tmp_path / "out", "--test", 0, "--val", 0]
     assert run(monkeypatch, "table", *arguments, "--columns", *columns) == 0
-    assert [row["GSB"] for row in read_rows(tmp_path, "train")] == LABELS
+    assert [row["GSB"] for row in read_rows(tmp_path / "out", "train")] == LABELS
     assert run(monkeypatch, "table", *arguments, "--columns", *columns[:2]) == 1
+
+
+def test_an_output_is_of_one_import_and_holds_its_last_run_only(source, clips, tmp_path, monkeypatch, capsys):
+    write_rapidata(source, *names_of(clips))
+    arguments = ["rapidata", "--source", source, "--output", source / "out"]
+    assert run(monkeypatch, *arguments, "--test", 0) == 0
+    assert run(monkeypatch, *arguments, "--test", 1) == 0
+    assert not read_rows(source / "out", "train")
+    assert len(read_rows(source / "out", "test")) == 6
+    write_videoalign(tmp_path, *names_of(clips))
+    assert run(monkeypatch, "videoalign", "--source", tmp_path, "--output", source / "out") == 1
+    assert "Name another --output" in capsys.readouterr().err
+    (source / "videos.zip").write_bytes(b"PK, and then something else")
+    assert run(monkeypatch, *arguments) == 1
+    assert "videos.zip is not a zip file" in capsys.readouterr().err

@@ -54,6 +54,10 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, object]:
     """
     for name in ("save_every", "num_workers"):
         require_positive(name, getattr(options, name))
+    if options.seed < 0:
+        raise ValueError(f"seed is {options.seed}; it must not be negative")
+    if options.calibrate and options.normalize:
+        raise ValueError("--calibrate keeps a new scale and --normalize uses the one kept. Run one after the other.")
     source, output = build_source(options), Path(options.output)
     bench = read_bench(options.data_path, options.bench_type, video_root=options.video_root)
     _check_output(options, bench)

@@ -224,7 +224,7 @@ class RolloutConfig:
     log_prob_bound: Positive = 0.1
     """Tokens whose log-prob differs by more than this between rollout and trainer are counted and logged."""
     max_log_prob_difference: Positive = 0.2
-    """The run stops when log-probs of rollout and trainer differ by more than this on average over a step's tokens."""
+    """The run stops when log-probs of rollout and trainer differ by more than this on average over a mini-batch."""
     val_override_config: ValSamplingConfig = field(default_factory=ValSamplingConfig)
     """Sampling of validation; null values are as in training."""
 

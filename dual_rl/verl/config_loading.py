@@ -152,6 +152,7 @@ def _find_problems(config: Config) -> list[str]:
     """Which settings do not go together, one sentence each with its remedy; empty when all is well."""
     data, algorithm, actor, ref = config.data, config.algorithm, config.worker.actor, config.worker.ref
     rollout, trainer, ranks = config.worker.rollout, config.trainer, config.trainer.num_ranks
+    name = trainer.experiment_name
     rules = [
         (data.rollout_batch_size % actor.global_batch_size,
          f"data.rollout_batch_size={data.rollout_batch_size} is not a multiple of "
@@ -177,6 +178,8 @@ def _find_problems(config: Config) -> list[str]:
          "worker.actor.model.freeze_vision_tower=true, or lora.rank=0 to tune the vision tower too."),
         (trainer.val_only and data.val_files is None,
          "trainer.val_only=true, but data.val_files is not set. Name the CSV to validate on."),
+        (not name.strip() or name in (".", "..") or set(name) & set("/\\\0"),
+         f"trainer.experiment_name={name!r} names a folder. Use no slashes and do not leave it empty."),
         (actor.fsdp.enable_cpu_offload and (actor.offload.offload_params or actor.offload.offload_optimizer),
          "worker.actor.fsdp.enable_cpu_offload=true keeps all in host memory. Leave out worker.actor.offload.*"),
         (ref.fsdp.enable_cpu_offload and ref.offload.offload_params,

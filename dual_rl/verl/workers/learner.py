@@ -63,7 +63,8 @@ class Learner:
                     (loss * (weight * self.runtime.rank.world_size / self.runtime.copies)).backward()
                     _accumulate(sums, metrics, weight)
                 totals = self._reduce(sums)
-                self._check_rollout(totals["rollout/log_prob_difference_mean"], step=step)
+                if epoch == 0:
+                    self._check_rollout(totals["rollout/log_prob_difference_mean"], step=step)
                 totals |= self._step_optimizer(totals["actor/loss"], step=step)
                 for name, value in totals.items():
                     if epoch == 0 or not name.startswith("rollout/"):
@@ -119,14 +120,21 @@ class Learner:
         return dict(zip(added, totals, strict=True)) | largest
 
     def _check_rollout(self, difference: float, *, step: int) -> None:
-        """Raise ValueError on every rank when the responses were drawn from another distribution than the policy's."""
-        limit = self.config.worker.rollout.max_log_prob_difference
-        if difference > limit:
-            raise ValueError(
-                f"step {step}: log-probs of rollout and trainer differ by {difference:.3f} on average, more than "
-                f"worker.rollout.max_log_prob_difference={limit}. The run stopped before the weights changed. Leave "
-                "out worker.rollout.quantization and kv_cache_dtype, or raise the limit."
-            )
+        """Raise ValueError on every rank when the responses were drawn from another distribution than the policy's.
+
+        Not where top_p or top_k cut that distribution, as the engine's log-probs are those of what is left.
+        """
+        rollout = self.config.worker.rollout
+        if rollout.top_p < 1.0 or rollout.top_k != -1 or difference <= rollout.max_log_prob_difference:
+            return
+        remedy = "Leave out worker.rollout.quantization and kv_cache_dtype, or raise the limit."
+        if not rollout.is_quantized:
+            remedy = "Check the versions of vllm and transformers against requirements.txt, or raise the limit."
+        raise ValueError(
+            f"step {step}: log-probs of rollout and trainer differ by {difference:.3f} on average, more than "
+            f"worker.rollout.max_log_prob_difference={rollout.max_log_prob_difference}. The run stopped before these "
+            f"responses changed the weights. {remedy}"
+        )
 
     def _step_optimizer(self, loss: float, *, step: int) -> dict[str, float]:
         """Average, check, clip, step. Raises ValueError on every rank when anything is not finite."""
