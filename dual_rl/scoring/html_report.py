@@ -266,10 +266,15 @@ def _read_generations(path: str | os.PathLike) -> list[Json]:
     """The whole lines of a generations.jsonl, in order."""
     generations = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
-        row = json.loads(line) if line.startswith(b"{") else {}
-        if not all(name in row for name in NEEDED):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = {}
+        if not isinstance(row, dict) or not all(name in row for name in NEEDED) or row["side"] not in SCORE_KEYS:
             raise ValueError(f"{path}, line {number}: not a generation of stage 2, which has {', '.join(NEEDED)}")
         generations.append(row)
+    if not generations:
+        raise ValueError(f"{path} has no generation yet")
     return generations
 
 

@@ -80,8 +80,7 @@ class FileLogger:
             _drop_lines_after(path, start_step)
 
     def log(self, metrics: Metrics, step: int) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._append(self.metrics_path, [{"step": step, **finite}])  # JSON has no NaN
+        self._append(self.metrics_path, [{"step": step, **metrics}])
 
     def log_generations(self, rows: Sequence[Generation], step: int) -> None:
         self._append(self.generations_path, rows)
@@ -92,7 +91,9 @@ class FileLogger:
     @staticmethod
     def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         with path.open("a", encoding="utf-8") as file:
-            file.write("".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records))
+            for record in records:  # JSON has no NaN
+                finite = {name: None if _is_infinite(value) else value for name, value in record.items()}
+                file.write(json.dumps(finite, ensure_ascii=False) + "\n")
 
 
 class TensorboardLogger:
@@ -194,3 +195,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
             if step > 0 and json.loads(line)["step"] <= step:
                 kept.append(line)
     write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+
+def _is_infinite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
