@@ -129,8 +129,10 @@ def test_rows_get_cots_and_answers_that_both_stages_take(server, bare_csv, outpu
 
 
 def test_interrupted_run_resumes_with_more_samples_to_the_files_of_an_uninterrupted_one(
-    server, bare_csv, output, tmp_path, capsys
+    server, bare_csv, output, tmp_path, capsys, request
 ):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     whole, journal = tmp_path / "whole.csv", output.with_suffix(".samples.jsonl")
     assert run_collect(bare_csv, whole, server) == 0
     num_requests = len(server.requests)
