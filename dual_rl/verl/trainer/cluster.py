@@ -47,7 +47,10 @@ def connect(settings: TrainerConfig) -> None:
     """
     environment = {name: os.environ.setdefault(name, value) for name, value in QUIET_LIBRARIES.items()}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
-    if not settings.n_gpus_per_node:  # CPU ranks share the cores; more threads than cores wait for each other
+    if settings.n_gpus_per_node:
+        name = "PYTORCH_CUDA_ALLOC_CONF"  # by this name, vLLM knows to leave it out of the memory that sleeps
+        environment[name] = os.environ.get(name, "expandable_segments:True")  # rows of many lengths
+    else:  # CPU ranks share the cores; more threads than cores wait for each other
         threads = max(1, (os.cpu_count() or 1) // settings.n_cpu_ranks_per_node)
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(threads)
     arguments = {"logging_level": logging.ERROR, "log_to_driver": True, "runtime_env": {"env_vars": environment}}
