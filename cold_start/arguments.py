@@ -53,7 +53,10 @@ class DataArguments:
 
     meta_data: str = HfArg(default="datasets/train/example.csv", help="training CSV")
     meta_data_test: str | None = HfArg(default=None, help="held-out CSV for evaluation")
-    eval_dim: str = HfArg(default="GSB", help="label column; scores are read from MOS_A_<dim> and MOS_B_<dim>")
+    eval_dim: list[str] = HfArg(  # noqa: RUF009
+        default_factory=lambda: ["GSB"],
+        help="label columns, a reward for each; scores are read from MOS_A_<dim> and MOS_B_<dim>",
+    )
     format_prompt: str | None = HfArg(
         default=None, help="Jinja file that wraps each problem (variable `content`); default: the checkpoint's"
     )
@@ -74,7 +77,14 @@ class DataArguments:
                 raise ValueError(f"--{name} must be between 0 and 1, not {getattr(self, name)}")
         if self.format_prompt is not None and not os.path.isfile(self.format_prompt):
             raise ValueError(f"--format_prompt {self.format_prompt}: file not found")
+        if len(set(self.eval_dim)) < len(self.eval_dim):
+            raise ValueError(f"--eval_dim {' '.join(self.eval_dim)} names a column twice")
         _require_at_least(self, 1, "max_length")
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """Names for the rows of the head; none if it has one."""
+        return tuple(self.eval_dim) if len(self.eval_dim) > 1 else ()
 
     @property
     def video_budget(self) -> dict[str, float | None]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoProcessor
 
 from arguments import RewardTokenMode
@@ -50,15 +51,35 @@ PEFT_ROW_KEY = f"{PEFT_PREFIX}model.language_model.{EMBEDDING_MODULE}.token_adap
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What scoring needs besides the weights. `base_model` is None for a merged model or a base."""
+    """What scoring needs besides the weights. `base_model` is None for a merged model or a base.
+
+    `dimensions`: names of the head's rows where it has several; the file leaves it out where it has one.
+    """
 
     base_model: str | None = None
     reward_token: RewardTokenMode = "special"
     video: VideoBudget = field(default_factory=VideoBudget)
     format_prompt: str = DEFAULT_FORMAT_PROMPT
+    dimensions: tuple[str, ...] = ()
+
+    @property
+    def num_rewards(self) -> int:
+        return max(1, len(self.dimensions))
+
+    def row_of(self, dimension: str | None) -> int:
+        """The head's row for a dimension, by default the first. Raises ValueError for an unknown one."""
+        if dimension is None:
+            return 0
+        if dimension not in self.dimensions:
+            names = ", ".join(self.dimensions) or "one reward without a name"
+            raise ValueError(f"the model has no dimension {dimension!r}, but {names}.")
+        return self.dimensions.index(dimension)
 
     def save(self, folder: Path) -> None:
-        write_json(folder / CONFIG_FILE, dataclasses.asdict(self))
+        values = dataclasses.asdict(self)
+        if not self.dimensions:
+            del values["dimensions"]
+        write_json(folder / CONFIG_FILE, values)
 
     @classmethod
     def find(cls, folder: str | Path) -> "RewardConfig | None":
@@ -68,7 +89,8 @@ class RewardConfig:
             return None
         try:
             values = json.loads(file.read_text())
-            config = cls(**{**values, "video": VideoBudget(**values["video"])})
+            own_types = {"video": VideoBudget(**values["video"]), "dimensions": tuple(values.get("dimensions", ()))}
+            config = cls(**(values | own_types))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file} is damaged: {error}. Copy the checkpoint again.") from error
         FormatPrompt(config.format_prompt, source=str(file))
@@ -146,12 +168,12 @@ def _apply_umask(folder: Path) -> None:
 
 
 def save_head(path: Path, weight: torch.Tensor) -> None:
-    """Write a head as `{"rm_head.weight": fp32 [1, hidden]}`."""
+    """Write a head as `{"rm_head.weight": fp32 [num_rewards, hidden]}`."""
     torch.save({HEAD_KEY: weight.detach().float().cpu().clone()}, path)
 
 
-def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
-    """Read a head, fp32 [1, hidden_size], in any of the three known layouts. Raises ValueError otherwise."""
+def load_head(path: str | os.PathLike, *, num_rewards: int, hidden_size: int) -> torch.Tensor:
+    """Read a head, fp32 [num_rewards, hidden_size], in any of the three known layouts. Raises ValueError otherwise."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -164,8 +186,9 @@ def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
     weights = [table[key] for table in tables for key in HEAD_KEYS if isinstance(table.get(key), torch.Tensor)]
     if not weights:
         raise ValueError(f"{path}: no {' or '.join(HEAD_KEYS)} in it. Save it as {{'{HEAD_KEY}': weight}}.")
-    if weights[0].shape != (1, hidden_size):
-        raise ValueError(f"{path}: head of shape {tuple(weights[0].shape)}, not (1, {hidden_size}) as needed")
+    shape = (num_rewards, hidden_size)
+    if weights[0].shape != shape:
+        raise ValueError(f"{path}: head of shape {tuple(weights[0].shape)}, not {shape} as needed")
     return weights[0].float()
 
 
@@ -176,6 +199,12 @@ class LoadedReward:
     model: RewardModel
     builder: SequenceBuilder
     config: RewardConfig
+
+    def pick(self, dimension: str) -> "LoadedReward":
+        """The same model with one row of the head. Raises ValueError for an unknown dimension."""
+        row = self.config.row_of(dimension)
+        self.model.rm_head.weight = nn.Parameter(self.model.rm_head.weight[[row]], requires_grad=False)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, dimensions=()))
 
 
 def fingerprint_weights(folder: Path) -> str:
@@ -205,19 +234,25 @@ def require_trainable_base(path: str) -> None:
     require_qwen3_vl(path)
 
 
-def build_reward_model(path: str, processor, *, reward_token: RewardTokenMode, dtype: torch.dtype) -> RewardModel:
+def build_reward_model(path: str, processor, config: RewardConfig, *, dtype: torch.dtype) -> RewardModel:
     """The model that training starts from: a plain Qwen3-VL with a fresh head, or a merged reward model with its own.
 
-    `processor`: the model's own, with `<Reward>` added.
+    `processor`: the model's own, with `<Reward>` added. `config`: of the model to be. Raises ValueError if a reward
+    model has other dimensions.
     """
     if is_reward_checkpoint(path):
-        model = load_reward_model(path, dtype=dtype).model
-        model.reward_token = reward_token
-        return model
+        loaded = load_reward_model(path, dtype=dtype)
+        if loaded.config.dimensions != config.dimensions:
+            names = " ".join(loaded.config.dimensions) or "one label column"
+            raise ValueError(f"{path} has a head for {names}. Train it on the same with --eval_dim.")
+        loaded.model.reward_token = config.reward_token
+        return loaded.model
     backbone = load_backbone(path, dtype=dtype, num_tokens=len(processor.tokenizer))
     token_id = reward_token_id(processor.tokenizer)
     row = backbone.get_input_embeddings().weight[:token_id].float().mean(dim=0)  # of the tokens before it
-    return RewardModel(backbone, reward_embedding=row, reward_token=reward_token)
+    return RewardModel(
+        backbone, reward_embedding=row, num_rewards=config.num_rewards, reward_token=config.reward_token
+    )
 
 
 def load_reward_model(
@@ -254,8 +289,10 @@ def load_reward_model(
             raise ValueError(f"{folder / TUNED_FILE} does not fit the base model: it has no {', '.join(unknown[:3])}")
     else:
         row = rows[token_id]
-    model = RewardModel(backbone, reward_embedding=row, reward_token=config.reward_token)
-    head = load_head(folder / HEAD_FILE, hidden_size=model.rm_head.in_features)
+    model = RewardModel(
+        backbone, reward_embedding=row, num_rewards=config.num_rewards, reward_token=config.reward_token
+    )
+    head = load_head(folder / HEAD_FILE, num_rewards=config.num_rewards, hidden_size=model.rm_head.in_features)
     model.rm_head.load_state_dict({"weight": head})
     model.requires_grad_(False).eval().to(device)
     return LoadedReward(model, SequenceBuilder(processor, format_prompt=config.format_prompt), config)

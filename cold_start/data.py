@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 
 from arguments import DataArguments, TrainingArguments
 from losses import AGREEMENT_LOSSES, SCORE_LOSSES, PairLabels
-from preference_csv import INVALID_LABEL, PREFERENCES, CsvNeeds, PreferencePair, load_checked_pairs
+from preference_csv import INVALID_LABEL, PREFERENCES, CsvNeeds, Judgement, PreferencePair, load_checked_pairs
 from scored_sequence import PackedSequences, ScoredSequence, SequenceBuilder, pack_sequences
 from vision_process import VideoBudget, VideoError, VideoFrames, load_video
 
@@ -81,9 +81,7 @@ class EncodedPair:
 
     sequence_a: ScoredSequence
     sequence_b: ScoredSequence
-    label: str
-    score_a: float
-    score_b: float
+    judgements: tuple[Judgement, ...]
 
 
 @dataclass(frozen=True, order=True)
@@ -131,7 +129,8 @@ class PairDataset(Dataset):
         """Changes with texts, labels, scores and order of the pairs, but not with the paths of the videos."""
         digest = hashlib.sha256()
         for pair in self.pairs:
-            content = (pair.problem, pair.cot_a, pair.cot_b, pair.label, pair.score_a, pair.score_b)
+            judged = (value for judgement in pair.judgements for value in dataclasses.astuple(judgement))
+            content = (pair.problem, pair.cot_a, pair.cot_b, *judged)
             digest.update(repr(content).encode())
         return digest.hexdigest()[:16]
 
@@ -144,7 +143,7 @@ class PairDataset(Dataset):
                 sequences.append(builder.build(builder.encode_prompt(pair.problem, frames), cot_ids))
         except VideoError as error:
             return PairFailure(row=pair.row, message=str(error))
-        return EncodedPair(*sequences, label=pair.label, score_a=pair.score_a, score_b=pair.score_b)
+        return EncodedPair(*sequences, judgements=pair.judgements)
 
     def _placeholder(self) -> EncodedPair:
         """A pair of blank clips that no loss counts."""
@@ -152,22 +151,26 @@ class PairDataset(Dataset):
         blank = torch.zeros(self.budget.min_frames, 3, side, side, dtype=torch.uint8)
         frames = VideoFrames(blank, self.budget.fps, tuple(range(len(blank))), len(blank))
         sequence = self.builder.build(self.builder.encode_prompt("", frames))
-        return EncodedPair(sequence, sequence, label=INVALID_LABEL, score_a=math.nan, score_b=math.nan)
+        return EncodedPair(sequence, sequence, (Judgement(INVALID_LABEL),) * len(self.pairs[0].judgements))
 
     def collate(self, items: Sequence[EncodedPair | PairFailure]) -> PairBatch:
         """Pack the pairs of a micro-batch."""
         failures = tuple(item for item in items if isinstance(item, PairFailure))
         encoded = [item for item in items if isinstance(item, EncodedPair)] or [self._placeholder()]
         packed = pack_sequences([sequence for pair in encoded for sequence in (pair.sequence_a, pair.sequence_b)])
+
+        def tabulate(value_of: Callable[[Judgement], float]) -> torch.Tensor:
+            return torch.tensor([[value_of(judgement) for judgement in pair.judgements] for pair in encoded])
+
         return PairBatch(
             packed=packed,
             a_sequences=torch.arange(0, 2 * len(encoded), 2),
             b_sequences=torch.arange(1, 2 * len(encoded), 2),
             labels=PairLabels(
-                preference=torch.tensor([float(PREFERENCES.get(pair.label, 0)) for pair in encoded]),
-                is_valid=torch.tensor([pair.label != INVALID_LABEL for pair in encoded]),
-                score_a=torch.tensor([pair.score_a for pair in encoded]),
-                score_b=torch.tensor([pair.score_b for pair in encoded]),
+                preference=tabulate(lambda judgement: float(PREFERENCES.get(judgement.label, 0))),
+                is_valid=tabulate(lambda judgement: judgement.label != INVALID_LABEL),
+                score_a=tabulate(lambda judgement: judgement.score_a),
+                score_b=tabulate(lambda judgement: judgement.score_b),
             ),
             failures=failures,
         )

@@ -38,7 +38,8 @@ class RewardModel(nn.Module):
     """A Qwen3-VL backbone with the `<Reward>` row and the reward head.
 
     `backbone`: Qwen3VLForConditionalGeneration, or a PEFT model around it. `reward_embedding`: fp32 [hidden].
-    `rm_head`: bias-free Linear(hidden, 1) in fp32. `autocast_dtype`: of matrix products, None for the weights' own.
+    `rm_head`: bias-free Linear(hidden, num_rewards) in fp32. `autocast_dtype`: of matrix products, None for the
+    weights' own.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class RewardModel(nn.Module):
         backbone: nn.Module,
         *,
         reward_embedding: torch.Tensor,
+        num_rewards: int = 1,
         reward_token: RewardTokenMode = "special",
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
@@ -56,7 +58,7 @@ class RewardModel(nn.Module):
         self.qwen.language_model._deepstack_process = _add_vision_features
         hidden_size = self.qwen.config.text_config.hidden_size
         self.reward_embedding = nn.Parameter(reward_embedding.detach().float().clone())
-        self.rm_head = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
+        self.rm_head = nn.Linear(hidden_size, num_rewards, bias=False, dtype=torch.float32)
         nn.init.normal_(self.rm_head.weight, std=1.0 / (hidden_size + 1) ** 0.5)
 
     @property
@@ -88,7 +90,7 @@ class RewardModel(nn.Module):
         return self.rm_head.weight.device
 
     def forward(self, batch: PackedSequences) -> torch.Tensor:
-        """Rewards, float32 [num_sequences]."""
+        """Rewards, float32 [num_sequences, num_rewards]."""
         autocast = torch.autocast(
             self.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=self.autocast_dtype is not None
         )
@@ -96,7 +98,7 @@ class RewardModel(nn.Module):
             hidden = self.compute_hidden_states(batch)
         with torch.autocast(self.device.type, enabled=False):
             pooled = _pool(hidden, batch, self.reward_token)
-            return F.linear(pooled, self.rm_head.weight.float()).squeeze(-1)
+            return F.linear(pooled, self.rm_head.weight.float())
 
     def compute_hidden_states(self, batch: PackedSequences) -> torch.Tensor:
         """Final normed hidden states of a packed row, [T, hidden]. The vision tower runs once over all videos.

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,20 @@ DURATION_TOLERANCE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class PreferencePair:
-    """One row of the CSV. `row` counts data rows from 1; video paths are absolute; scores are NaN where not given.
+class Judgement:
+    """What annotators said about a pair in one dimension.
 
-    `label`: A, B, same or invalid, whatever words the CSV uses for it.
+    `label`: A, B, same or invalid, whatever words the CSV uses for it. Opinion scores are NaN where not given.
     """
+
+    label: str
+    score_a: float = math.nan
+    score_b: float = math.nan
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One row of the CSV. `row` counts data rows from 1; video paths are absolute; a judgement per label column."""
 
     row: int
     video_a: str
@@ -33,20 +42,24 @@ class PreferencePair:
     problem: str
     cot_a: str
     cot_b: str
-    label: str
-    score_a: float
-    score_b: float
+    judgements: tuple[Judgement, ...]
     durations: tuple[float, float] | None
+
+    @property
+    def label(self) -> str:
+        """That of the first dimension."""
+        return self.judgements[0].label
 
 
 @dataclass(frozen=True)
 class CsvNeeds:
-    """What a CSV must hold besides videos and problem: which label column, whether scores, whether CoTs.
+    """What a CSV must hold besides videos and problem: which label columns, whether scores, whether CoTs.
 
-    `agreeing_scores`: no row may give the video that it prefers the lower score.
+    Where there are several label columns, an empty cell is as `invalid`. `agreeing_scores`: no row may give the video
+    that it prefers the lower score.
     """
 
-    eval_dim: str = "GSB"
+    eval_dim: Sequence[str] = ("GSB",)
     scores: bool = False
     agreeing_scores: bool = False
     cots: bool = True
@@ -93,9 +106,9 @@ def require_clean(path: str | Path, problems: Sequence[str]) -> None:
 def _scan_rows(path: str | Path, needs: CsvNeeds) -> tuple[list[PreferencePair], list[str]]:
     """The valid rows of a CSV and the faults of the others. Raises CsvError when the file itself cannot be read."""
     table = CsvTable(path)
-    required = ["videos", needs.eval_dim]
+    required = ["videos", *needs.eval_dim]
     required += ["CoT_A", "CoT_B"] if needs.cots else []
-    required += [f"MOS_{side}_{needs.eval_dim}" for side in "AB"] if needs.scores else []
+    required += [f"MOS_{side}_{name}" for name in needs.eval_dim for side in "AB"] if needs.scores else []
     required += [] if "prompt" in table.columns else ["problem"]
     table.require(required)
     folder = Path(path).resolve().parent
@@ -105,19 +118,10 @@ def _scan_rows(path: str | Path, needs: CsvNeeds) -> tuple[list[PreferencePair],
 def _parse_row(row: CsvRow, folder: Path, needs: CsvNeeds) -> PreferencePair:
     cells = row.cells
     video_a, video_b = parse_two_paths(cells["videos"], "videos")
-    try:
-        label = LABEL_OF[parse_label(cells[needs.eval_dim])]
-    except ValueError as error:
-        raise ValueError(f"{needs.eval_dim}: {error}") from error
+    judgements = tuple(_parse_judgement(cells, name, needs) for name in needs.eval_dim)
     cots = [cells.get(f"CoT_{side}", "") for side in "AB"]
     if needs.cots and not all(cot.strip() for cot in cots):
         raise ValueError("a CoT is empty; fill CoT_A and CoT_B, or mask every CoT with --drop_prob 1")
-    scores = [_parse_score(cells.get(f"MOS_{side}_{needs.eval_dim}", ""), side, needs) for side in "AB"]
-    if needs.agreeing_scores and PREFERENCES.get(label, 0) * (scores[0] - scores[1]) < 0:
-        raise ValueError(
-            f"{needs.eval_dim} is {label!r} and its scores {scores[0]:g} and {scores[1]:g} say the opposite, which "
-            "--loss_type scaled cannot learn from; correct them, remove the row or choose another loss"
-        )
     problem, prompt = (cells.get(column, "").strip() for column in ("problem", "prompt"))
     if not problem and not prompt:
         raise ValueError("problem is empty; write the instruction of the judge, or a prompt for the built-in one")
@@ -129,17 +133,32 @@ def _parse_row(row: CsvRow, folder: Path, needs: CsvNeeds) -> PreferencePair:
         problem=problem or judge_problem(prompt),
         cot_a=cots[0],
         cot_b=cots[1],
-        label=label,
-        score_a=scores[0],
-        score_b=scores[1],
+        judgements=judgements,
         durations=parse_two_seconds(durations, "durations") if durations.strip() else None,
     )
 
 
-def _parse_score(text: str, side: str, needs: CsvNeeds) -> float:
-    name = f"MOS_{side}_{needs.eval_dim}"
+def _parse_judgement(cells: Mapping[str, str], name: str, needs: CsvNeeds) -> Judgement:
+    """The label in column `name`, and its opinion scores."""
+    if len(needs.eval_dim) > 1 and not cells[name].strip():
+        return Judgement(INVALID_LABEL)
+    try:
+        label = LABEL_OF[parse_label(cells[name])]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    scores = [_parse_score(cells, f"MOS_{side}_{name}", is_needed=needs.scores) for side in "AB"]
+    if needs.agreeing_scores and PREFERENCES.get(label, 0) * (scores[0] - scores[1]) < 0:
+        raise ValueError(
+            f"{name} is {label!r} and its scores {scores[0]:g} and {scores[1]:g} say the opposite, which "
+            "--loss_type scaled cannot learn from; correct them, remove the row or choose another loss"
+        )
+    return Judgement(label, *scores)
+
+
+def _parse_score(cells: Mapping[str, str], name: str, *, is_needed: bool) -> float:
+    text = cells.get(name, "")
     if not text.strip():
-        if needs.scores:
+        if is_needed:
             raise ValueError(f"{name} is empty; this loss needs a score from 1 to 5")
         return math.nan
     try:

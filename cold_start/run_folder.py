@@ -32,7 +32,7 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 TEMPORARY_PREFIX = "tmp-checkpoint-"
 DEEPSPEED_FOLDER, DEEPSPEED_TAG = "deepspeed", "state"
 FULL_MODEL_FOLDER = "full_model"
-CONFIG_FIELDS = ("reward_token", "video", "format_prompt")
+CONFIG_FIELDS = ("reward_token", "video", "format_prompt", "dimensions")
 """Fields of `reward_config.json` that a resumed run must share. Paths may change."""
 
 

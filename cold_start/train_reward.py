@@ -40,6 +40,7 @@ def build_trainer(
         config,
         base_model=os.path.abspath(base) if os.path.isdir(base) else base,
         reward_token=model_arguments.reward_token,
+        dimensions=data_arguments.dimensions,
     )
     builder = load_builder(base, config)
     train_data, eval_data = (
@@ -48,7 +49,7 @@ def build_trainer(
     )
 
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    model = build_reward_model(base, builder.processor, reward_token=config.reward_token, dtype=dtype)
+    model = build_reward_model(base, builder.processor, config, dtype=dtype)
     prepare_for_training(model, model_arguments, autocast_dtype=torch.bfloat16 if arguments.bf16 else None)
     schedule = Schedule.build(len(train_data), arguments.pairs_per_step(dist.get_world_size()), arguments)
     engine = build_engine(model, arguments, num_steps=schedule.num_steps)

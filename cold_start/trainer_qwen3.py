@@ -21,7 +21,7 @@ from data import MicroBatchSampler, PairBatch, PairDataset, PairDraw, PairFailur
 from descore.csv_table import list_problems
 from descore.progress import progress
 from engine import NonFiniteError, step_engine
-from losses import NUM_SUMS, compute_means, compute_pair_loss, compute_pair_sums
+from losses import compute_means, compute_pair_loss, compute_pair_sums
 from recompute import ActivationPlan
 from run_folder import RunCheckpoints
 from training_log import LogWindow, Schedule, Tracker
@@ -67,7 +67,7 @@ class RewardTrainer:
 
     def train(self) -> None:
         """Run to the last step, logging, evaluating and saving on the way; the last step always saves."""
-        schedule, window, is_main = self.schedule, LogWindow(self.engine.device), self.engine.global_rank == 0
+        schedule, window, is_main = self.schedule, LogWindow(), self.engine.global_rank == 0
         tracker = Tracker(
             Path(self.arguments.output_dir),
             report_to=self.arguments.report_to,
@@ -82,7 +82,7 @@ class RewardTrainer:
             window.add(sums, grad_norm=grad_norm)
             bar.update()
             if schedule.is_due(self.global_step, schedule.logging_steps):
-                means, window = window.means(), LogWindow(self.engine.device)
+                means, window = window.means(self.data_arguments.eval_dim), LogWindow()
                 self._log(tracker, means | self._learning_rates())
                 bar.set_postfix({n: f"{means[n]:.3f}" for n in ("loss", "accuracy") if n in means}, refresh=False)
             if self.eval_data is not None and schedule.is_due(self.global_step, schedule.eval_steps):
@@ -104,7 +104,7 @@ class RewardTrainer:
         dropped.
         """
         num_pairs = self._count_contributing_pairs(micro_batches)
-        sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.engine.device)
+        sums = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         for batch in micro_batches:
             loss_sum, of_batch = self._compute_loss(batch)
             # DeepSpeed averages gradients over ranks; the global count already accounts for all of them.
@@ -112,13 +112,13 @@ class RewardTrainer:
             self.engine.backward(loss, scale_wrt_gas=False)
             if batch is not micro_batches[-1]:
                 self.engine.step()  # counts the micro-batch; only the last one's moves weights
-            sums += of_batch
+            sums = sums + of_batch
         sums = self._reduce_and_check(sums, self.dropped_train.note(micro_batches))
         return sums, step_engine(self.engine, step=self.global_step + 1)
 
     def _count_contributing_pairs(self, micro_batches: list[PairBatch]) -> float:
         """Over all ranks and micro-batches."""
-        count = sum(int(batch.labels.contributes(self.arguments.loss_type).sum()) for batch in micro_batches)
+        count = sum(int(batch.labels.count(self.arguments.loss_type)) for batch in micro_batches)
         total = torch.tensor([float(count)], device=self.engine.device)
         dist.all_reduce(total)
         return float(total)
@@ -153,13 +153,14 @@ class RewardTrainer:
         is_quiet = self.engine.global_rank != 0
         metrics: dict[str, float] = {}
         for prefix, is_masked in (("eval", False), ("eval_masked", True)):
-            sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.engine.device)
+            sums = torch.zeros((), dtype=torch.float64, device=self.engine.device)
             batches = self._loader(self.eval_data, self._eval_batches(is_masked))
             for batch in progress(batches, description=prefix, leave=False, disable=is_quiet):
                 self.dropped_eval.note([batch])
-                sums += self._compute_loss(batch)[1]
+                sums = sums + self._compute_loss(batch)[1]
             dist.all_reduce(sums)
-            metrics |= {f"{prefix}/{name}": value for name, value in compute_means(sums).items()}
+            means = compute_means(sums, self.data_arguments.eval_dim)
+            metrics |= {f"{prefix}/{name}": value for name, value in means.items()}
         self.dropped_eval.require_few()
         self.engine.train(was_training)
         return metrics

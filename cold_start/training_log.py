@@ -5,13 +5,14 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from arguments import TrainingArguments
-from losses import NUM_SUMS, compute_means
+from losses import compute_means
 from model_qwen3 import quiet_libraries
 from utils import get_rank
 
@@ -54,8 +55,8 @@ class Schedule:
 class LogWindow:
     """Sums since the last log line, turned into means over pairs and steps."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
+    def __init__(self) -> None:
+        self.sums: torch.Tensor | float = 0.0
         self.grad_norms: list[float] = []
         self.seconds = 0.0
         self.restart_clock()
@@ -66,14 +67,14 @@ class LogWindow:
 
     def add(self, sums: torch.Tensor, *, grad_norm: float) -> None:
         """Add a step's `compute_pair_sums` over all ranks, and its gradient norm."""
-        self.sums += sums
+        self.sums = self.sums + sums
         self.grad_norms.append(grad_norm)
         self.seconds += time.perf_counter() - self.clock
         self.restart_clock()
 
-    def means(self) -> dict[str, float]:
+    def means(self, dimensions: Sequence[str]) -> dict[str, float]:
         """Means over the window."""
-        values = compute_means(self.sums)
+        values = compute_means(self.sums, dimensions)
         values["grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
         values["seconds_per_step"] = self.seconds / len(self.grad_norms)
         values["pairs_per_second"] = float(self.sums[1]) / self.seconds

@@ -34,6 +34,7 @@ from engine import build_engine, compile_and_plan_activations, init_distributed
 from flash_kernels import choose_kernels
 from losses import PairLabels, compute_means, compute_pair_loss
 from model_qwen3 import RewardModel, add_reward_token, prepare_for_training
+from preference_csv import Judgement
 from scored_sequence import ScoredSequence, SequenceBuilder
 from shapes import DEVICE, GIB, TERA, build_config, count_pair_flops, measure_ceilings, randomize
 from trainer_qwen3 import RewardTrainer
@@ -75,10 +76,7 @@ def make_pairs(builder: SequenceBuilder, count: int, *, sizes: Sizes) -> list[En
         prompt = builder.encode_prompt(WORDS * max(1, repetitions), video)
         return builder.build(prompt, draws.choices(allowed, k=draws.randint(*sizes.cot_tokens)))
 
-    return [
-        EncodedPair(make_sequence(), make_sequence(), label="AB"[n % 2], score_a=float("nan"), score_b=float("nan"))
-        for n in range(count)
-    ]
+    return [EncodedPair(make_sequence(), make_sequence(), (Judgement("AB"[n % 2]),)) for n in range(count)]
 
 
 def build_model(
@@ -137,7 +135,7 @@ class Ours:
     def run(self, batches: list[PairBatch]) -> float:
         """One step; returns the loss."""
         sums, _ = self.trainer.train_step(batches)
-        return compute_means(sums)["loss"]
+        return compute_means(sums, ["GSB"])["loss"]
 
 
 class Original:
@@ -159,11 +157,11 @@ class Original:
         for pair in pairs:
             rewards = [self._score(sequence) for sequence in (pair.sequence_a, pair.sequence_b)]
             labels = PairLabels(
-                torch.tensor([1.0 if pair.label == "A" else -1.0], device=DEVICE),
-                torch.ones(1, dtype=torch.bool, device=DEVICE),
-                *(torch.zeros(1, device=DEVICE),) * 2,
+                torch.tensor([[1.0 if pair.judgements[0].label == "A" else -1.0]], device=DEVICE),
+                torch.ones(1, 1, dtype=torch.bool, device=DEVICE),
+                *(torch.zeros(1, 1, device=DEVICE),) * 2,
             )
-            loss = compute_pair_loss(*(reward.view(1) for reward in rewards), labels, loss_type="bt") / len(pairs)
+            loss = compute_pair_loss(*(reward.view(1, 1) for reward in rewards), labels, loss_type="bt") / len(pairs)
             loss.backward()
             total += loss.item()
         if should_step:

@@ -71,7 +71,7 @@ def collect(options: argparse.Namespace) -> CollectReport:
 
 def read_rows(options: argparse.Namespace) -> list[Row]:
     """The CSV's rows. Raises CsvError that lists every faulty cell, and ValueError if no row needs CoTs."""
-    pairs = read_pairs(options.csv, CsvNeeds(eval_dim=options.eval_dim, cots=False))
+    pairs = read_pairs(options.csv, CsvNeeds(eval_dim=[options.eval_dim], cots=False))
     rows, faults = [], []
     for pair, table_row in zip(pairs, CsvTable(options.csv).rows(), strict=True):
         has_cots = bool(pair.cot_a.strip() and pair.cot_b.strip())

@@ -27,16 +27,19 @@ def check(options: argparse.Namespace) -> str:
     pairs = load_checked_pairs(
         options.csv, needs, budget, builder=builder, max_length=options.max_length, should_decode=options.decode
     )
-    labels = Counter(pair.label for pair in pairs)
-    counts = ", ".join(f"{labels[label]} {label}" for label in sorted(labels))
+    counts = []
+    for index, name in enumerate(options.eval_dim):
+        labels = Counter(pair.judgements[index].label for pair in pairs)
+        prefix = f"{name}: " if len(options.eval_dim) > 1 else ""
+        counts.append(prefix + ", ".join(f"{labels[label]} {label}" for label in sorted(labels)))
     num_videos = len({video for pair in pairs for video in (pair.video_a, pair.video_b)})
-    return f"{options.csv}: {len(pairs)} pairs ({counts}), {num_videos} videos, no fault"
+    return f"{options.csv}: {len(pairs)} pairs ({'; '.join(counts)}), {num_videos} videos, no fault"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv")
-    parser.add_argument("--eval_dim", default="GSB", help="label column")
+    parser.add_argument("--eval_dim", nargs="+", default=["GSB"], help="label columns")
     parser.add_argument("--needs_scores", action="store_true", help="require MOS columns (margin, scaled, reg)")
     parser.add_argument(
         "--needs_agreeing_scores", action="store_true", help="require scores that agree with the labels (scaled)"

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint import is_reward_checkpoint, write_json
+from checkpoint import RewardConfig, is_reward_checkpoint, write_json
 from descore.csv_table import list_problems
 from descore.decoder import VideoError
 from descore.progress import progress
@@ -38,13 +38,19 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def score_pairs(
-    scorer: RewardScorer, pairs: Sequence[PreferencePair], modes: Sequence[str], *, max_new_tokens: int
-) -> list[dict]:
-    """One record per pair: row, label, and for each mode the rewards [A, B]. Videos are decoded once for all modes.
+    scorer: RewardScorer,
+    pairs: Sequence[PreferencePair],
+    modes: Sequence[str],
+    *,
+    rows: Sequence[int],
+    max_new_tokens: int,
+) -> list[list[dict]]:
+    """By label column, one record per pair: row, label, and for each mode the rewards [A, B].
 
-    Pairs whose videos do not decode are left out and listed on stderr. Raises VideoError when they are too many.
+    `rows`: the head's, for the pairs' label columns. Videos are decoded once for all modes. Pairs whose videos do not
+    decode are left out and listed on stderr. Raises VideoError when they are too many.
     """
-    records, dropped = [], []
+    records, dropped = [[] for _ in rows], []
     for start in progress(range(0, len(pairs), CHUNK_PAIRS), description="evaluate", unit="chunk"):
         chunk, encoded = [], []
         for pair in pairs[start : start + CHUNK_PAIRS]:
@@ -61,8 +67,9 @@ def score_pairs(
             cots["own"] = scorer.write_cots(encoded, max_new_tokens=max_new_tokens)
         rewards = {mode: scorer.score_encoded(encoded, cots[mode]) for mode in modes}
         for i, pair in enumerate(chunk):
-            scores = {mode: values[2 * i : 2 * i + 2] for mode, values in rewards.items()}
-            records.append({"row": pair.row, "label": pair.label, **scores})
+            for of_column, row, judgement in zip(records, rows, pair.judgements, strict=True):
+                scores = {mode: values[2 * i : 2 * i + 2, row].tolist() for mode, values in rewards.items()}
+                of_column.append({"row": pair.row, "label": judgement.label, **scores})
     if dropped:
         sys.stderr.write(f"{len(dropped)} of {len(pairs)} pairs dropped:\n{list_problems(dropped)}\n")
     return records
@@ -94,21 +101,38 @@ def format_table(results: dict[str, dict]) -> str:
 
 def evaluate(options: argparse.Namespace) -> dict:
     """Score the CSV and return what is written to the JSON file. Raises ValueError."""
-    pairs = read_pairs(options.data, CsvNeeds(eval_dim=options.eval_dim, cots="csv" in options.modes))
-    no_preference = (
-        f"{options.data} has no pair with a preference. Write A or B into {options.eval_dim} of at least one."
-    )
-    if not any(PREFERENCES.get(pair.label, 0) for pair in pairs):
-        raise ValueError(no_preference)
+    config = RewardConfig.find(options.checkpoint) or RewardConfig()
+    columns = options.eval_dim or config.dimensions or ("GSB",)
+    if len(columns) > config.num_rewards:
+        raise ValueError(f"{options.checkpoint} has {config.num_rewards} reward(s). Give as many label columns.")
+    rows = [config.row_of(name) for name in columns] if config.dimensions else [0]
+    pairs = read_pairs(options.data, CsvNeeds(eval_dim=columns, cots="csv" in options.modes))
+    for index, name in enumerate(columns):
+        if not any(PREFERENCES.get(pair.judgements[index].label, 0) for pair in pairs):
+            raise ValueError(
+                f"{options.data} has no pair with a preference. Write A or B into {name} of at least one."
+            )
     if is_reward_checkpoint(options.checkpoint):
         scorer = RewardScorer.from_pretrained(options.checkpoint, base_model=options.base_model)
     else:
         scorer = RewardScorer.from_base(options.checkpoint)
-    records = score_pairs(scorer, pairs, options.modes, max_new_tokens=options.max_new_tokens)
-    accuracy = summarise(records, options.modes)
-    if not accuracy:
-        raise ValueError(no_preference)
-    return {"checkpoint": options.checkpoint, "data": options.data, "accuracy": accuracy, "pairs": records}
+    records = score_pairs(scorer, pairs, options.modes, rows=rows, max_new_tokens=options.max_new_tokens)
+    results = {}
+    for name, of_column in zip(columns, records, strict=True):
+        results[name] = {"accuracy": summarise(of_column, options.modes), "pairs": of_column}
+        if not results[name]["accuracy"]:
+            raise ValueError(f"no pair with a preference in {name} is left. Replace the files that do not decode.")
+    head = {"checkpoint": options.checkpoint, "data": options.data}
+    return head | ({"dimensions": results} if len(columns) > 1 else results[columns[0]])
+
+
+def spread(results: dict[str, dict]) -> dict[str, dict]:
+    """Results by name, with one for each dimension where a file holds several."""
+    return {
+        f"{name} {dimension}".strip(): result
+        for name, whole in results.items()
+        for dimension, result in whole.get("dimensions", {"": whole}).items()
+    }
 
 
 def main() -> None:
@@ -117,7 +141,7 @@ def main() -> None:
     parser.add_argument("data", nargs="?", help="held-out preference CSV")
     parser.add_argument("--output", help="JSON file for accuracies and rewards")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="what CoTs it sees")
-    parser.add_argument("--eval_dim", default="GSB", help="label column")
+    parser.add_argument("--eval_dim", nargs="+", help="label columns; default: the model's dimensions, or GSB")
     parser.add_argument("--max_new_tokens", type=int, default=MAX_COT_TOKENS, help="longest CoT, in tokens")
     parser.add_argument("--base_model", help="where the base model is, if not where it was at training")
     parser.add_argument("--compare", nargs="+", metavar="JSON", help="print earlier results side by side instead")
@@ -140,7 +164,7 @@ def main() -> None:
             write_json(Path(options.output), next(iter(results.values())))
     else:
         parser.error("Give a checkpoint and a CSV, or --compare.")
-    sys.stdout.write(format_table(results) + "\n")
+    sys.stdout.write(format_table(spread(results)) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a checkpoint-N folder")
     parser.add_argument("output", help="a folder that does not exist yet")
     parser.add_argument("--base_model", help="where the base model is, if not where it was at training")
+    parser.add_argument("--reward_dim", help="keep this dimension alone, which makes a model with one reward")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="dtype of the weights")
     options = parser.parse_args()
     quiet_libraries()
@@ -26,6 +27,7 @@ def main() -> None:
         loaded = load_reward_model(
             options.checkpoint, base_model=options.base_model, dtype=getattr(torch, options.dtype)
         )
+        loaded = loaded.pick(options.reward_dim) if options.reward_dim else loaded
     except ValueError as error:
         parser.error(str(error))
     save_merged(temporary, loaded)

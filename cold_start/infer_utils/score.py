@@ -29,10 +29,11 @@ def main() -> None:
         if options.think:
             cots = scorer.write_cots(encoded, max_new_tokens=options.max_new_tokens)
             sys.stdout.write(f"{cots[0].text}\n")
-        reward = scorer.score_encoded(encoded, cots)[0]
+        rewards = scorer.score_encoded(encoded, cots)[0].tolist()
     except ValueError as error:
         parser.error(str(error))
-    sys.stdout.write(f"reward: {reward:.6f}\n")
+    for name, reward in zip(scorer.config.dimensions or ("reward",), rewards, strict=True):
+        sys.stdout.write(f"{name}: {reward:.6f}\n")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class RewardScorer:
         torch.manual_seed(seed)
         config = replace(RewardConfig.resolve(path), base_model=str(path))
         builder = load_builder(path, config)
-        model = build_reward_model(str(path), builder.processor, reward_token=config.reward_token, dtype=torch.float32)
+        model = build_reward_model(str(path), builder.processor, config, dtype=torch.float32)
         return cls(LoadedReward(model.requires_grad_(False).eval(), builder, config))
 
     def encode(
@@ -83,29 +83,41 @@ class RewardScorer:
         prompts: Sequence[str],
         cots: Sequence[str | Cot] | None = None,
         *,
+        reward_dim: str | None = None,
         batch_size: int = 8,
     ) -> list[float]:
-        """Rewards of (video, prompt, CoT); without `cots` the CoT is masked."""
-        return self.score_encoded(self.encode(videos, prompts), cots, batch_size=batch_size)
+        """Rewards of (video, prompt, CoT); without `cots` the CoT is masked.
+
+        `reward_dim`: which of the model's dimensions, by default the first. Raises ValueError if it has no such one.
+        """
+        row = self.config.row_of(reward_dim)
+        return self.score_encoded(self.encode(videos, prompts), cots, batch_size=batch_size)[:, row].tolist()
 
     @torch.no_grad()
     def score_encoded(
         self, encoded: Sequence[EncodedPrompt], cots: Sequence[str | Cot] | None = None, *, batch_size: int = 8
-    ) -> list[float]:
-        """Rewards of prompts from `encode`, `batch_size` sequences in one packed forward."""
+    ) -> torch.Tensor:
+        """fp32 [len(encoded), num_rewards], `batch_size` sequences in one packed forward; prompts from `encode`."""
         cots = [""] * len(encoded) if cots is None else cots
         sequences = [
             self.builder.build(prompt, cot.ids if isinstance(cot, Cot) else self.builder.encode_cot(cot))
             for prompt, cot in zip(encoded, cots, strict=True)
         ]
-        rewards: list[float] = []
+        rewards = [torch.empty(0, self.config.num_rewards)]
         for start in range(0, len(sequences), batch_size):
             batch = pack_sequences(sequences[start : start + batch_size]).to(self.model.device)
-            rewards += self.model(batch).tolist()
-        return rewards
+            rewards.append(self.model(batch).cpu())
+        return torch.cat(rewards)
 
     def differentiable(
-        self, frames: torch.Tensor, prompt: str, cot: str | Cot | None = None, *, fps: float, is_exact: bool = True
+        self,
+        frames: torch.Tensor,
+        prompt: str,
+        cot: str | Cot | None = None,
+        *,
+        fps: float,
+        reward_dim: str | None = None,
+        is_exact: bool = True,
     ) -> torch.Tensor:
         """The reward of a clip as a function of its pixels: a scalar in the graph of `frames`.
 
@@ -123,7 +135,8 @@ class RewardScorer:
         encoded = self.builder.encode_prompt(judge_problem(prompt), replace(video, frames=pixels))
         cot = self.write_cots([encoded])[0] if cot is None else cot
         ids = cot.ids if isinstance(cot, Cot) else self.builder.encode_cot(cot)
-        return self.model(pack_sequences([self.builder.build(encoded, ids)]).to(self.model.device)).squeeze()
+        batch = pack_sequences([self.builder.build(encoded, ids)]).to(self.model.device)
+        return self.model(batch)[0, self.config.row_of(reward_dim)]
 
     @torch.no_grad()
     def write_cots(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import build_reward_model, load_builder
+from checkpoint import RewardConfig, build_reward_model, load_builder
 from compiling import compiling  # noqa: F401
 from model_qwen3 import RewardModel
 from scored_sequence import ScoredSequence, SequenceBuilder, judge_problem
@@ -65,7 +65,7 @@ def sequences(builder, clips) -> list[ScoredSequence]:
 def model(small_base, builder) -> RewardModel:
     """A fresh reward model in fp32, nothing frozen yet."""
     torch.manual_seed(1)
-    return build_reward_model(str(small_base), builder.processor, reward_token="special", dtype=torch.float32)
+    return build_reward_model(str(small_base), builder.processor, RewardConfig(), dtype=torch.float32)
 
 
 @pytest.fixture

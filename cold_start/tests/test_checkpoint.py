@@ -33,7 +33,7 @@ def make_trained(base, settings) -> tuple[RewardModel, object]:
     processor = AutoProcessor.from_pretrained(base)
     add_reward_token(processor)
     torch.manual_seed(3)
-    model = build_reward_model(str(base), processor, reward_token="special", dtype=torch.float32)
+    model = build_reward_model(str(base), processor, RewardConfig(), dtype=torch.float32)
     prepare_for_training(model, ModelArguments(lora_r=8, lora_alpha=24, **settings))
     with torch.no_grad():
         for _, parameter in model.trainable_parameters():
@@ -121,24 +121,24 @@ def test_adapter_is_loaded_by_peft_alone(small_base, tmp_path, sequences):
 def test_heads_are_read_in_every_layout(tmp_path, key, is_nested):
     weight = torch.randn(1, 4)
     torch.save({"model": {key: weight}} if is_nested else {key: weight}, tmp_path / "rm_head.pth")
-    assert torch.equal(load_head(tmp_path / "rm_head.pth", hidden_size=4), weight)
+    assert torch.equal(load_head(tmp_path / "rm_head.pth", num_rewards=1, hidden_size=4), weight)
 
 
 def test_unusable_heads_are_errors_never_a_random_head(tmp_path):
     path = tmp_path / "rm_head.pth"
     with pytest.raises(ValueError, match="no reward head at"):
-        load_head(path, hidden_size=4)
+        load_head(path, num_rewards=1, hidden_size=4)
     torch.save({"rm_head.weight": torch.randn(1, 4)}, path)
     with pytest.raises(ValueError, match=r"head of shape \(1, 4\), not \(1, 8\)"):
-        load_head(path, hidden_size=8)
+        load_head(path, num_rewards=1, hidden_size=8)
     for content in ({"other": torch.randn(1, 4)}, torch.randn(1, 4), {"model": 1}, {"rm_head.weight": [1.0]}):
         torch.save(content, path)
         with pytest.raises(ValueError, match=r"rm_head\.pth: no rm_head\.weight"):
-            load_head(path, hidden_size=4)
+            load_head(path, num_rewards=1, hidden_size=4)
     for content in (b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", b"PK\3\4"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"rm_head\.pth: no head that torch can load: .*copy the checkpoint"):
-            load_head(path, hidden_size=4)
+            load_head(path, num_rewards=1, hidden_size=4)
 
 
 def test_a_format_prompt_cannot_run_code(small_base, trained, tmp_path):
@@ -180,7 +180,7 @@ def test_training_can_start_from_a_merged_reward_model(trained, builder, sequenc
         require_trainable_base(str(folder / "checkpoint-1"))
     merged = str(folder / "merged")
     require_trainable_base(merged)
-    start = build_reward_model(merged, builder.processor, reward_token="special", dtype=torch.float32)
+    start = build_reward_model(merged, builder.processor, RewardConfig(), dtype=torch.float32)
     torch.testing.assert_close(rewards_of(start.eval(), sequences), rewards_of(model, sequences), **TOLERANCE)
-    other = build_reward_model(merged, builder.processor, reward_token="mean", dtype=torch.float32)
+    other = build_reward_model(merged, builder.processor, RewardConfig(reward_token="mean"), dtype=torch.float32)
     assert other.reward_token == "mean"

@@ -72,7 +72,7 @@ def test_batch_holds_both_sequences_of_each_pair_with_its_label(data):
     for i, item in enumerate(items):
         for index, sequence in ((batch.a_sequences[i], item.sequence_a), (batch.b_sequences[i], item.sequence_b)):
             assert torch.equal(batch.packed.input_ids[bounds[index] : bounds[index + 1]], sequence.input_ids)
-    assert batch.labels.preference.tolist() == [0.0, 1.0, 0.0]
+    assert batch.labels.preference.tolist() == [[0.0], [1.0], [0.0]]
     assert batch.labels.is_valid.tolist() == [True, True, False]
 
 
@@ -92,7 +92,7 @@ def test_undecodable_video_drops_its_whole_pair(tmp_path, clips, builder):
     assert isinstance(items[1], PairFailure)
     batch = data.collate(items)
     assert batch.packed.num_sequences == 2
-    assert batch.labels.preference.tolist() == [1.0]
+    assert batch.labels.preference.tolist() == [[1.0]]
     assert [failure.row for failure in batch.failures] == [2]
 
 

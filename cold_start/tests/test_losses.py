@@ -19,16 +19,21 @@ def softplus(x: float) -> float:
 def make_labels(preference, *, valid=None, score_a=None, score_b=None) -> PairLabels:
     count = len(preference)
     return PairLabels(
-        preference=torch.tensor(preference, dtype=torch.float32),
-        is_valid=torch.tensor(valid or [True] * count),
-        score_a=torch.tensor(score_a or [NAN] * count),
-        score_b=torch.tensor(score_b or [NAN] * count),
+        preference=column(map(float, preference)),
+        is_valid=column(valid or [True] * count),
+        score_a=column(score_a or [NAN] * count),
+        score_b=column(score_b or [NAN] * count),
     )
 
 
+def column(values) -> torch.Tensor:
+    """Of one dimension."""
+    return torch.tensor(list(values)).unsqueeze(1)
+
+
 # Four pairs: A better, B better, tie, invalid. Rewards A - B: 1.0, 0.5, -0.4, 9.0.
-REWARDS_A = torch.tensor([1.5, 0.5, -0.4, 9.0])
-REWARDS_B = torch.tensor([0.5, 0.0, 0.0, 0.0])
+REWARDS_A = column([1.5, 0.5, -0.4, 9.0])
+REWARDS_B = column([0.5, 0.0, 0.0, 0.0])
 LABELS = make_labels(
     [1, -1, 0, 0], valid=[True, True, True, False], score_a=[4.0, 2.0, 3.0, NAN], score_b=[2.5, 3.0, 3.0, NAN]
 )
@@ -63,7 +68,7 @@ def test_loss_and_count_equal_hand_computed_values(loss_type):
 
 
 def test_tie_model_probabilities_of_win_tie_and_loss_sum_to_one():
-    rewards = torch.tensor([0.8]), torch.tensor([-0.3])
+    rewards = column([0.8]), column([-0.3])
     losses = [compute_pair_loss(*rewards, make_labels([label]), loss_type="btt").item() for label in (1, 0, -1)]
     assert sum(math.exp(-loss) for loss in losses) == pytest.approx(1.0, abs=1e-6)
 
@@ -81,15 +86,15 @@ def test_sums_over_parts_equal_sums_over_the_whole(loss_type):
 
 def test_loss_without_pairs_is_a_zero_attached_to_the_graph():
     labels = make_labels([0, 1], valid=[True, False])
-    loss, gradient, _ = loss_and_gradients(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0]), labels, "bt")
+    loss, gradient, _ = loss_and_gradients(column([1.0, 2.0]), column([2.0, 4.0]), labels, "bt")
     assert loss == 0.0
-    assert torch.equal(gradient, torch.zeros(2))
+    assert torch.equal(gradient, torch.zeros(2, 1))
 
 
 def test_metrics_count_only_decided_pairs_and_equal_rewards_as_wrong():
-    rewards_a, rewards_b = torch.tensor([2.0, 1.0, 3.0, 0.0, 5.0]), torch.tensor([1.0, 1.0, 4.0, 0.0, 0.0])
+    rewards_a, rewards_b = column([2.0, 1.0, 3.0, 0.0, 5.0]), column([1.0, 1.0, 4.0, 0.0, 0.0])
     labels = make_labels([1, 1, -1, 0, 1], valid=[True, True, True, True, False])
-    means = compute_means(compute_pair_sums(torch.tensor(6.0), rewards_a, rewards_b, labels, loss_type="bt"))
+    means = compute_means(compute_pair_sums(torch.tensor(6.0), rewards_a, rewards_b, labels, loss_type="bt"), ["GSB"])
     assert means == pytest.approx(
         {
             "loss": 2.0,
@@ -99,4 +104,26 @@ def test_metrics_count_only_decided_pairs_and_equal_rewards_as_wrong():
             "margin": 2 / 3,
         }
     )
-    assert compute_means(torch.zeros(6)) == {"loss": 0.0}
+    assert compute_means(torch.zeros(6), ["GSB"]) == {"loss": 0.0}
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_pair_counts_once_however_many_dimensions_label_it(loss_type):
+    """Of two dimensions, the second labels the first two pairs only."""
+    second = make_labels([-1, 1, 0, 0], valid=[True, True, False, False], score_a=[1.0] * 4, score_b=[2.0, 0.5, 1, 1])
+    labels = PairLabels(**{name: torch.cat([a, vars(second)[name]], dim=1) for name, a in vars(LABELS).items()})
+    rewards = [torch.cat([one, one + shift], dim=1) for one, shift in ((REWARDS_A, 0.3), (REWARDS_B, -0.2))]
+    loss = compute_pair_loss(*rewards, labels, loss_type=loss_type)
+    expected = torch.zeros(())
+    for pair in range(4):
+        losses = [
+            compute_pair_loss(*(r[[pair], d : d + 1] for r in rewards), one, loss_type=loss_type)
+            for d in range(2)
+            if (one := PairLabels(**{n: t[[pair], d : d + 1] for n, t in vars(labels).items()})).contributes(loss_type)
+        ]
+        expected += torch.stack(losses).mean() if losses else 0.0
+    torch.testing.assert_close(loss, expected)
+    means = compute_means(compute_pair_sums(loss, *rewards, labels, loss_type=loss_type), ["VQ", "MQ"])
+    assert means["loss"] == pytest.approx(loss.item() / EXPECTED[loss_type][1])
+    assert means["accuracy/VQ"] == 0.5
+    assert means["accuracy/MQ"] == 0.5

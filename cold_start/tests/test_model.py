@@ -9,7 +9,7 @@ from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 import attention
 from arguments import ModelArguments
-from checkpoint import build_reward_model
+from checkpoint import RewardConfig, build_reward_model
 from losses import PairLabels, compute_pair_loss
 from model_qwen3 import RewardModel, add_reward_token, part_of, prepare_for_training, require_qwen3_vl
 from plain_kernels import PlainKernels
@@ -42,7 +42,7 @@ def test_packed_rewards_equal_stock_transformers_one_by_one(small_base, model, b
         hidden = stock_hidden_states(stock, sequence)
         pooled = {"special": hidden[sequence.reward_position], "last": hidden[-1], "mean": hidden.mean(dim=0)}
         for mode, state in pooled.items():
-            torch.testing.assert_close(packed[mode][i : i + 1], model.rm_head(state), **TOLERANCE)
+            torch.testing.assert_close(packed[mode][i], model.rm_head(state), **TOLERANCE)
     assert packed["special"].std() > 1e-3  # inputs must show in the outputs, or the comparison says nothing
 
 
@@ -53,7 +53,8 @@ def trained_gradients(model, sequences, groups) -> dict[str, torch.Tensor]:
     for group in groups:
         rewards = model(pack_sequences([sequences[i] for pair in group for i in (2 * pair, 2 * pair + 1)]))
         count = len(group)
-        labels = PairLabels(torch.ones(count), torch.ones(count, dtype=bool), *(torch.full((count,), 3.0),) * 2)
+        scores = torch.full((count, 1), 3.0)
+        labels = PairLabels(torch.ones(count, 1), torch.ones(count, 1, dtype=bool), scores, scores)
         loss = compute_pair_loss(rewards[0::2], rewards[1::2], labels, loss_type="bt")
         (loss / 2).backward()
     return {name: p.grad.clone() for name, p in model.trainable_parameters() if p.grad is not None}
@@ -72,7 +73,7 @@ def make_model(small_base, builder):
 
     def make(*, dtype=torch.float32, autocast_dtype=None, **settings) -> RewardModel:
         torch.manual_seed(1)
-        model = build_reward_model(str(small_base), builder.processor, reward_token="special", dtype=dtype)
+        model = build_reward_model(str(small_base), builder.processor, RewardConfig(), dtype=dtype)
         return prepare_for_training(model, ModelArguments(**settings), autocast_dtype=autocast_dtype).train()
 
     return make
@@ -135,7 +136,7 @@ def test_reward_token_never_shrinks_the_embedding(tmp_path, tied, spare_rows):
     processor = AutoProcessor.from_pretrained(base)
     rows = len(processor.tokenizer) + spare_rows
     token_id = add_reward_token(processor)
-    model = build_reward_model(str(base), processor, reward_token="special", dtype=torch.float32)
+    model = build_reward_model(str(base), processor, RewardConfig(), dtype=torch.float32)
     assert model.qwen.get_input_embeddings().num_embeddings >= max(rows, token_id + 1)
     before = Qwen3VLForConditionalGeneration.from_pretrained(base).get_input_embeddings().weight
     kept = min(rows, token_id)

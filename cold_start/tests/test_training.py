@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import train_reward
 from checkpoint import load_reward_model
-from infer_utils import RewardScorer
+from infer_utils import RewardScorer, evaluate, merge
 from stage1_support import SMALL_BUDGET, STAGE_DIR, forkserver, free_port, write_pairs_csv
+from verl.model.reward_files import load_checkpoint
 
 SETTINGS = {
     "max_steps": 3,
@@ -58,7 +59,8 @@ def start(data, base, output, *, processes=1, zero=None, accumulation=4, batch=1
 
 
 def flags(settings: dict[str, object]) -> list[str]:
-    return [text for name, value in (SETTINGS | settings).items() for text in (f"--{name}", str(value))]
+    values = {name: value if isinstance(value, list) else [value] for name, value in (SETTINGS | settings).items()}
+    return [text for name, several in values.items() for text in (f"--{name}", *map(str, several))]
 
 
 def run(*arguments, **settings) -> None:
@@ -144,6 +146,32 @@ def test_every_step_is_logged_and_the_checkpoint_scores(finished, clips):
     rewards = scorer.score([str(clips[0]), str(clips[1])], prompts=["a red circle"] * 2)
     assert all(torch.isfinite(torch.tensor(rewards)))
     assert rewards[0] != rewards[1]
+
+
+def test_several_dimensions_train_one_head_of_which_each_makes_a_model(clips, small_base, tmp_path, monkeypatch):
+    data = write_pairs_csv(tmp_path / "pairs.csv", clips, labels=["A", "B", "same"], motion=["B", "", "A"])
+    output, merged, result = tmp_path / "run", tmp_path / "merged", tmp_path / "result.json"
+    run(data, small_base, output, meta_data_test=data, eval_dim=["GSB", "motion"], max_steps=2)
+    checkpoint = output / "checkpoint-2"
+    assert {"eval/accuracy/GSB", "eval_masked/accuracy/motion"} <= log_lines(output, "eval/loss")[0].keys()
+    scorer = RewardScorer.from_pretrained(checkpoint)
+    videos, prompts = [str(clips[0]), str(clips[1])], ["a red circle"] * 2
+    motion = scorer.score(videos, prompts, reward_dim="motion")
+    assert scorer.score(videos, prompts) == scorer.score(videos, prompts, reward_dim="GSB") != motion
+
+    commands = {
+        evaluate: ["evaluate", checkpoint, data, "--modes", "masked", "--output", result],
+        merge: ["merge", checkpoint, merged, "--reward_dim", "motion", "--dtype", "float32"],
+    }
+    for module, arguments in commands.items():
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        module.main()
+    for of_dimension in json.loads(result.read_text())["dimensions"].values():
+        assert of_dimension["accuracy"]["masked"]["num_pairs"] == 2
+    assert RewardScorer.from_pretrained(merged).score(videos, prompts) == pytest.approx(motion, abs=1e-5)
+    with pytest.raises(ValueError, match=r"gives 2 rewards.*--reward_dim NAME"):
+        load_checkpoint(checkpoint, with_weights=False)
+    assert len(load_checkpoint(merged, with_weights=False).head_weight) == 1
 
 
 @pytest.mark.parametrize(

@@ -94,12 +94,12 @@ def test_bradley_terry_sums_and_gradient_equal_hand_computed_values_in_any_order
 
 def test_bradley_terry_is_that_of_stage_1():
     labels = PairLabels(
-        preference=torch.tensor([float(preference or 0) for preference in PREFERENCES]),
-        is_valid=torch.tensor([preference is not None for preference in PREFERENCES]),
-        score_a=torch.full((5,), math.nan),
-        score_b=torch.full((5,), math.nan),
+        preference=torch.tensor([[float(preference or 0)] for preference in PREFERENCES]),
+        is_valid=torch.tensor([[preference is not None] for preference in PREFERENCES]),
+        score_a=torch.full((5, 1), math.nan),
+        score_b=torch.full((5, 1), math.nan),
     )
-    expected = stage1_pair_loss(*make_rewards().split(5), labels, loss_type="bt")
+    expected = stage1_pair_loss(*make_rewards().unsqueeze(1).split(5), labels, loss_type="bt")
     assert pair_loss(make_rewards(), list(range(10))).loss.item() == expected.item()
 
 

@@ -224,6 +224,11 @@ def load_head(path: str | os.PathLike, *, hidden_size: int) -> torch.Tensor:
     tensors = [tensor for key in HEAD_KEYS for tensor in (outer.get(key), inner.get(key)) if torch.is_tensor(tensor)]
     if not tensors:
         raise ValueError(f"{path}: no {' or '.join(HEAD_KEYS)} in it, only {', '.join(map(str, outer))}")
+    if tensors[0].shape[1:] == (hidden_size,) and len(tensors[0]) > 1:
+        raise ValueError(
+            f"{path} gives {len(tensors[0])} rewards, one per dimension, and stage 2 takes one. Choose it: "
+            f"cd cold_start && python -m infer_utils.merge {Path(path).parent} OUT --reward_dim NAME"
+        )
     if tensors[0].shape != (1, hidden_size):
         raise ValueError(
             f"{path}: a head of shape {tuple(tensors[0].shape)} does not fit the model, whose hidden size is "
