@@ -43,6 +43,8 @@ from verl.trainer.checkpoints import write_atomically
 JOURNAL_SUFFIX = ".rewards.jsonl"
 AFFECTING_REWARDS = ("max_prompt_length", "max_new_tokens", "repetition_penalty", "mask_cot")
 """Settings that rewards depend on, besides backend, video budget and precision."""
+AFFECTING_IF_SET = ("num_thoughts", "quantization", "kv_cache_dtype")
+"""More of them; named only where they are not the defaults, so that journals of older versions can be resumed."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +56,6 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, object]:
     """
     for name in ("save_every", "num_workers"):
         require_positive(name, getattr(options, name))
-    if options.seed < 0:
-        raise ValueError(f"seed is {options.seed}; it must not be negative")
     if options.calibrate and options.normalize:
         raise ValueError("--calibrate keeps a new scale and --normalize uses the one kept. Run one after the other.")
     source, output = build_source(options), Path(options.output)
@@ -72,7 +72,7 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, object]:
         _score_missing(source, bench, journal, num_workers=options.num_workers)
         summary = summarise(bench, journal, seed=options.seed, scale=scale)
         result = {"model_ckpt": source.model_ckpt, "data_path": options.data_path, "run": identity, **summary}
-        write_csv(output, bench, journal, scale=scale)
+        write_csv(output, bench, journal, scale=scale, has_errors=options.num_thoughts > 1)
         write_atomically(output.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
         if options.report:
             write_report(options.report, bench, journal, result)
@@ -96,7 +96,7 @@ def _check_output(options: argparse.Namespace, bench: Bench) -> None:
     foreign = [path for path in (output, output.with_suffix(".json")) if path.exists()]
     if foreign and not output.with_suffix(JOURNAL_SUFFIX).exists() and not options.overwrite:
         raise ValueError(f"{foreign[0]} exists and is not from such a run: choose another output, or --overwrite")
-    taken = [column for column in added_columns(bench) if column in bench.columns]
+    taken = [column for column in added_columns(bench, has_errors=options.num_thoughts > 1) if column in bench.columns]
     if taken:
         raise CsvError(bench.path, [f"it has the column(s) {', '.join(taken)} already; rename them"])
 
@@ -106,6 +106,9 @@ def describe_run(
 ) -> dict[str, object]:
     """What the rewards depend on, JSON values; the model by its content, so that it may be moved."""
     choose_prompt_length(checkpoint, settings)
+    affecting = {name: getattr(settings, name) for name in AFFECTING_IF_SET}
+    changed = {name: value for name, value in affecting.items() if value != getattr(ScoringSettings, name)}
+    seed = {"seed": settings.seed} if settings.num_thoughts > 1 else {}
     return {
         "weights": fingerprint(find_model(options.model_ckpt), checkpoint),
         "data": hashlib.blake2b(Path(options.data_path).read_bytes(), digest_size=8).hexdigest(),
@@ -115,6 +118,8 @@ def describe_run(
         "format_prompt": checkpoint.format_prompt,
         **{name: getattr(settings, name) for name in AFFECTING_REWARDS},
         "precision": str(resolve_precision(settings.precision, choose_device())).removeprefix("torch."),
+        **changed,
+        **seed,
     }
 
 

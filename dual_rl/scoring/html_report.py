@@ -36,7 +36,7 @@ from scoring.bench_csv import Bench, BenchRow
 from scoring.journal import Journal
 from scoring.report import build_accuracy_table, build_model_table, choose_main_label, describe_scale
 from scoring.report_charts import build_calibration, build_histogram, sigmoid
-from scoring.source import RewardScale, apply_scale
+from scoring.source import RewardScale, apply_scale_to_video
 from verl.config import DataConfig
 from verl.data.pair_csv import read_pairs
 from verl.data.scored_sequence import JUDGE_PROMPT
@@ -155,10 +155,13 @@ def _build_scored_item(path: Path, bench: Bench, journal: Journal, name: str, sc
     found, shown = None if name in bench.missing else video, _relative_path(video, path)
     if name not in journal.rewards:
         return _build_item(path, found, None, name=shown, reward=None, note=journal.failures.get(name, "not scored"))
-    scored = journal.read(name)
-    reward, scores = apply_scale(scored.reward, scale), {"score": _read_scores(scored.cot)}
-    note = "" if scored.is_finished else CUT
-    return _build_item(path, found, scored.cot, name=shown, reward=reward, note=note, scores=scores)
+    scored = apply_scale_to_video(journal.read(name), scale)
+    thought, notes = scored.cot, [] if scored.is_finished else [CUT]
+    if scored.thoughts:
+        notes.append(f"mean of {len(scored.thoughts)} thoughts, standard error {scored.standard_error:.4f}")
+        thought = "\n\n".join(f"(reward {each.reward:.4f})\n{each.cot}" for each in scored.thoughts)
+    scores, note = {"score": _read_scores(scored.cot)}, "; ".join(notes)
+    return _build_item(path, found, thought, name=shown, reward=scored.reward, note=note, scores=scores)
 
 
 def _compute_margin(row: BenchRow, rewards: Mapping[str, float]) -> float | None:

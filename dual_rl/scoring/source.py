@@ -8,11 +8,11 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-from scoring.types import MAX_PROMPT_LENGTH, NUM_TOKENS_AFTER_COT, ScoringSettings
+from scoring.types import MAX_PROMPT_LENGTH, NUM_TOKENS_AFTER_COT, ScoredVideo, ScoringSettings
 from verl.data.vision_process import VideoBudget
 from verl.model.reward_files import PolicyCheckpoint, find_folder, fingerprint, load_checkpoint
 from verl.trainer.checkpoints import write_atomically
@@ -79,6 +79,19 @@ class RewardScale:
 def apply_scale(reward: float, scale: RewardScale | None) -> float:
     """The reward on `scale`; None for the head's own."""
     return reward if scale is None else scale.apply(reward)
+
+
+def apply_scale_to_video(video: ScoredVideo, scale: RewardScale | None) -> ScoredVideo:
+    """The same with rewards and standard error on `scale`."""
+    if scale is None:
+        return video
+    error = video.standard_error
+    return replace(
+        video,
+        reward=scale.apply(video.reward),
+        standard_error=None if error is None else error / scale.std,
+        thoughts=tuple(replace(thought, reward=scale.apply(thought.reward)) for thought in video.thoughts),
+    )
 
 
 def compute_scale(rewards: Sequence[float], *, data: str, weights: str, video: dict[str, float]) -> RewardScale:
