@@ -65,11 +65,16 @@ def summarise(bench: Bench, journal: Journal, *, seed: int, scale: RewardScale |
     videos = [replace(video, cot="", thoughts=()) for video in scored]
     rewards = {video.name: video.reward for video in videos}
     errors = [video.standard_error for video in videos if video.standard_error is not None]
+
+    def count(names: Iterable[str]) -> int:
+        """Distinct videos: some have two items where thinking depends on the margin."""
+        return len({(bench.items[name].video, bench.items[name].problem) for name in names})
+
     return {
         "num_rows": len(bench.rows),
         "num_duplicate_rows": bench.num_duplicate_rows,
-        "num_videos": len(bench.items),
-        "num_scored": len(rewards),
+        "num_videos": count(bench.items),
+        "num_scored": count(rewards),
         "num_cut": sum(not video.is_finished for video in videos),
         "scale": None if scale is None else asdict(scale),
         "mean_reward": fmean(rewards.values()) if rewards else None,
@@ -78,7 +83,11 @@ def summarise(bench: Bench, journal: Journal, *, seed: int, scale: RewardScale |
             name: _summarise_label(bench, rewards, column, seed=seed)
             for column, name in enumerate(bench.label_columns)
         },
-        "failures": [{"video": bench.items[name].video, "error": error} for name, error in journal.failures.items()],
+        "failures": [
+            {"video": bench.items[name].video, "error": error}
+            for name, error in journal.failures.items()
+            if name in bench.items
+        ],
     }
 
 
@@ -89,8 +98,7 @@ def _summarise_label(bench: Bench, rewards: Mapping[str, float], column: int, *,
 
     def judge(rows: Sequence[BenchRow]) -> tuple[list[float], list[int | None]]:
         """Margins and labels."""
-        margins = [rewards[row.item_ids[0]] - rewards[row.item_ids[1]] for row in rows]
-        return margins, [row.labels[column] for row in rows]
+        return [row.compute_margin(rewards) for row in rows], [row.labels[column] for row in rows]
 
     models = compute_model_table(*judge(named), [row.models for row in named])
     return {
@@ -141,6 +149,11 @@ def format_result(result: Mapping[str, Any]) -> str:
         lines.append(f"mean reward {result['mean_reward']:.4f}" + (f", in {unit}" if unit else ""))
     if "mean_standard_error" in result:
         lines.append(f"standard error of a reward: {result['mean_standard_error']:.4f} on average")
+    if rule := result.get("thinking"):
+        lines.append(
+            f"{rule['num_thought']} of {result['num_videos']} videos thought, those of pairs whose rewards without a "
+            f"thought differ by at most {rule['margin']:.4f}"
+        )
     main = choose_main_label(labels)
     if main is not None:
         lines += ["", *build_accuracy_table(labels).format()]

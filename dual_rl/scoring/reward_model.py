@@ -31,7 +31,7 @@ from scoring.source import (
     choose_budget,
     choose_prompt_length,
     find_model,
-    load_model_scale,
+    load_calibration,
     read_checkpoint,
 )
 from scoring.types import (
@@ -100,13 +100,13 @@ class RewardModel:
 
         `rm_ckpt`: an `rm_head.pth` or its folder, by default the one beside the model. `normalize`: `score` returns
         rewards on the scale that `inference.py --calibrate` kept beside the checkpoint. Raises ValueError like
-        `read_checkpoint` and `load_model_scale`.
+        `read_checkpoint` and `load_calibration`.
         """
         settings, device = settings or ScoringSettings(), choose_device()
         settings.require_device(device)
         checkpoint = read_checkpoint(model_ckpt, rm_ckpt)
         settings = dataclasses.replace(settings, max_prompt_length=choose_prompt_length(checkpoint, settings))
-        scale = load_model_scale(model_ckpt, checkpoint, settings) if normalize else None
+        scale = load_calibration(RewardScale, model_ckpt, checkpoint, settings) if normalize else None
         budget = choose_budget(checkpoint, settings)
         if budget != checkpoint.video_budget:
             logger.warning("trained with %s, videos are now read with %s", checkpoint.video_budget, budget)

@@ -18,7 +18,7 @@ import torch
 
 from model_support import CLIPS, DUAL_RL, EXAMPLE_CSV
 from scoring.reward_model import RewardModel
-from scoring.source import compute_scale, load_model_scale, read_checkpoint, save_scale
+from scoring.source import RewardScale, compute_scale, load_calibration, read_checkpoint, save_calibration
 from scoring.types import ScoringSettings
 from toy_world.tables import read_table
 from verl.model.reward_files import fingerprint, save_head
@@ -115,13 +115,13 @@ def test_a_model_scores_on_its_scale_which_is_refused_for_another_head(small_mod
         budget = dataclasses.asdict(model.loader.budget)
     checkpoint = read_checkpoint(folder)
     scale = compute_scale(raw, data="val.csv", weights=fingerprint(folder, checkpoint), video=budget)
-    assert json.loads(save_scale(folder, scale).read_text())["num_videos"] == 2
+    assert json.loads(save_calibration(folder, scale).read_text())["num_videos"] == 2
     with RewardModel.from_pretrained(folder, settings=SETTINGS, normalize=True) as model:
         scaled = model.score(CLIPS[:2], PROMPTS).rewards
     assert scaled == pytest.approx([(reward - fmean(raw)) / stdev(raw) for reward in raw], abs=1e-4)
-    assert "the scale was measured" not in caplog.text
-    assert load_model_scale(folder, checkpoint, dataclasses.replace(SETTINGS, video_fps=3.0)) == scale
-    assert "the scale was measured with videos read with" in caplog.text
+    assert "was measured" not in caplog.text
+    assert load_calibration(RewardScale, folder, checkpoint, dataclasses.replace(SETTINGS, video_fps=3.0)) == scale
+    assert "reward_scale.json was measured with videos read with" in caplog.text
     save_head(folder / "rm_head.pth", torch.load(folder / "rm_head.pth", weights_only=True)["rm_head.weight"] * 1.01)
     with pytest.raises(ValueError, match="other weights or another head"):
-        load_model_scale(folder, read_checkpoint(folder), SETTINGS)
+        load_calibration(RewardScale, folder, read_checkpoint(folder), SETTINGS)

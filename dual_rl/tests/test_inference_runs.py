@@ -243,7 +243,7 @@ def test_vllm_scores_like_transformers_and_prints_its_own_lines_only(desk, bench
 def test_two_engines_score_like_one_and_the_death_of_one_costs_nothing(desk, bench, whole):
     running = desk.start(bench, "spread/scores.csv", num_workers=2, batch_size=1)
     running.stop_at(2, number=signal.SIGCONT)  # has no effect: wait for the first reward
-    engines = [pid for pid, name in running.children().items() if name.startswith("ray::_score_share")]
+    engines = [pid for pid, name in running.children().items() if name.startswith("ray::_Engine")]
     os.kill(engines[0], signal.SIGKILL)
     scored = running.wait()
     pattern = "an engine died: its process was killed, .* resumes where this run stopped$"
