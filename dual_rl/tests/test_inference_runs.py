@@ -198,6 +198,8 @@ MISTAKES = [
     (r"mine\.csv exists and is not from such a run: choose another output", {}, {"output": "mine.csv"}),
     (r"\S+folder\.csv", {}, {"output": "folder.csv"}),
     ("max_new_tokens=9000 leaves -?[0-9]+ of 8192 positions", {}, {"max_new_tokens": 9000}),
+    ("fp8 needs the vllm backend on a GPU", {}, {"backend": "vllm", "quantization": "fp8"}),
+    (r"think_agreement is 0.9\. Give a share up to 1, with --calibrate", {}, {"think_agreement": 0.9}),
     ("batch_size is 0; it must be at least 1", {}, {"batch_size": 0}),
     (r"no model folder at /no/such/model$", {}, {"model_ckpt": "/no/such/model"}),
     ("no reward head at .*: name the rm_head.pth", {}, {"rm_ckpt": VIDEOS}),
