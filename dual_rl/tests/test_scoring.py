@@ -97,13 +97,15 @@ def think_and_score(model: RewardModel, prompts: Sequence[VideoPrompt]) -> list[
 
 
 @torch.no_grad()
-def assert_plain_forward(policy: PolicyModel, model: RewardModel, scores: Sequence[ThoughtScore]) -> None:
+def assert_plain_forward(
+    policy: PolicyModel, model: RewardModel, scores: Sequence[ThoughtScore], *, tolerance: float = TOLERANCE
+) -> None:
     """Rewards are those of stock transformers on each whole sequence by itself."""
     rewards = []
     for prompt, score in zip(encode(model), scores, strict=True):
         response = Response(ResponseKey(*prompt.key, 0), score.cot_ids, score.is_finished, torch.zeros(0))
         rewards.append(compute_reward(policy, prompt, response, model.builder).item())
-    assert [score.reward for score in scores] == pytest.approx(rewards, abs=TOLERANCE)
+    assert [score.reward for score in scores] == pytest.approx(rewards, abs=tolerance)
     assert np.std(rewards) > 100 * TOLERANCE
 
 
@@ -230,3 +232,13 @@ def test_the_head_stays_in_fp32_beside_a_model_in_bf16(load_tiny, thoughts, back
         rewards = [score.reward for score in think_and_score(in_bf16, encode(in_bf16))]
     assert any(float(torch.tensor(reward).bfloat16()) != reward for reward in rewards)
     assert rewards == pytest.approx([score.reward for score in thoughts["hf"]], abs=0.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fp8_scores_drawn_greedy_and_no_thoughts_in_one_batch(load_tiny, policy):
+    settings = {"quantization": "fp8", "kv_cache_dtype": "fp8", "num_thoughts": 3, "gpu_memory_utilization": 0.3}
+    with load_tiny(backend="vllm", **settings) as model:
+        several = run_engine(model, encode(model) * 3, [3] * 4 + [1] * 4 + [0] * 4)
+        for scores in (several[4:8], several[8:], *([group[n : n + 1] for group in several[:4]] for n in range(3))):
+            assert_plain_forward(policy, model, [score for (score,) in scores], tolerance=0.5)
