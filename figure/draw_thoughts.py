@@ -1,7 +1,7 @@
 """Draws what more thoughts, and fewer, are worth: `python figure/draw_thoughts.py` reads thoughts.json, writes a PNG.
 
-thoughts.json comes from `--collect` and three runs of dual_rl/inference.sh on one benchmark (or, the last, its first
-rows), by their journals: several thoughts, the greedy one with --calibrate --think_agreement, and many thoughts:
+thoughts.json comes from `--collect` and the journals of three runs of dual_rl/inference.sh: two on one benchmark, with
+--num_thoughts 16 and with --calibrate --think_agreement 0.9, and one on its first 40 rows with --num_thoughts 128:
 
     python figure/draw_thoughts.py --collect bench.csv k.rewards.jsonl greedy.rewards.jsonl many.rewards.jsonl
 
@@ -47,13 +47,15 @@ def sweep_thinking(masked: np.ndarray, thought: np.ndarray, labels: np.ndarray) 
     return [tuple(round(float(value), 4) for value in point) for point in points]
 
 
-def collect(bench_type: str, bench_path: str, *journals: str) -> None:
+def collect(bench_path: str, *journals: str) -> None:
     """Write thoughts.json."""
     sys.path.insert(0, str(HERE.parent / "dual_rl"))
     from scoring.bench_csv import read_bench
 
-    several, greedy, many = ([json.loads(line) for line in Path(path).read_bytes().splitlines()[1:]] for path in journals)
-    rows = [row for row in read_bench(bench_path, bench_type).rows if row.labels[0] is not None]
+    several, greedy, many = (
+        [json.loads(line) for line in Path(path).read_bytes().splitlines()[1:]] for path in journals
+    )
+    rows = [row for row in read_bench(bench_path, "tabench").rows if row.labels[0] is not None]
     labels, one = np.array([row.labels[0] for row in rows]), {entry["name"]: entry["reward"] for entry in greedy}
     names = np.array([row.item_ids for row in rows])
     drawn = {entry["name"]: [thought["reward"] for thought in entry["thoughts"]] for entry in several}
@@ -100,11 +102,10 @@ def draw(result: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--collect", nargs=4, metavar="FILE", help="benchmark CSV, and three journals in this order")
-    parser.add_argument("--bench_type", default="tabench")
+    parser.add_argument("--collect", nargs=4, metavar="FILE", help="benchmark CSV (tabench), and the journals")
     options = parser.parse_args()
     if options.collect:
-        collect(options.bench_type, *options.collect)
+        collect(*options.collect)
     result = json.loads(DATA.read_text())
     draw(result)
     sys.stdout.write("".join(f"{name}: {value}\n" for name, value in result.items()))

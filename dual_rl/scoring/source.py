@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, TypeVar
 
 from scoring.types import MAX_PROMPT_LENGTH, NUM_TOKENS_AFTER_COT, ScoredVideo, ScoringSettings
 from verl.data.vision_process import VideoBudget
@@ -77,11 +77,6 @@ class RewardScale:
         return (reward - self.mean) / self.std
 
 
-def apply_scale(reward: float, scale: RewardScale | None) -> float:
-    """The reward on `scale`; None for the head's own."""
-    return reward if scale is None else scale.apply(reward)
-
-
 def apply_scale_to_video(video: ScoredVideo, scale: RewardScale | None) -> ScoredVideo:
     """The same with rewards and standard error on `scale`."""
     if scale is None:
@@ -104,18 +99,11 @@ def compute_scale(rewards: Sequence[float], *, data: str, weights: str, video: d
     return RewardScale(fmean(rewards), stdev(rewards), len(rewards), data, weights, dict(video))
 
 
-class Calibration(Protocol):
-    """What is measured on a validation set and kept in `FILE` in the model's folder."""
-
-    FILE: ClassVar[str]
-    weights: str
-    video: dict[str, float]
+Kind = TypeVar("Kind")
+"""A frozen dataclass that is measured on a validation set, with FILE, `weights` and `video` as of `RewardScale`."""
 
 
-Kind = TypeVar("Kind", bound=Calibration)
-
-
-def save_calibration(model_ckpt: str | os.PathLike, calibration: Calibration) -> Path:
+def save_calibration(model_ckpt: str | os.PathLike, calibration: object) -> Path:
     """Write its file into the model's folder, complete or not at all; returns its path."""
     path = find_folder(find_model(model_ckpt)) / calibration.FILE
     write_atomically(path, json.dumps(asdict(calibration), indent=2) + "\n")
