@@ -7,6 +7,7 @@ import pytest
 
 from inference import main
 from inference_support import NAMES, Desk, Scored, all_pairs, make_row
+from scoring.benchmark import JOURNAL_SUFFIX
 from scoring.thinking import choose_margin
 
 
@@ -31,7 +32,7 @@ def test_the_margin_is_the_least_that_keeps_the_verdicts():
         1.0,
         1.0,
         2 / 3,
-    )  # both or neither
+    )
     with pytest.raises(ValueError, match=r"no margin .* keeps 1 of the verdicts\. Lower think_agreement"):
         choose_margin([2.0, 1.0], [-1.0, 1.0], least_agreement=1.0)
 
@@ -81,7 +82,7 @@ def test_pairs_think_where_they_are_close_without_a_thought(desk, capsys):
     assert score(desk, bench, "out/mixed.csv", think_when_unsure=True).files == files
 
 
-def test_several_thoughts_resume_to_the_same_files_and_carry_their_standard_error(desk, capsys):
+def test_several_thoughts_resume_to_the_same_and_carry_their_standard_error(desk, capsys):
     bench = desk.write([(*NAMES[:2], "a cat"), (*NAMES[1:3], "a cat")])
     options = {"num_thoughts": 3, "report": desk.root / "page.html"}
     scored = score(desk, bench, "out/k.csv", **options)
@@ -94,11 +95,12 @@ def test_several_thoughts_resume_to_the_same_files_and_carry_their_standard_erro
     assert (scored.json["run"]["num_thoughts"], scored.json["run"]["seed"]) == (3, 0)
     assert scored.json["mean_standard_error"] == pytest.approx(sum(entry["standard_error"] for entry in by_item) / 3)
     assert "mean of 3 thoughts, standard error" in (desk.root / "page.html").read_text()
-    whole, journal = scored.files, scored.csv.with_suffix(".rewards.jsonl")
-    journal.write_bytes(b"".join(whole[2].splitlines(keepends=True)[:2]))
+    journal = scored.csv.with_suffix(JOURNAL_SUFFIX)
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:2]))
     again = score(desk, bench, "out/k.csv", **options)  # in another batch
-    assert {name: [thought["cot"] for thought in entry["thoughts"]] for name, entry in again.journal.items()} == {
-        name: [thought["cot"] for thought in entry["thoughts"]] for name, entry in scored.journal.items()
-    }
+    written = [
+        [[each["cot"] for each in entry["thoughts"]] for entry in run] for run in (by_item, again.journal.values())
+    ]
+    assert written[0] == written[1]
     score(desk, bench, "out/k.csv", code=1, seed=1, **options)
     assert "with another seed (0 there, 1 now)" in capsys.readouterr().err
