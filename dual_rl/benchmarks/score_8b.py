@@ -167,7 +167,8 @@ def run_thoughts(options: argparse.Namespace) -> dict:
     list(model.score_stream(tasks[:2]))
     for count in (1, NUM_THOUGHTS):
         with clock(result, f"seconds_with_{count}"):
-            list(model.score_stream([dataclasses.replace(task, num_thoughts=count) for task in tasks]))
+            outcomes = list(model.score_stream([dataclasses.replace(task, num_thoughts=count) for task in tasks]))
+        assert all(hasattr(outcome, "reward") for outcome in outcomes), outcomes
     return result
 
 
