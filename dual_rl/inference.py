@@ -40,7 +40,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--save_every", type=int, default=100, help="videos between two forced writes of the journal to disk")
     add("--num_workers", type=int, help="engines; default: one on each GPU, one on a CPU")
     add("--calibrate", action="store_true", help="keep mean and standard deviation of the rewards with the checkpoint")
-    add("--seed", type=int, default=0, help="of bootstrap intervals")
+    add(
+        "--think_agreement",
+        type=float,
+        help="with --calibrate: keep a margin for --think_when_unsure, such that this "
+        "share of pairs gets the verdict of always thinking",
+    )
+    add("--think_when_unsure", action="store_true", help="think only about pairs that are close without a thought")
     add("--special_token", default=REWARD_TOKEN, choices=[REWARD_TOKEN], help="where the reward is read")
     add_model_flags(parser)
     return parser.parse_args(argv)

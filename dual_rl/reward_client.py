@@ -6,7 +6,7 @@
     scores = client.score(["local.mp4", encoded_mp4_bytes, ServerPath("/data/a.mp4")], ["a cat runs"] * 3)
     rewards = [score.reward for score in scores]
 
-Scoring is greedy and the server keeps no state, so a lost request is simply sent again.
+Scores depend on nothing but video, prompt and server, which keeps no state, so a lost request is simply sent again.
 """
 
 import http.client
@@ -51,13 +51,18 @@ class ServerPath(str):
 
 @dataclass(frozen=True)
 class Score:
-    """`reward` after the chain of thought `cot`; or None, with `error`, for a video that cannot be scored."""
+    """`reward` after the chain of thought `cot`; or None, with `error`, for a video that cannot be scored.
+
+    Of several thoughts the reward is the mean, with its `standard_error`; `thoughts` are as the server sends them.
+    """
 
     reward: float | None
     cot: str = ""
     num_tokens: int = 0
     is_finished: bool = False
     error: str | None = None
+    standard_error: float | None = None
+    thoughts: Sequence[dict] = ()
 
 
 Video = ServerPath | str | os.PathLike | bytes
@@ -71,7 +76,8 @@ class RewardClient:
     connection; scoring counts, so it must exceed the longest wait in the server's queue. `num_retries`: per request,
     after connection errors, 429, 502, 503 and 504, with pauses that double from `first_pause` to `longest_pause`
     seconds, or longer where the server's Retry-After says so. The defaults retry for 3 to 5 minutes. `batch_size`:
-    videos per request. `num_connections`: simultaneous requests.
+    videos per request. `num_connections`: simultaneous requests. `num_thoughts`: drawn for each video, 1 for a greedy
+    one; None for what the server was started with.
     """
 
     url: str
@@ -82,6 +88,7 @@ class RewardClient:
     longest_pause: float = 30.0
     batch_size: int = 16
     num_connections: int = 4
+    num_thoughts: int | None = None
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -142,6 +149,7 @@ class RewardClient:
 
     def _retry(self, route: str, body: bytes, content_type: str) -> bytes:
         """The body of a reply with status 200."""
+        route += "" if self.num_thoughts is None else f"?num_thoughts={self.num_thoughts}"
         start, pause = time.monotonic(), self.first_pause
         for retries_left in reversed(range(self.num_retries + 1)):
             try:
@@ -220,7 +228,12 @@ def _read_scores(body: bytes, num_videos: int) -> list[Score]:
         scores = [
             Score(None, error=str(result["error"]))
             if "error" in result
-            else Score(float(result["reward"]), result["cot"], result["num_tokens"], result["is_finished"])
+            else Score(
+                float(result["reward"]),
+                *(result[name] for name in ("cot", "num_tokens", "is_finished")),
+                standard_error=result.get("standard_error"),
+                thoughts=result.get("thoughts", ()),
+            )
             for result in json.loads(body)["results"]
         ]
     except (ValueError, KeyError, TypeError) as error:

@@ -6,12 +6,18 @@
 own drawn length (200 to 1,000 tokens): the weights are random and would never end one.
 
 - one engine: `RewardModel`, as `inference.py` uses it.
+- fp8: the same with FP8 weights and cache. Its rewards without a thought, where the sequences are the same, are
+  compared with those of one_engine, if that part has been run.
+- thoughts: seconds for one thought a video, and for eight drawn ones.
 - original: vLLM writes for a batch of videos; then a second copy of the model in torch, one video after the other,
   decodes it again and runs prompt and thought through vision tower, language model and language head, and a head in
   bf16 reads the last state.
 
-Each scheme runs in a process of its own. A third computes, in fp32, the rewards of some of the thoughts that both
-wrote, and so the error of each scheme's rewards.
+Each part runs in a process of its own. The last computes, in fp32, the rewards of some of the thoughts that the
+schemes wrote, and so the error of each scheme's rewards. `--memory_gib` shows what fits on a smaller card. A part with
+one batch size should take about two minutes:
+
+    python benchmarks/score_8b.py --work /tmp/work --part fp8 --batch_sizes 128 --memory_gib 24 --output fp8_24gib.json
 """
 
 import argparse
@@ -44,6 +50,9 @@ from verl.types import VideoKey, VideoPrompt
 SHORTEST, LONGEST = 200, 1000
 MAX_MODEL_LEN = 6144
 NUM_CHECKED = 16
+NUM_COMPARED, NUM_THINKING = 64, 32
+"""Videos for the agreement of FP8 with bf16, and for the cost of several thoughts."""
+NUM_THOUGHTS = 8
 CUDA = torch.device("cuda")
 
 
@@ -64,18 +73,20 @@ def draw_lengths(tasks: Sequence[VideoTask]) -> dict[str, int]:
 
 
 class FixedLengthScorer(VllmScorer):
-    """The engine, with a chain of thought of the given length for each task."""
+    """The engine, with chains of thought of the given length for each task."""
 
     lengths: dict[str, int]
 
-    def thinking_parameters(self, name: str):
+    def thinking_parameters(self, request):
         """See `VllmScorer`; the end of the sequence is nothing special."""
-        parameters = super().thinking_parameters(name)
-        parameters.max_tokens = parameters.min_tokens = self.lengths[name]
+        parameters = super().thinking_parameters(request)
+        parameters.max_tokens = parameters.min_tokens = self.lengths[request.name]
         return parameters
 
 
-def load_one_engine(options: argparse.Namespace, lengths: dict[str, int]) -> tuple[RewardModel, dict]:
+def load_one_engine(
+    options: argparse.Namespace, lengths: dict[str, int], **changes: object
+) -> tuple[RewardModel, dict]:
     """The model, and the thoughts and rewards of its engine by name of the video, as they come."""
     import scoring.vllm_scorer as module
 
@@ -85,7 +96,11 @@ def load_one_engine(options: argparse.Namespace, lengths: dict[str, int]) -> tup
         max_new_tokens=LONGEST,
         num_threads=8,
         max_prompt_length=MAX_MODEL_LEN - LONGEST - 2,
+        **changes,
     )
+    if options.memory_gib is not None:
+        share = options.memory_gib * GIB / torch.cuda.get_device_properties(0).total_memory
+        settings = dataclasses.replace(settings, gpu_memory_utilization=share)
     model = RewardModel.from_pretrained(options.work / "model", settings=settings)
     engine_step, ready = model.engine.step, {}
 
@@ -98,10 +113,10 @@ def load_one_engine(options: argparse.Namespace, lengths: dict[str, int]) -> tup
     return model, ready
 
 
-def run_one_engine(options: argparse.Namespace) -> dict:
+def run_one_engine(options: argparse.Namespace, **changes: object) -> dict:
     """Videos per second at several numbers of videos in flight, with one engine and one set of weights."""
     tasks = read_tasks(options.work, options.videos)
-    model, ready = load_one_engine(options, draw_lengths(tasks))
+    model, ready = load_one_engine(options, draw_lengths(tasks), **changes)
     list(model.score_stream(tasks[:4]))
     runs = {}
     for batch_size in options.batch_sizes:
@@ -115,12 +130,46 @@ def run_one_engine(options: argparse.Namespace) -> dict:
         run["share_of_scoring_tokens_cached"] = model.engine.cached_tokens / model.engine.prompt_tokens
         assert len(outcomes) == len(tasks)
         assert all(hasattr(outcome, "reward") for outcome in outcomes), outcomes
-    scores = {task.name: ready[task.name] for task in tasks[:NUM_CHECKED]}
+    scores = {task.name: ready[task.name][0] for task in tasks[:NUM_CHECKED]}
+    without = model.score_stream([dataclasses.replace(task, num_thoughts=0) for task in tasks[:NUM_COMPARED]])
+    cache = model.engine.llm.llm_engine.vllm_config.cache_config
     return {
         "runs": runs,
         **measure_memory(model.engine.llm),
+        "cache_tokens": cache.num_gpu_blocks * cache.block_size,
+        "without_thought": {outcome.name: outcome.reward for outcome in without},
         "checked": {name: {"ids": score.cot_ids, "reward": score.reward} for name, score in scores.items()},
     }
+
+
+def run_fp8(options: argparse.Namespace) -> dict:
+    """The same in FP8, and how its rewards agree with those in bf16."""
+    result = run_one_engine(options, quantization="fp8", kv_cache_dtype="fp8")
+    path = options.parts / "one_engine.json"
+    if path.is_file():
+        ours, theirs = result["without_thought"], json.loads(path.read_text())["without_thought"]
+        differences = [abs(reward - theirs[name]) for name, reward in ours.items()]
+        first = [name for name in ours if name.endswith("0") and f"{name[:-1]}1" in ours]
+        margins = [(ours[name] - ours[f"{name[:-1]}1"], theirs[name] - theirs[f"{name[:-1]}1"]) for name in first]
+        result["agreement_with_bf16"] = {
+            "correlation": statistics.correlation(list(ours.values()), [theirs[name] for name in ours]),
+            "mean_difference": statistics.fmean(differences),
+            "spread_in_bf16": statistics.stdev(theirs.values()),
+            "same_verdicts": statistics.fmean(one * other > 0 for one, other in margins),
+        }
+    return result
+
+
+def run_thoughts(options: argparse.Namespace) -> dict:
+    """Seconds for the same videos with one thought, and with several that share the prompt's cache."""
+    tasks, result = read_tasks(options.work, NUM_THINKING), {"videos": NUM_THINKING}
+    model, _ = load_one_engine(options, draw_lengths(tasks), num_thoughts=NUM_THOUGHTS)
+    list(model.score_stream(tasks[:2]))
+    for count in (1, NUM_THOUGHTS):
+        with clock(result, f"seconds_with_{count}"):
+            outcomes = list(model.score_stream([dataclasses.replace(task, num_thoughts=count) for task in tasks]))
+        assert all(hasattr(outcome, "reward") for outcome in outcomes), outcomes
+    return result
 
 
 def measure_memory(llm, *, other_bytes: int = 0) -> dict[str, float]:
@@ -227,7 +276,9 @@ def compute_truth(options: argparse.Namespace) -> dict:
         scorer.load_weights(stream_weights(options.work / "model", checkpoint, dtype=torch.float32))
         with VideoLoader(builder, checkpoint.video_budget) as loader:
             prompts = [loader.submit(VideoKey(n, "A"), t.problem, t.video).result() for n, t in enumerate(tasks)]
-        for name in ("one_engine", "original"):
+        for name in ("one_engine", "fp8", "original"):
+            if not (options.parts / f"{name}.json").is_file():
+                continue
             checked = json.loads((options.parts / f"{name}.json").read_text())["checked"]
             truth = [
                 scorer.compute_rewards([prompt], [tuple(checked[task.name]["ids"])])[0]
@@ -253,7 +304,13 @@ def compare_schemes(ours: Mapping, original: Mapping) -> dict[str, float]:
     }
 
 
-PARTS = {"one_engine": run_one_engine, "original": run_original, "truth": compute_truth}
+PARTS = {
+    "one_engine": run_one_engine,
+    "fp8": run_fp8,
+    "thoughts": run_thoughts,
+    "original": run_original,
+    "truth": compute_truth,
+}
 
 
 def main() -> None:
@@ -261,6 +318,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--videos", type=int, default=128)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--memory_gib", type=float, help="of the card that one engine may use; default: 90%%")
     parser.add_argument("--parts", type=Path, default=Path(tempfile.gettempdir()) / "descore_score_8b")
     parser.add_argument("--part", choices=PARTS, help="run one part only; its result stays in the folder --parts")
     options = parser.parse_args()
@@ -269,9 +327,11 @@ def main() -> None:
         "model": "Qwen3-VL-8B's shape, bf16, random weights",
         "videos": options.videos,
         "cot_tokens": [SHORTEST, LONGEST],
+        **({} if options.memory_gib is None else {"memory_limit_gib": options.memory_gib}),
     }
     for name, measured in run_parts(PARTS, [options.part] if options.part else PARTS, options, options.parts):
-        measured.pop("checked", None)
+        for raw in ("checked", "without_thought"):
+            measured.pop(raw, None)
         result[name] = measured
         if {"one_engine", "original"} <= result.keys():
             result |= compare_schemes(result["one_engine"], result["original"])

@@ -6,7 +6,7 @@ rows name it; rows hold item ids.
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import blake2b
@@ -100,6 +100,12 @@ class BenchRow:
     labels: tuple[int | None, ...]
     models: tuple[str, ...] | None
     cells: dict[str, str]
+
+    def compute_margin(self, rewards: Mapping[str, float]) -> float | None:
+        """Reward of A minus reward of B; None for a single video, or without both rewards."""
+        if len(self.item_ids) != 2 or not all(name in rewards for name in self.item_ids):
+            return None
+        return rewards[self.item_ids[0]] - rewards[self.item_ids[1]]
 
 
 @dataclass(frozen=True)

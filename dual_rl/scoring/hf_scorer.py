@@ -5,6 +5,7 @@ the states at `<Reward>`. Batches run one after the other.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -13,11 +14,11 @@ from scoring.types import ScoringEngine, ScoringSettings, ThoughtScore
 from verl.config import RolloutConfig
 from verl.model.reward_files import PolicyCheckpoint
 from verl.rollout.hf_engine import HfEngine
-from verl.types import Sampling, VideoPrompt
+from verl.types import VideoPrompt
 
 
 class HfScorer(ScoringEngine):
-    """A step is a whole batch."""
+    """A step is a whole batch of videos with equally many thoughts."""
 
     is_continuous = False
 
@@ -26,15 +27,6 @@ class HfScorer(ScoringEngine):
     ) -> None:
         super().__init__(checkpoint, settings)
         self.head_weight = self.head_weight.to(device)
-        self.sampling = Sampling(
-            n=1,
-            temperature=0.0,
-            top_p=1.0,
-            top_k=-1,
-            max_tokens=settings.max_new_tokens,
-            seed=0,
-            repetition_penalty=settings.repetition_penalty,
-        )
         self.engine = HfEngine(
             folder,
             config=RolloutConfig(name="hf", precision=settings.precision, max_num_seqs=settings.batch_size),
@@ -43,25 +35,28 @@ class HfScorer(ScoringEngine):
             eos_token_id=self.eos_token_id,
             device=device,
         )
-        self._waiting: list[tuple[str, VideoPrompt]] = []
+        self._waiting: list[tuple[str, VideoPrompt, int]] = []
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.engine.load_weights(weights)
 
-    def submit(self, name: str, prompt: VideoPrompt) -> None:
-        self._waiting.append((name, prompt))
+    def submit(self, name: str, prompt: VideoPrompt, num_thoughts: int) -> None:
+        self._waiting.append((name, prompt, num_thoughts))
 
-    def step(self) -> list[tuple[str, ThoughtScore]]:
-        size = self.settings.batch_size
-        batch, self._waiting = self._waiting[:size], self._waiting[size:]
-        names, prompts = zip(*batch, strict=True)
+    def step(self) -> list[tuple[str, tuple[ThoughtScore, ...]]]:
+        num_thoughts, rows = self._waiting[0][2], max(1, self._waiting[0][2])  # of a video
+        size = max(1, self.settings.batch_size // rows)
+        batch = list(takewhile(lambda entry: entry[2] == num_thoughts, self._waiting[:size]))
+        self._waiting = self._waiting[len(batch) :]
+        names, prompts, _ = zip(*batch, strict=True)
         thoughts = [((), True)] * len(prompts)
-        if not self.settings.mask_cot:
-            responses = [response for (response,) in self.engine.generate(prompts, self.sampling)]
-            thoughts = [(response.cot_ids, response.is_finished) for response in responses]
-        rewards = self.compute_rewards(prompts, [cot_ids for cot_ids, _ in thoughts])
+        if num_thoughts:
+            groups = self.engine.generate(prompts, self.sampling(num_thoughts))
+            thoughts = [(response.cot_ids, response.is_finished) for group in groups for response in group]
+        repeated = [prompt for prompt in prompts for _ in range(rows)]
+        rewards = self.compute_rewards(repeated, [cot_ids for cot_ids, _ in thoughts])
         scores = [ThoughtScore(*thought, reward) for thought, reward in zip(thoughts, rewards, strict=True)]
-        return list(zip(names, scores, strict=True))
+        return [(name, tuple(scores[n * rows : (n + 1) * rows])) for n, name in enumerate(names)]
 
     @property
     def num_unfinished(self) -> int:

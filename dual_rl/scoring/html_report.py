@@ -32,11 +32,11 @@ from jinja2 import Environment, FileSystemLoader
 
 from descore.answers import JUDGEMENT_KEY, OVERALL_KEY, SCORE_KEYS, extract_judgement, parse_annotation
 from descore.csv_table import CsvError
-from scoring.bench_csv import Bench, BenchRow
+from scoring.bench_csv import Bench
 from scoring.journal import Journal
 from scoring.report import build_accuracy_table, build_model_table, choose_main_label, describe_scale
 from scoring.report_charts import build_calibration, build_histogram, sigmoid
-from scoring.source import RewardScale, apply_scale
+from scoring.source import RewardScale, apply_scale_to_video
 from verl.config import DataConfig
 from verl.data.pair_csv import read_pairs
 from verl.data.scored_sequence import JUDGE_PROMPT
@@ -117,7 +117,7 @@ def write_report(path: str | os.PathLike, bench: Bench, journal: Journal, result
     path, scale = Path(path), None if result["scale"] is None else RewardScale(**result["scale"])
     items = {name: _build_scored_item(path, bench, journal, name, scale) for name in bench.items}
     indices, prompts = _number(items), _number(item.problem for item in bench.items.values())
-    margins = [_compute_margin(row, journal.rewards) for row in bench.rows]
+    margins = [row.compute_margin(journal.rewards) for row in bench.rows]
     rows = [
         {
             "number": number,
@@ -155,17 +155,13 @@ def _build_scored_item(path: Path, bench: Bench, journal: Journal, name: str, sc
     found, shown = None if name in bench.missing else video, _relative_path(video, path)
     if name not in journal.rewards:
         return _build_item(path, found, None, name=shown, reward=None, note=journal.failures.get(name, "not scored"))
-    scored = journal.read(name)
-    reward, scores = apply_scale(scored.reward, scale), {"score": _read_scores(scored.cot)}
-    note = "" if scored.is_finished else CUT
-    return _build_item(path, found, scored.cot, name=shown, reward=reward, note=note, scores=scores)
-
-
-def _compute_margin(row: BenchRow, rewards: Mapping[str, float]) -> float | None:
-    """Unscaled; None for a single video, or without both rewards."""
-    if len(row.item_ids) != 2 or not all(name in rewards for name in row.item_ids):
-        return None
-    return rewards[row.item_ids[0]] - rewards[row.item_ids[1]]
+    scored = apply_scale_to_video(journal.read(name), scale)
+    thought, notes = scored.cot, [] if scored.is_finished else [CUT]
+    if scored.thoughts:
+        notes.append(f"mean of {len(scored.thoughts)} thoughts, standard error {scored.standard_error:.4f}")
+        thought = "\n\n".join(f"(reward {each.reward:.4f})\n{each.cot}" for each in scored.thoughts)
+    scores, note = {"score": _read_scores(scored.cot)}, "; ".join(notes)
+    return _build_item(path, found, thought, name=shown, reward=scored.reward, note=note, scores=scores)
 
 
 def _show_rewards(rewards: Sequence[float | None], margin: float | None) -> Json:
@@ -211,6 +207,7 @@ def _build_facts(result: Mapping[str, Any]) -> dict[str, object]:
         "rows": f"{result['num_rows']}, of which {result['num_duplicate_rows']} duplicate",
         "videos": f"{result['num_videos']}: {counts}",
         "mean reward": None if result["mean_reward"] is None else f"{result['mean_reward']:.4f}",
+        "videos that thought": result.get("thinking", {}).get("num_thought"),
         "rewards are in": describe_scale(result["scale"]),
         **{name: value for name, value in result.get("run", {}).items() if name not in ("data", "format_prompt")},
     }

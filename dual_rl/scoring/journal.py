@@ -11,10 +11,11 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
-from scoring.types import FailedVideo, Outcome, ScoredVideo
+from scoring.types import FailedVideo, Outcome, ScoredVideo, Thought
 
 logger = logging.getLogger(__name__)
 
@@ -89,15 +90,18 @@ class Journal:
         assert outcome.name not in self.rewards, f"{outcome.name} was scored twice"
         self._offsets[outcome.name] = self._file.seek(0, os.SEEK_END)
         names = ("name", "reward", "num_tokens", "is_finished", "cot")
-        self._write({name: getattr(outcome, name) for name in names})
+        several = {"standard_error": outcome.standard_error, "thoughts": list(map(asdict, outcome.thoughts))}
+        self._write({name: getattr(outcome, name) for name in names} | (several if outcome.thoughts else {}))
         self.rewards[outcome.name] = outcome.reward
         if len(self.rewards) % self.save_every == 0:
             os.fsync(self._file.fileno())
 
     def read(self, name: str) -> ScoredVideo:
-        """A scored video from disk, chain of thought included."""
+        """A scored video from disk, chains of thought included."""
         self._file.seek(self._offsets[name])
-        return ScoredVideo(**json.loads(self._file.readline()))
+        entry = json.loads(self._file.readline())
+        thoughts = tuple(Thought(**thought) for thought in entry.pop("thoughts", ()))
+        return ScoredVideo(**entry, thoughts=thoughts)
 
     def _write(self, entry: Mapping[str, object]) -> None:
         self._file.write(json.dumps(entry).encode() + b"\n")

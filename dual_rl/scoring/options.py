@@ -8,7 +8,7 @@ from typing import get_args
 
 from transformers.utils import logging as transformers_logging
 
-from scoring.reward_model import RewardModel
+from scoring.reward_model import RewardModel, choose_device
 from scoring.types import ScoringSettings
 
 
@@ -50,6 +50,7 @@ def add_settings(parser: argparse.ArgumentParser, kind: type) -> None:
 def build_source(options: argparse.Namespace) -> ModelSource:
     """The model that the flags name. Raises ValueError for invalid settings."""
     settings = ScoringSettings(**{field.name: getattr(options, field.name) for field in fields(ScoringSettings)})
+    settings.require_device(choose_device())
     return ModelSource(options.model_ckpt, options.rm_ckpt, settings)
 
 

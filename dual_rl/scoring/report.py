@@ -4,7 +4,7 @@ import csv
 import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 from scoring.accuracy import Estimate, compute_model_table, compute_pair_accuracy
 from scoring.bench_csv import Bench, BenchRow
 from scoring.journal import Journal
-from scoring.source import RewardScale, apply_scale
+from scoring.source import RewardScale, apply_scale_to_video
 
-PAIR_COLUMNS = ("Reward_A", "Reward_B", "CoT_A", "CoT_B")
-SINGLE_COLUMNS = ("Reward", "CoT")
+ADDED_COLUMNS = ("Reward", "CoT", "StandardError")
+"""The last only where rewards are means of several thoughts."""
 MAIN_LABELS = ("Overall", "GSB_overall")
 NOTE_WIDTH = 119
 NUM_FAILURES_SHOWN = 10
@@ -28,22 +28,31 @@ ACCURACY_NOTE = (
 )
 
 
-def added_columns(bench: Bench) -> tuple[str, ...]:
+def added_columns(bench: Bench, *, has_errors: bool = False) -> tuple[str, ...]:
     """Columns that `write_csv` adds."""
-    return PAIR_COLUMNS if bench.is_paired else SINGLE_COLUMNS
+    names = ADDED_COLUMNS if has_errors else ADDED_COLUMNS[:-1]
+    return tuple(f"{name}{side}" for name in names for side in (("_A", "_B") if bench.is_paired else ("",)))
 
 
-def write_csv(path: Path, bench: Bench, journal: Journal, *, scale: RewardScale | None = None) -> None:
-    """The benchmark's rows with rewards (on `scale`) and chains of thought, complete or absent; blank without one."""
+def write_csv(
+    path: Path, bench: Bench, journal: Journal, *, scale: RewardScale | None = None, has_errors: bool = False
+) -> None:
+    """The benchmark's rows with rewards (on `scale`) and chains of thought, complete or absent; blank without one.
+
+    `has_errors`: with columns of standard errors.
+    """
+    columns = added_columns(bench, has_errors=has_errors)
     temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=[*bench.columns, *added_columns(bench)])
+        writer = csv.DictWriter(file, fieldnames=[*bench.columns, *columns])
         writer.writeheader()
         for row in bench.rows:
-            scored = [journal.read(item) if item in journal.rewards else None for item in row.item_ids]
-            rewards = ["" if video is None else repr(apply_scale(video.reward, scale)) for video in scored]
-            cots = ["" if video is None else video.cot for video in scored]
-            writer.writerow(row.cells | dict(zip(added_columns(bench), rewards + cots, strict=True)))
+            found = [journal.read(item) if item in journal.rewards else None for item in row.item_ids]
+            scored = [None if video is None else apply_scale_to_video(video, scale) for video in found]
+            cells = ["" if video is None else repr(video.reward) for video in scored]
+            cells += ["" if video is None else video.cot for video in scored]
+            cells += ["" if video is None else repr(video.standard_error) for video in scored] if has_errors else []
+            writer.writerow(row.cells | dict(zip(columns, cells, strict=True)))
     os.replace(temporary, path)
 
 
@@ -52,20 +61,33 @@ def summarise(bench: Bench, journal: Journal, *, seed: int, scale: RewardScale |
 
     `scale`: of the rewards, and so of the thresholds; the result names it.
     """
-    rewards = {name: apply_scale(journal.rewards[name], scale) for name in bench.items if name in journal.rewards}
+    scored = (apply_scale_to_video(journal.read(name), scale) for name in bench.items if name in journal.rewards)
+    videos = [replace(video, cot="", thoughts=()) for video in scored]
+    rewards = {video.name: video.reward for video in videos}
+    errors = [video.standard_error for video in videos if video.standard_error is not None]
+
+    def count(names: Iterable[str]) -> int:
+        """Distinct videos: some have two items where thinking depends on the margin."""
+        return len({(bench.items[name].video, bench.items[name].problem) for name in names})
+
     return {
         "num_rows": len(bench.rows),
         "num_duplicate_rows": bench.num_duplicate_rows,
-        "num_videos": len(bench.items),
-        "num_scored": len(rewards),
-        "num_cut": sum(not journal.read(name).is_finished for name in rewards),
+        "num_videos": count(bench.items),
+        "num_scored": count(rewards),
+        "num_cut": sum(not video.is_finished for video in videos),
         "scale": None if scale is None else asdict(scale),
         "mean_reward": fmean(rewards.values()) if rewards else None,
+        **({"mean_standard_error": fmean(errors)} if errors else {}),
         "labels": {
             name: _summarise_label(bench, rewards, column, seed=seed)
             for column, name in enumerate(bench.label_columns)
         },
-        "failures": [{"video": bench.items[name].video, "error": error} for name, error in journal.failures.items()],
+        "failures": [
+            {"video": bench.items[name].video, "error": error}
+            for name, error in journal.failures.items()
+            if name in bench.items
+        ],
     }
 
 
@@ -76,8 +98,7 @@ def _summarise_label(bench: Bench, rewards: Mapping[str, float], column: int, *,
 
     def judge(rows: Sequence[BenchRow]) -> tuple[list[float], list[int | None]]:
         """Margins and labels."""
-        margins = [rewards[row.item_ids[0]] - rewards[row.item_ids[1]] for row in rows]
-        return margins, [row.labels[column] for row in rows]
+        return [row.compute_margin(rewards) for row in rows], [row.labels[column] for row in rows]
 
     models = compute_model_table(*judge(named), [row.models for row in named])
     return {
@@ -126,6 +147,13 @@ def format_result(result: Mapping[str, Any]) -> str:
     if result["mean_reward"] is not None:
         unit = describe_scale(result["scale"])
         lines.append(f"mean reward {result['mean_reward']:.4f}" + (f", in {unit}" if unit else ""))
+    if "mean_standard_error" in result:
+        lines.append(f"standard error of a reward: {result['mean_standard_error']:.4f} on average")
+    if rule := result.get("thinking"):
+        lines.append(
+            f"{rule['num_thought']} of {result['num_videos']} videos thought, those of pairs whose rewards without a "
+            f"thought differ by at most {rule['margin']:.4f}"
+        )
     main = choose_main_label(labels)
     if main is not None:
         lines += ["", *build_accuracy_table(labels).format()]

@@ -10,6 +10,7 @@ one is done. A video that cannot be scored is an outcome of its own and does not
 """
 
 import dataclasses
+import hashlib
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import count, islice
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -25,14 +27,23 @@ import torch
 
 from scoring.source import (
     RewardScale,
-    apply_scale,
+    apply_scale_to_video,
     choose_budget,
     choose_prompt_length,
     find_model,
-    load_model_scale,
+    load_calibration,
     read_checkpoint,
 )
-from scoring.types import FailedVideo, Outcome, ScoredVideo, ScoringEngine, ScoringSettings, ThoughtScore, VideoTask
+from scoring.types import (
+    FailedVideo,
+    Outcome,
+    ScoredVideo,
+    ScoringEngine,
+    ScoringSettings,
+    Thought,
+    ThoughtScore,
+    VideoTask,
+)
 from verl.data.loading import VideoLoader
 from verl.data.scored_sequence import SequenceBuilder, judge_problem
 from verl.data.vision_process import VideoBudget, VideoError, VideoFrames, sample_frames
@@ -72,7 +83,7 @@ class RewardModel:
         """The engine's files, which it reads lazily."""
         self.builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
         self.loader = VideoLoader(self.builder, budget, num_threads=self.settings.num_threads)
-        self._decoding: deque[tuple[str, Future[VideoPrompt]]] = deque()
+        self._decoding: deque[tuple[VideoTask, Future[VideoPrompt]]] = deque()
         self._numbers = count()
         self._sources: dict[str, str] = {}  # path of each video in progress, for messages
 
@@ -89,12 +100,13 @@ class RewardModel:
 
         `rm_ckpt`: an `rm_head.pth` or its folder, by default the one beside the model. `normalize`: `score` returns
         rewards on the scale that `inference.py --calibrate` kept beside the checkpoint. Raises ValueError like
-        `read_checkpoint` and `load_model_scale`.
+        `read_checkpoint` and `load_calibration`.
         """
         settings, device = settings or ScoringSettings(), choose_device()
+        settings.require_device(device)
         checkpoint = read_checkpoint(model_ckpt, rm_ckpt)
         settings = dataclasses.replace(settings, max_prompt_length=choose_prompt_length(checkpoint, settings))
-        scale = load_model_scale(model_ckpt, checkpoint, settings) if normalize else None
+        scale = load_calibration(RewardScale, model_ckpt, checkpoint, settings) if normalize else None
         budget = choose_budget(checkpoint, settings)
         if budget != checkpoint.video_budget:
             logger.warning("trained with %s, videos are now read with %s", checkpoint.video_budget, budget)
@@ -114,24 +126,37 @@ class RewardModel:
         prompts: Sequence[str],
         *,
         fps: float | Sequence[float] | None = None,
+        num_thoughts: int | None = None,
     ) -> Scores:
-        """Rewards and chains of thought, in order.
+        """Rewards and chains of thought, in order; arguments and errors as of `score_videos`."""
+        scored = self.score_videos(videos, prompts, fps=fps, num_thoughts=num_thoughts)
+        return Scores([video.reward for video in scored], [video.cot for video in scored])
+
+    def score_videos(
+        self,
+        videos: Sequence[str | os.PathLike | Frames],
+        prompts: Sequence[str],
+        *,
+        fps: float | Sequence[float] | None = None,
+        num_thoughts: int | None = None,
+    ) -> list[ScoredVideo]:
+        """Scores in order, on the model's scale.
 
         `videos`: paths, or all frames of a clip as uint8 array [num_frames, height, width, 3] or tensor [num_frames,
         3, height, width] with their frames per second in `fps`, one for all or one each. `prompts`: what each was
-        generated from. Raises VideoError that lists every video that cannot be scored.
+        generated from. `num_thoughts`: as of `VideoTask`; the same video, prompt and seed give the same thoughts in
+        any call. Raises VideoError that lists every video that cannot be scored.
         """
         rates = list(fps) if isinstance(fps, Sequence) else [fps] * len(videos)
         tasks = [  # with new names: an earlier call that was interrupted may have left videos in progress
-            VideoTask(f"video {next(self._numbers)}", self._prepare(video, rate), judge_problem(prompt))
+            VideoTask(f"video {next(self._numbers)}", self._prepare(video, rate), judge_problem(prompt), num_thoughts)
             for video, prompt, rate in zip(videos, prompts, rates, strict=True)
         ]
         outcomes = {outcome.name: outcome for outcome in self.score_stream(tasks)}
         ordered = [outcomes[task.name] for task in tasks]
         if failures := [outcome.error for outcome in ordered if isinstance(outcome, FailedVideo)]:
             raise VideoError("\n".join(["videos could not be scored", *failures]))
-        rewards = [apply_scale(outcome.reward, self.scale) for outcome in ordered]
-        return Scores(rewards, [outcome.cot for outcome in ordered])
+        return [apply_scale_to_video(outcome, self.scale) for outcome in ordered]
 
     def score_stream(self, tasks: Iterable[VideoTask]) -> Iterator[Outcome]:
         """Outcomes as they become ready; only a window of `tasks` is in progress at a time."""
@@ -147,7 +172,7 @@ class RewardModel:
         for task in tasks:
             key = VideoKey(next(self._numbers), "A")
             self._sources[task.name] = "frames in memory" if isinstance(task.video, VideoFrames) else task.video
-            self._decoding.append((task.name, self.loader.submit(key, task.problem, task.video)))
+            self._decoding.append((task, self.loader.submit(key, task.problem, task.video)))
 
     @property
     def num_pending(self) -> int:
@@ -158,7 +183,8 @@ class RewardModel:
         """Hand decoded videos to the engine, let it work for a step, and return what has become ready."""
         outcomes: list[Outcome] = []
         while self._decoding and self.engine.num_unfinished < self.settings.batch_size:
-            name, future = self._decoding[0]
+            task, future = self._decoding[0]
+            name = task.name
             if self.engine.is_continuous and self.engine.num_unfinished and not future.done():
                 break  # the engine has work while decoding goes on
             self._decoding.popleft()
@@ -171,9 +197,9 @@ class RewardModel:
             except ValueError as error:
                 outcomes.append(FailedVideo(name, f"{self._sources[name]}: {error}"))
             else:
-                self.engine.submit(name, prompt)
+                self._begin(task, prompt)
         if self.engine.num_unfinished:
-            outcomes += [self._outcome(name, score) for name, score in self.engine.step()]
+            outcomes += [self._outcome(name, scores) for name, scores in self.engine.step()]
         for outcome in outcomes:
             del self._sources[outcome.name]
         return outcomes
@@ -197,16 +223,47 @@ class RewardModel:
             raise ValueError("frames have no rate. Give the frames per second: score(..., fps=24).")
         return sample_frames(video, fps=fps, budget=self.loader.budget, size_factor=self.builder.size_factor)
 
-    def _outcome(self, name: str, score: ThoughtScore) -> Outcome:
-        if not math.isfinite(score.reward):
-            return FailedVideo(name, f"{self._sources[name]}: the reward is {score.reward}, not a number")
-        return ScoredVideo(
-            name=name,
-            reward=score.reward,
-            cot=self.builder.tokenizer.decode(score.cot_ids, skip_special_tokens=True),
-            num_tokens=len(score.cot_ids),
-            is_finished=score.is_finished,
-        )
+    def _begin(self, task: VideoTask, prompt: VideoPrompt) -> None:
+        num_thoughts = task.num_thoughts
+        if num_thoughts is None:
+            num_thoughts = 0 if self.settings.mask_cot else self.settings.num_thoughts
+        if num_thoughts > 1:  # draws follow the key: make it one of what is seen, not of the place in a queue
+            content = hashlib.blake2b(prompt.input_ids.numpy(), digest_size=8)
+            content.update(prompt.video.frames.contiguous().numpy())
+            prompt = dataclasses.replace(prompt, key=VideoKey(int.from_bytes(content.digest()), "A"))
+        self.engine.submit(task.name, prompt, num_thoughts)
+
+    def _outcome(self, name: str, scores: Sequence[ThoughtScore]) -> Outcome:
+        rewards = [score.reward for score in scores]
+        if not all(map(math.isfinite, rewards)):
+            return FailedVideo(name, f"{self._sources[name]}: the reward is {fmean(rewards)}, not a number")
+        thoughts = [
+            Thought(
+                reward=score.reward,
+                cot=self.builder.tokenizer.decode(score.cot_ids, skip_special_tokens=True),
+                num_tokens=len(score.cot_ids),
+                is_finished=score.is_finished,
+            )
+            for score in scores
+        ]
+        return summarise_thoughts(name, thoughts)
+
+
+def summarise_thoughts(name: str, thoughts: Sequence[Thought]) -> ScoredVideo:
+    """The score of a video from its thoughts, at least one."""
+    if len(thoughts) == 1:
+        return ScoredVideo(name, **dataclasses.asdict(thoughts[0]))
+    rewards = [thought.reward for thought in thoughts]
+    mean = fmean(rewards)
+    return ScoredVideo(
+        name,
+        mean,
+        min(thoughts, key=lambda thought: abs(thought.reward - mean)).cot,
+        sum(thought.num_tokens for thought in thoughts),
+        all(thought.is_finished for thought in thoughts),
+        standard_error=stdev(rewards) / len(rewards) ** 0.5,
+        thoughts=tuple(thoughts),
+    )
 
 
 def choose_device() -> torch.device:

@@ -8,16 +8,15 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import ClassVar, TypeVar
 
-from scoring.types import MAX_PROMPT_LENGTH, NUM_TOKENS_AFTER_COT, ScoringSettings
+from scoring.types import MAX_PROMPT_LENGTH, NUM_TOKENS_AFTER_COT, ScoredVideo, ScoringSettings
 from verl.data.vision_process import VideoBudget
 from verl.model.reward_files import PolicyCheckpoint, find_folder, fingerprint, load_checkpoint
 from verl.trainer.checkpoints import write_atomically
-
-SCALE_FILE = "reward_scale.json"
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +63,8 @@ class RewardScale:
     Example: mean 1.5 and std 0.5 turn a reward of 2.0 into 1.0, one standard deviation above the validation's mean.
     """
 
+    FILE: ClassVar[str] = "reward_scale.json"
+
     mean: float
     std: float
     num_videos: int
@@ -76,9 +77,17 @@ class RewardScale:
         return (reward - self.mean) / self.std
 
 
-def apply_scale(reward: float, scale: RewardScale | None) -> float:
-    """The reward on `scale`; None for the head's own."""
-    return reward if scale is None else scale.apply(reward)
+def apply_scale_to_video(video: ScoredVideo, scale: RewardScale | None) -> ScoredVideo:
+    """The same with rewards and standard error on `scale`."""
+    if scale is None:
+        return video
+    error = video.standard_error
+    return replace(
+        video,
+        reward=scale.apply(video.reward),
+        standard_error=None if error is None else error / scale.std,
+        thoughts=tuple(replace(thought, reward=scale.apply(thought.reward)) for thought in video.thoughts),
+    )
 
 
 def compute_scale(rewards: Sequence[float], *, data: str, weights: str, video: dict[str, float]) -> RewardScale:
@@ -90,30 +99,34 @@ def compute_scale(rewards: Sequence[float], *, data: str, weights: str, video: d
     return RewardScale(fmean(rewards), stdev(rewards), len(rewards), data, weights, dict(video))
 
 
-def save_scale(model_ckpt: str | os.PathLike, scale: RewardScale) -> Path:
-    """Write `reward_scale.json` into the model's folder, complete or not at all; returns its path."""
-    path = find_folder(find_model(model_ckpt)) / SCALE_FILE
-    write_atomically(path, json.dumps(asdict(scale), indent=2) + "\n")
+Kind = TypeVar("Kind")
+"""A frozen dataclass that is measured on a validation set, with FILE, `weights` and `video` as of `RewardScale`."""
+
+
+def save_calibration(model_ckpt: str | os.PathLike, calibration: object) -> Path:
+    """Write its file into the model's folder, complete or not at all; returns its path."""
+    path = find_folder(find_model(model_ckpt)) / calibration.FILE
+    write_atomically(path, json.dumps(asdict(calibration), indent=2) + "\n")
     return path
 
 
-def load_model_scale(
-    model_ckpt: str | os.PathLike, checkpoint: PolicyCheckpoint, settings: ScoringSettings
-) -> RewardScale:
-    """The scale kept with a model; warns if videos are now read with another budget.
+def load_calibration(
+    kind: type[Kind], model_ckpt: str | os.PathLike, checkpoint: PolicyCheckpoint, settings: ScoringSettings
+) -> Kind:
+    """What is kept with a model; warns if videos are now read with another budget.
 
     Raises ValueError if there is none, or it was measured with other weights.
     """
     model = find_model(model_ckpt)
-    path = find_folder(model) / SCALE_FILE
+    path = find_folder(model) / kind.FILE
     if not path.is_file():
         raise ValueError(
-            f"{path.parent} has no {SCALE_FILE}: make it with inference.py --calibrate on a validation CSV"
+            f"{path.parent} has no {kind.FILE}: make it with inference.py --calibrate on a validation CSV"
         )
-    scale = RewardScale(**json.loads(path.read_text()))
-    if scale.weights != fingerprint(model, checkpoint):
+    kept = kind(**json.loads(path.read_text()))
+    if kept.weights != fingerprint(model, checkpoint):
         raise ValueError(f"{path} was measured with other weights or another head: run --calibrate again")
     budget = asdict(choose_budget(checkpoint, settings))
-    if scale.video != budget:
-        logger.warning("the scale was measured with videos read with %s, now it is %s", scale.video, budget)
-    return scale
+    if kept.video != budget:
+        logger.warning("%s was measured with videos read with %s, now it is %s", kind.FILE, kept.video, budget)
+    return kept

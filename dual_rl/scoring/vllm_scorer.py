@@ -2,7 +2,8 @@
 
 Each video is two requests: the chain of thought, and then prompt, chain of thought and `<Reward>` by their ids. The
 second finds all but the last few tokens in the prefix cache and its video in the processor's cache, and jumps the
-queue before its cache is evicted.
+queue before its cache is evicted. Several thoughts are one request that shares the prompt's cache, drawn as rollouts
+are, and then one request for the reward of each.
 
 The reward comes out as the logit of `<Reward>`, whose own value nobody needs because the policy can never draw the
 token: `compute_logits` replaces it by the head's product with the final hidden state, both in fp32. Unlike a head
@@ -20,9 +21,12 @@ import torch
 from scoring.types import ScoringEngine, ScoringSettings, ThoughtScore
 from verl.config import RolloutConfig
 from verl.model.reward_files import PolicyCheckpoint
+from verl.rollout.draws import DeviceDraws, can_draw_on
+from verl.rollout.engine import video_seed
+from verl.rollout.shared_prompt import choose_backend
 from verl.rollout.vllm_engine import with_output_layer
 from verl.rollout.vllm_prompts import PromptForm, add_request, require_same_prompt
-from verl.rollout.vllm_start import prepare_environment, process_state_kept, start_llm
+from verl.rollout.vllm_start import forbidding, prepare_environment, process_state_kept, start_llm
 from verl.types import VideoPrompt
 
 ARCHITECTURE = "Qwen3VLRewardForConditionalGeneration"
@@ -36,11 +40,13 @@ SCORING, THINKING = 0, 1
 
 @dataclass(frozen=True)
 class _Request:
-    """A request for a chain of thought while `cot_ids` is None, then one for its reward."""
+    """A request for chains of thought while `cot_ids` is None, then one for the reward of the `sample`-th."""
 
     name: str
     prompt: VideoPrompt
     video_id: str
+    num_thoughts: int
+    sample: int = 0
     cot_ids: tuple[int, ...] | None = None
     is_finished: bool = True
 
@@ -57,7 +63,12 @@ class VllmScorer(ScoringEngine):
         self.cached_tokens = self.prompt_tokens = 0
         self._numbers = itertools.count()
         self._requests: dict[str, _Request] = {}
+        self._scores: dict[str, dict[int, ThoughtScore]] = {}  # by video id, of unfinished videos, by sample
         config = RolloutConfig(
+            n=max(2, settings.num_thoughts),
+            shared_prompt_decoding=settings.num_thoughts > 1,
+            quantization=None if settings.quantization == "none" else settings.quantization,
+            kv_cache_dtype=settings.kv_cache_dtype,
             precision=settings.precision,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             max_num_seqs=settings.batch_size,
@@ -65,8 +76,11 @@ class VllmScorer(ScoringEngine):
             kv_cache_gib=settings.kv_cache_gib or (CPU_KV_CACHE_GIB if device.type == "cpu" else None),
         )
         prepare_environment(config, device)
+        draws = DeviceDraws(device) if can_draw_on(device) else None
+        processors = [forbidding(self.forbidden_token_ids)] + ([draws.logits_processor()] if draws else [])
         with process_state_kept(device):
             register_reward_model()
+            sharing = choose_backend(config, device) if config.shared_prompt_decoding else {}
             self.llm = start_llm(
                 folder,
                 config,
@@ -77,38 +91,49 @@ class VllmScorer(ScoringEngine):
                 logprobs_mode="raw_logits",
                 scheduling_policy="priority",
                 mm_processor_cache_gb=PROCESSOR_CACHE_GB,
+                logits_processors=processors,
+                **sharing,
             )
+        if draws:
+            draws.install(self.llm)
         self.form = PromptForm(folder, self.llm.get_tokenizer(), device)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         weights = itertools.chain(with_output_layer(weights), [(HEAD_NAME, self.head_weight)])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
-    def submit(self, name: str, prompt: VideoPrompt) -> None:
+    def submit(self, name: str, prompt: VideoPrompt, num_thoughts: int) -> None:
         self.form.learn(prompt, self.llm)
-        request = _Request(name, prompt, video_id=f"video-{next(self._numbers)}")
-        self._add(replace(request, cot_ids=()) if self.settings.mask_cot else request)
+        request = _Request(name, prompt, f"video-{next(self._numbers)}", num_thoughts)
+        self._scores[request.video_id] = {}
+        self._add(request if num_thoughts else replace(request, cot_ids=()))
 
-    def step(self) -> list[tuple[str, ThoughtScore]]:
+    def step(self) -> list[tuple[str, tuple[ThoughtScore, ...]]]:
         """Raises ValueError if vLLM reads other tokens than the trainer does."""
         ready = []
         for output in filter(lambda output: output.finished, self.llm.llm_engine.step()):
             request = self._requests.pop(output.request_id)
             require_same_prompt(request.prompt, output.prompt_token_ids, self._continuation(request))
             if request.cot_ids is None:
-                ids = tuple(output.outputs[0].token_ids)
-                is_finished = bool(ids) and ids[-1] == self.eos_token_id
-                self._add(replace(request, cot_ids=ids[:-1] if is_finished else ids, is_finished=is_finished))
+                for completion in output.outputs:
+                    ids = tuple(completion.token_ids)
+                    is_finished = bool(ids) and ids[-1] == self.eos_token_id
+                    cot_ids = ids[:-1] if is_finished else ids
+                    self._add(replace(request, sample=completion.index, cot_ids=cot_ids, is_finished=is_finished))
             else:
                 self.cached_tokens += output.num_cached_tokens or 0
                 self.prompt_tokens += len(output.prompt_token_ids)
                 reward = output.outputs[0].logprobs[0][self.reward_token_id].logprob
-                ready.append((request.name, ThoughtScore(request.cot_ids, request.is_finished, float(reward))))
+                scores = self._scores[request.video_id]
+                scores[request.sample] = ThoughtScore(request.cot_ids, request.is_finished, float(reward))
+                if len(scores) == max(1, request.num_thoughts):
+                    del self._scores[request.video_id]
+                    ready.append((request.name, tuple(scores[sample] for sample in sorted(scores))))
         return ready
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._requests)
+        return len(self._scores)
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
@@ -119,7 +144,7 @@ class VllmScorer(ScoringEngine):
             request.prompt, video_id=request.video_id, continuation=self._continuation(request)
         )
         is_thinking = request.cot_ids is None
-        parameters = self.thinking_parameters(request.name) if is_thinking else self._scoring_parameters()
+        parameters = self.thinking_parameters(request) if is_thinking else self._scoring_parameters()
         request_id = f"request-{next(self._numbers)}"
         add_request(self.llm, request_id, content, parameters, priority=THINKING if is_thinking else SCORING)
         self._requests[request_id] = request
@@ -128,15 +153,18 @@ class VllmScorer(ScoringEngine):
         """What follows the prompt."""
         return () if request.cot_ids is None else (*request.cot_ids, self.reward_token_id)
 
-    def thinking_parameters(self, name: str):
-        """Sampling parameters of the chain of thought of the video `name`: the same for all."""
+    def thinking_parameters(self, request: _Request):
+        """Sampling parameters of the chains of thought of a video."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        sampling = self.sampling(request.num_thoughts)
         return SamplingParams(
-            temperature=0,
-            repetition_penalty=self.settings.repetition_penalty,
-            max_tokens=self.settings.max_new_tokens,
+            n=sampling.n,
+            temperature=sampling.temperature,
+            seed=video_seed(sampling, request.prompt.key),  # vLLM adds the sample's number
+            repetition_penalty=sampling.repetition_penalty,
+            max_tokens=sampling.max_tokens,
             ignore_eos=True,
             stop_token_ids=[self.eos_token_id],  # and none from generation_config.json
             detokenize=False,
@@ -147,7 +175,12 @@ class VllmScorer(ScoringEngine):
         from vllm import SamplingParams
 
         return SamplingParams(
-            temperature=0, max_tokens=1, logprob_token_ids=[self.reward_token_id], ignore_eos=True, detokenize=False
+            temperature=0,
+            seed=0,  # unused, but our draw wants one of every request that shares a batch with drawn thoughts
+            max_tokens=1,
+            logprob_token_ids=[self.reward_token_id],
+            ignore_eos=True,
+            detokenize=False,
         )
 
 

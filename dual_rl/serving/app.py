@@ -7,9 +7,11 @@
 
 Both scoring routes answer {"results": [...], "model": ..., "scale": ...}, in order; `scale` is null for the head's own
 rewards. A result is {"reward", "cot", "num_tokens", "is_finished"} or {"error"}; an error of one video concerns no
-other. Every other answer is {"error"}: 400, 415 and 422 for an invalid request, 404 and 405 for other routes and
-methods, 401 without the token, 403 for paths when the server has no roots, 408 and 413 for bodies that are too slow or
-too large, 500 when the engine failed, 503 with Retry-After while it cannot take more.
+other. With `?num_thoughts=8` behind either route a reward is the mean over 8 drawn thoughts, and a result also has its
+"standard_error" and "thoughts", a list of such results; serve.py --num_thoughts is the default. Every other answer is
+{"error"}: 400, 415 and 422 for an invalid request, 404 and 405 for other routes and methods, 401 without the token,
+403 for paths when the server has no roots, 408 and 413 for bodies that are too slow or too large, 500 when the engine
+failed, 503 with Retry-After while it cannot take more.
 """
 
 import asyncio
@@ -26,7 +28,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from scoring.source import RewardScale, apply_scale
+from scoring.source import RewardScale, apply_scale_to_video
 from scoring.types import FailedVideo, Outcome
 from serving.metrics import ServerMetrics
 from serving.requests import (
@@ -38,6 +40,7 @@ from serving.requests import (
     limit_body,
     read_form,
     read_json,
+    read_num_thoughts,
     refuse,
 )
 from serving.scoring_thread import ScoringThread
@@ -130,14 +133,15 @@ class RewardService:
     async def _score(self, request: Request, videos: Sequence[Video | str], prompts: Sequence[str]) -> Answer:
         """Results in order; a string in place of a video is its error. Raises ClientDisconnect."""
         pairs = zip(videos, prompts, strict=True)
-        tasks = [(video.path, judge_problem(prompt)) for video, prompt in pairs if isinstance(video, Video)]
+        number = read_num_thoughts(request, self.limits)
+        tasks = [(video.path, judge_problem(prompt), number) for video, prompt in pairs if isinstance(video, Video)]
         outcomes = iter(await self._outcomes(request, tasks))
         results = [
             self._describe(next(outcomes), video) if isinstance(video, Video) else {"error": video} for video in videos
         ]
         return {"results": results, "model": self.model_name, "scale": self.scale and asdict(self.scale)}
 
-    async def _outcomes(self, request: Request, tasks: Sequence[tuple[str, str]]) -> list[Outcome]:
+    async def _outcomes(self, request: Request, tasks: Sequence[tuple[str, str, int | None]]) -> list[Outcome]:
         """When the client leaves, what waits is dropped; what was started is finished before its files go."""
         futures = self.scoring.submit(tasks)
         answers = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
@@ -162,8 +166,9 @@ class RewardService:
         """The outcome as JSON, its reward on `scale`, with the client's name for the video in place of our path."""
         if isinstance(outcome, FailedVideo):
             return {"error": outcome.error.replace(video.path, video.name)}
-        reward = apply_scale(outcome.reward, self.scale)
-        return {"reward": reward, **{name: getattr(outcome, name) for name in ("cot", "num_tokens", "is_finished")}}
+        described = asdict(apply_scale_to_video(outcome, self.scale))
+        hidden = ("name",) if outcome.thoughts else ("name", "standard_error", "thoughts")
+        return {name: value for name, value in described.items() if name not in hidden}
 
 
 def create_app(service: RewardService) -> FastAPI:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class ServerLimits:
     max_body_mb: float = setting(256.0, "per upload")
     max_videos: int = setting(64, "per request")
     max_prompt_chars: int = setting(8000, "per prompt")
+    max_thoughts: int = setting(64, "per video that a request may ask for")
     max_queue: int = setting(1024, "videos that wait; more are refused with 503")
     max_receiving: int = setting(128, "bodies that arrive at the same time")
     body_timeout: float = setting(120.0, "seconds for a whole body")
@@ -99,6 +101,16 @@ def limit_body(request: Request, max_mb: float) -> Request:
         return message
 
     return Request(request.scope, receive)
+
+
+def read_num_thoughts(request: Request, limits: ServerLimits) -> int | None:
+    """The query's `num_thoughts`; None without. Raises HTTPException unless it is a count within the limit."""
+    given = request.query_params.get("num_thoughts")
+    if given is None:
+        return None
+    if not re.fullmatch("[0-9]{1,6}", given) or not 1 <= int(given) <= limits.max_thoughts:
+        raise refuse(422, f"num_thoughts is {given[:20]!r}; give a number from 1 to {limits.max_thoughts}")
+    return int(given)
 
 
 async def read_json(request: Request, limits: ServerLimits) -> tuple[list[str], list[str]]:

@@ -58,8 +58,8 @@ class ScoringThread(threading.Thread):
             message = f"the queue is full: {len(self._waiting)} of {self.max_queue} videos wait"
             raise refuse(503, message, retry_after=RETRY_SOON)
 
-    def submit(self, videos: Sequence[tuple[str, str]]) -> list[Future[Outcome]]:
-        """Queue all of these pairs of path and problem, or raise HTTPException and queue none."""
+    def submit(self, videos: Sequence[tuple[str, str, int | None]]) -> list[Future[Outcome]]:
+        """Queue all of these paths, problems and numbers of thoughts, or raise HTTPException and queue none."""
         with self._changed:
             self.require_room(len(videos))
             entries = [(VideoTask(str(next(self._numbers)), *video), Future()) for video in videos]

@@ -19,7 +19,7 @@ from granian.log import LogLevels
 from granian.server.embed import Server
 
 from scoring.options import build_source
-from scoring.source import choose_prompt_length, load_model_scale, read_checkpoint
+from scoring.source import RewardScale, choose_prompt_length, load_calibration, read_checkpoint
 from serving.app import RewardService, create_app
 from serving.metrics import ServerMetrics
 from serving.requests import AllowedRoots, ServerLimits
@@ -60,7 +60,8 @@ def build_service(options: argparse.Namespace, folder: Path) -> RewardService:
     roots, token = AllowedRoots(options.roots), read_token(options.token_file)
     checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt)
     choose_prompt_length(checkpoint, source.settings)
-    scale = load_model_scale(source.model_ckpt, checkpoint, source.settings) if options.normalize else None
+    kept = (source.model_ckpt, checkpoint, source.settings)
+    scale = load_calibration(RewardScale, *kept) if options.normalize else None
     scoring = ScoringThread(source.load, max_queue=limits.max_queue, metrics=metrics)
     return RewardService(scoring, source.model_ckpt, folder, roots, limits, metrics, token, scale)
 

@@ -18,7 +18,8 @@ import torch
 
 from model_support import CLIPS, DUAL_RL, EXAMPLE_CSV
 from scoring.reward_model import RewardModel
-from scoring.source import compute_scale, load_model_scale, read_checkpoint, save_scale
+from scoring.source import RewardScale, compute_scale, load_calibration, read_checkpoint, save_calibration
+from scoring.thinking import ThinkMargin
 from scoring.types import ScoringSettings
 from toy_world.tables import read_table
 from verl.model.reward_files import fingerprint, save_head
@@ -68,7 +69,8 @@ def test_best_of_n_ranks_clips_and_lists_failures_and_incomplete_folders(small_m
         for index, clip in enumerate(CLIPS[3 * number : 3 * number + 3]):
             shutil.copy(clip, inner / f"{index}.mp4")
     (folder / "prompt_1" / "2.mp4").write_bytes(b"no video")
-    flags = ["--model_ckpt", str(small_model), "--clips", str(folder), "--output", str(output)]
+    model = shutil.copytree(small_model, tmp_path / "model")
+    flags = ["--model_ckpt", str(model), "--clips", str(folder), "--output", str(output)]
     assert example.main([*flags, "--backend", "hf", "--max_new_tokens", "6"]) == 0
     console = capsys.readouterr()
     assert "failed: prompt_1/2.mp4: video does not decode" in console.err
@@ -79,6 +81,19 @@ def test_best_of_n_ranks_clips_and_lists_failures_and_incomplete_folders(small_m
         rewards = [float(row["reward"]) for row in rows if row["folder"] == name and row["reward"]]
         assert rewards == sorted(rewards, reverse=True)
     assert f"prompt_0: {rows[0]['video']}" in console.out
+    rewards = {row["video"]: row["reward"] for row in rows}
+    assert example.main([*flags, "--backend", "hf", "--mask_cot"]) == 0
+    first, second = (float(row["reward"]) for row in read_table(output)[:2])
+    margin, checkpoint = first - second + 1e-4, read_checkpoint(model)
+    rule = {"weights": fingerprint(model, checkpoint), "video": dataclasses.asdict(checkpoint.video_budget)}
+    save_calibration(model, ThinkMargin(margin, 1.0, 0.5, 1.0, 10, "val.csv", **rule))
+    capsys.readouterr()
+    assert example.main([*flags, "--backend", "hf", "--max_new_tokens", "6", "--think_when_unsure"]) == 0
+    thought = [row for row in read_table(output) if row["cot"]]
+    assert f"{len(thought)} of 6 clips thought" in capsys.readouterr().out
+    assert len(thought) in (2, 4)  # the first two clips of prompt_0, and perhaps the two of prompt_1
+    for row in thought:
+        assert float(row["reward"]) == pytest.approx(float(rewards[row["video"]]), abs=1e-5)
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match=r"(?s)empty has no text.*empty has no clip"):
         example.find_tasks(folder)
@@ -115,13 +130,13 @@ def test_a_model_scores_on_its_scale_which_is_refused_for_another_head(small_mod
         budget = dataclasses.asdict(model.loader.budget)
     checkpoint = read_checkpoint(folder)
     scale = compute_scale(raw, data="val.csv", weights=fingerprint(folder, checkpoint), video=budget)
-    assert json.loads(save_scale(folder, scale).read_text())["num_videos"] == 2
+    assert json.loads(save_calibration(folder, scale).read_text())["num_videos"] == 2
     with RewardModel.from_pretrained(folder, settings=SETTINGS, normalize=True) as model:
         scaled = model.score(CLIPS[:2], PROMPTS).rewards
     assert scaled == pytest.approx([(reward - fmean(raw)) / stdev(raw) for reward in raw], abs=1e-4)
-    assert "the scale was measured" not in caplog.text
-    assert load_model_scale(folder, checkpoint, dataclasses.replace(SETTINGS, video_fps=3.0)) == scale
-    assert "the scale was measured with videos read with" in caplog.text
+    assert "was measured" not in caplog.text
+    assert load_calibration(RewardScale, folder, checkpoint, dataclasses.replace(SETTINGS, video_fps=3.0)) == scale
+    assert "reward_scale.json was measured with videos read with" in caplog.text
     save_head(folder / "rm_head.pth", torch.load(folder / "rm_head.pth", weights_only=True)["rm_head.weight"] * 1.01)
     with pytest.raises(ValueError, match="other weights or another head"):
-        load_model_scale(folder, read_checkpoint(folder), SETTINGS)
+        load_calibration(RewardScale, folder, read_checkpoint(folder), SETTINGS)

@@ -198,6 +198,8 @@ MISTAKES = [
     (r"mine\.csv exists and is not from such a run: choose another output", {}, {"output": "mine.csv"}),
     (r"\S+folder\.csv", {}, {"output": "folder.csv"}),
     ("max_new_tokens=9000 leaves -?[0-9]+ of 8192 positions", {}, {"max_new_tokens": 9000}),
+    ("fp8 needs the vllm backend on a GPU", {}, {"backend": "vllm", "quantization": "fp8"}),
+    (r"think_agreement is 0.9\. Give a share up to 1, with --calibrate", {}, {"think_agreement": 0.9}),
     ("batch_size is 0; it must be at least 1", {}, {"batch_size": 0}),
     (r"no model folder at /no/such/model$", {}, {"model_ckpt": "/no/such/model"}),
     ("no reward head at .*: name the rm_head.pth", {}, {"rm_ckpt": VIDEOS}),
@@ -243,7 +245,7 @@ def test_vllm_scores_like_transformers_and_prints_its_own_lines_only(desk, bench
 def test_two_engines_score_like_one_and_the_death_of_one_costs_nothing(desk, bench, whole):
     running = desk.start(bench, "spread/scores.csv", num_workers=2, batch_size=1)
     running.stop_at(2, number=signal.SIGCONT)  # has no effect: wait for the first reward
-    engines = [pid for pid, name in running.children().items() if name.startswith("ray::_score_share")]
+    engines = [pid for pid, name in running.children().items() if name.startswith("ray::_Engine")]
     os.kill(engines[0], signal.SIGKILL)
     scored = running.wait()
     pattern = "an engine died: its process was killed, .* resumes where this run stopped$"

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
         ["interpreted_kernels.py"],
         # An engine that draws by the kernel keeps what engines promise.
         pytest.param(["test_rollout_engines.py", "-k", "vllm and not hf"], marks=pytest.mark.slow),
+        pytest.param(["test_scoring.py", "-m", "", "-k", "several_thoughts and vllm"], marks=pytest.mark.slow),
     ],
 )
 def test_in_the_interpreter(arguments):

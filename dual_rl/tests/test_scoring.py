@@ -81,24 +81,31 @@ def encode(model: RewardModel) -> list[VideoPrompt]:
     return [future.result() for future in futures]
 
 
-def think_and_score(model: RewardModel, prompts: Sequence[VideoPrompt]) -> list[ThoughtScore]:
-    """What the engine alone returns, in order of the prompts."""
-    for number, prompt in enumerate(prompts):
-        model.engine.submit(str(number), prompt)
+def run_engine(model: RewardModel, prompts: Sequence[VideoPrompt], numbers: Sequence[int]) -> list[tuple]:
+    """What the engine alone returns, in order of the prompts, for each its own number of thoughts."""
+    for index, (prompt, num_thoughts) in enumerate(zip(prompts, numbers, strict=True)):
+        model.engine.submit(str(index), prompt, num_thoughts)
     ready = {}
     while model.engine.num_unfinished:
         ready.update(model.engine.step())
-    return [ready[str(number)] for number in range(len(prompts))]
+    return [ready[str(index)] for index in range(len(prompts))]
+
+
+def think_and_score(model: RewardModel, prompts: Sequence[VideoPrompt]) -> list[ThoughtScore]:
+    """The same with one thought or none, as the model's settings say."""
+    return [score for (score,) in run_engine(model, prompts, [0 if model.settings.mask_cot else 1] * len(prompts))]
 
 
 @torch.no_grad()
-def assert_plain_forward(policy: PolicyModel, model: RewardModel, scores: Sequence[ThoughtScore]) -> None:
+def assert_plain_forward(
+    policy: PolicyModel, model: RewardModel, scores: Sequence[ThoughtScore], *, tolerance: float = TOLERANCE
+) -> None:
     """Rewards are those of stock transformers on each whole sequence by itself."""
     rewards = []
     for prompt, score in zip(encode(model), scores, strict=True):
         response = Response(ResponseKey(*prompt.key, 0), score.cot_ids, score.is_finished, torch.zeros(0))
         rewards.append(compute_reward(policy, prompt, response, model.builder).item())
-    assert [score.reward for score in scores] == pytest.approx(rewards, abs=TOLERANCE)
+    assert [score.reward for score in scores] == pytest.approx(rewards, abs=tolerance)
     assert np.std(rewards) > 100 * TOLERANCE
 
 
@@ -141,6 +148,30 @@ def test_neither_its_batch_nor_an_interrupted_call_changes_a_score(models, monke
         for n in (1, 4):
             assert alone.cots == [together.cots[n]]
             assert alone.rewards == pytest.approx([together.rewards[n]], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_thoughts_are_drawn_alike_in_any_batch_and_scored_by_the_plain_forward(
+    models, thoughts, policy, backend
+):
+    """In a batch with greedy thoughts and with none, which stay what they are."""
+    model, prompts = models[backend], encode(models[backend])
+    several = run_engine(model, [*prompts, *prompts, prompts[0]], [3] * 4 + [1] * 4 + [0])
+    assert [score.cot_ids for (score,) in several[4:8]] == [score.cot_ids for score in thoughts[backend]]
+    assert [score.cot_ids for score in several[8]] == [()]
+    assert all(len({score.cot_ids for score in scores}) > 1 for scores in several[:4])
+    for sample in range(3):
+        assert_plain_forward(policy, model, [scores[sample] for scores in several[:4]])
+    together = model.score_videos(CLIPS, PROMPTS, num_thoughts=3)
+    frames, fps = read_frames(CLIPS[1])
+    (alone,) = model.score_videos([frames], PROMPTS[1:2], fps=fps, num_thoughts=3)
+    assert [thought.cot for thought in alone.thoughts] == [thought.cot for thought in together[1].thoughts]
+    rewards = [thought.reward for thought in alone.thoughts]
+    expected = (np.mean(rewards), np.std(rewards, ddof=1) / 3**0.5)
+    assert (alone.reward, alone.standard_error) == pytest.approx(expected)
+    assert alone.num_tokens == sum(thought.num_tokens for thought in alone.thoughts)
+    (longer,) = model.score_videos(CLIPS[1:2], PROMPTS[1:2], num_thoughts=4)
+    assert [thought.cot for thought in longer.thoughts[:3]] == [thought.cot for thought in alone.thoughts]
 
 
 def test_vllm_encodes_a_video_once_and_scores_on_the_cached_prefix(models, monkeypatch):
@@ -201,3 +232,13 @@ def test_the_head_stays_in_fp32_beside_a_model_in_bf16(load_tiny, thoughts, back
         rewards = [score.reward for score in think_and_score(in_bf16, encode(in_bf16))]
     assert any(float(torch.tensor(reward).bfloat16()) != reward for reward in rewards)
     assert rewards == pytest.approx([score.reward for score in thoughts["hf"]], abs=0.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fp8_scores_drawn_greedy_and_no_thoughts_in_one_batch(load_tiny, policy):
+    settings = {"quantization": "fp8", "kv_cache_dtype": "fp8", "num_thoughts": 3, "gpu_memory_utilization": 0.3}
+    with load_tiny(backend="vllm", **settings) as model:
+        several = run_engine(model, encode(model) * 3, [3] * 4 + [1] * 4 + [0] * 4)
+        for scores in (several[4:8], several[8:], *([group[n : n + 1] for group in several[:4]] for n in range(3))):
+            assert_plain_forward(policy, model, [score for (score,) in scores], tolerance=0.5)

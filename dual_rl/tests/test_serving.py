@@ -43,6 +43,19 @@ def test_paths_and_uploads_score_as_the_offline_model_does(serving, offline, sco
         assert (score.reward, score.cot) == (pytest.approx(offline[0]["reward"], abs=TOLERANCE), offline[0]["cot"])
 
 
+def test_a_request_asks_for_several_thoughts(serving, reward_model):
+    client, clip = serving(limits=ServerLimits(max_thoughts=4)).client, CLIPS[0]
+    (offline,) = reward_model.score_videos([clip], PROMPTS[:1], num_thoughts=3)
+    for video in (ServerPath(clip), clip):
+        (score,) = RewardClient(f"http://127.0.0.1:{client.port}", num_thoughts=3).score([video], PROMPTS[:1])
+        assert (score.reward, score.standard_error) == pytest.approx(
+            (offline.reward, offline.standard_error), abs=1e-5
+        )
+        assert [thought["cot"] for thought in score.thoughts] == [thought.cot for thought in offline.thoughts]
+    with pytest.raises(RewardServerError, match="num_thoughts is '5'; give a number from 1 to 4"):
+        RewardClient(f"http://127.0.0.1:{client.port}", num_thoughts=5).score([ServerPath(clip)], PROMPTS[:1])
+
+
 def test_rewards_are_on_the_scale_that_the_answer_names(serving, offline):
     scale = RewardScale(0.5, 2.0, 10, "val.csv", "w", {"fps": 2.0})
     reply = serving(scale=scale).client.score_paths(CLIPS)

@@ -10,6 +10,7 @@ import pytest
 
 from draw_best_of_n import compute_expected_best
 from draw_speed import STAGE1, STAGE2, compose_steps, draw_growth, draw_speed, read
+from draw_thoughts import measure_coverage, sweep_thinking
 from evidence.intervals import Interval, estimate_accuracy, estimate_difference, judge
 
 
@@ -56,6 +57,16 @@ def test_expected_best_of_n_is_the_mean_over_all_draws():
             expected = fmean(values[max(draw, key=rewards.__getitem__)] for draw in draws)
             assert compute_expected_best(rewards, values, n=n) == pytest.approx(expected)
     assert compute_expected_best([1, 1, 0], [4.0, 2.0, 0.0], n=3) == 3.0  # equal rewards share equally
+
+
+def test_intervals_of_normal_thoughts_cover_and_the_curve_ends_where_all_think():
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(size=(200, 1024)) + rng.normal(size=(200, 1))
+    for k in (2, 8):
+        assert measure_coverage(rewards, k)[0] == pytest.approx(0.95, abs=0.01)
+    masked, thought, labels = np.array([1.0, -0.1, 3.0]), np.array([2.0, 1.0, -1.0]), np.array([1, 1, -1])
+    points = sweep_thinking(masked, thought, labels)
+    assert (points[0], points[10], points[-1]) == ((0, 0.3333, 0.3333), (0.3333, 0.6667, 0.6667), (1, 1, 1))
 
 
 def test_original_step_by_hand():
