@@ -38,6 +38,7 @@ def training_row(pair: Pair, problem: str) -> Row:
         "GSB": pair.label,
         "MOS_A_GSB": round(overall_score(clip_a.scores), 4),
         "MOS_B_GSB": round(overall_score(clip_b.scores), 4),
+        **_label_groups(pair),
     }
 
 
@@ -54,6 +55,11 @@ def _label_of(pair: Pair, dimensions: tuple[str, ...]) -> str:
     return prefer(*map(sum, counted))
 
 
+def _label_groups(pair: Pair) -> dict[str, str]:
+    """Labels by the names of BENCH_GROUPS."""
+    return {name: _label_of(pair, group) for name, group in BENCH_GROUPS.items()}
+
+
 def bench_rows(pair: Pair) -> dict[str, list[Row]]:
     """The rows of a pair in each benchmark's columns. videofeedback has one row per clip, the others one per pair."""
     clip_a, clip_b = pair.clips
@@ -63,7 +69,7 @@ def bench_rows(pair: Pair) -> dict[str, list[Row]]:
     details = {}
     for side, clip in zip("AB", pair.clips, strict=True):
         details |= {f"fps_{side}": clip.nuisance.fps, f"num_frames_{side}": clip.nuisance.num_frames}
-    groups = {name: _label_of(pair, group) for name, group in BENCH_GROUPS.items()}
+    groups = _label_groups(pair)
     is_asked = pair.request.mentioned.__contains__
     by_dimension = {f"GSB_{name}": _label_of(pair, (name,)) if is_asked(name) else "invalid" for name in DIMENSIONS}
     genai = {"left_video_path": path_a, "right_video_path": path_b}
