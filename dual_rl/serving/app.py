@@ -4,6 +4,7 @@
     POST /v1/score/upload   multipart form: files `videos`, fields `prompts`, in the same order
     GET  /health            200 when it takes requests, else 503; open to all
     GET  /metrics           Prometheus text
+    GET  /                  a page to try the model; open to all
 
 Both scoring routes answer {"results": [...], "model": ..., "scale": ...}, in order; `scale` is null for the head's own
 rewards. A result is {"reward", "cot", "num_tokens", "is_finished"} or {"error"}; an error of one video concerns no
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -44,6 +45,7 @@ from serving.scoring_thread import ScoringThread
 from verl.data.scored_sequence import judge_problem
 
 Answer = dict[str, object]
+PAGE = Path(__file__).with_name("try_page.html")
 
 
 @dataclass
@@ -173,6 +175,7 @@ def create_app(service: RewardService) -> FastAPI:
     app.add_api_route("/v1/score", service.score_paths, methods=["POST"], dependencies=guarded)
     app.add_api_route("/v1/score/upload", service.score_uploads, methods=["POST"], dependencies=guarded)
     app.add_api_route("/health", service.health, methods=["GET"])
+    app.add_api_route("/", lambda: FileResponse(PAGE), methods=["GET"])
     app.add_api_route("/metrics", service.read_metrics, methods=["GET"], dependencies=guarded)
 
     @app.exception_handler(HTTPException)
