@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 RETRIED_STATUSES = (None, 429, 502, 503, 504)
 """None: the connection failed."""
@@ -71,7 +71,8 @@ class RewardClient:
     connection; scoring counts, so it must exceed the longest wait in the server's queue. `num_retries`: per request,
     after connection errors, 429, 502, 503 and 504, with pauses that double from `first_pause` to `longest_pause`
     seconds, or longer where the server's Retry-After says so. The defaults retry for 3 to 5 minutes. `batch_size`:
-    videos per request. `num_connections`: simultaneous requests.
+    videos per request. `num_connections`: simultaneous requests. `run`: a name under which the server watches what it
+    scores for signs of reward hacking.
     """
 
     url: str
@@ -82,6 +83,7 @@ class RewardClient:
     longest_pause: float = 30.0
     batch_size: int = 16
     num_connections: int = 4
+    run: str | None = None
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -161,6 +163,8 @@ class RewardClient:
     def _send(self, method: str, route: str, body: bytes = b"", headers: dict[str, str] | None = None) -> bytes:
         """One attempt on a new connection: the body of a reply with status 200. Raises RewardServerError."""
         parts, headers = urlsplit(self.url), dict(headers or {})
+        if self.run is not None and method == "POST":
+            route += f"{'&' if '?' in route else '?'}run={quote(self.run, safe='')}"
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname, parts.port, timeout=min(CONNECT_SECONDS, self.timeout))
         if self.token is not None:

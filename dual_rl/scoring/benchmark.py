@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -31,11 +31,13 @@ from scoring.source import (
     choose_prompt_length,
     compute_scale,
     find_model,
+    find_model_scale,
     load_model_scale,
     read_checkpoint,
     save_scale,
 )
 from scoring.types import ScoringSettings, require_positive
+from scoring.watch import describe, find_signs, measure, observe
 from verl.model.precision import resolve_precision
 from verl.model.reward_files import PolicyCheckpoint, find_folder, fingerprint
 from verl.trainer.checkpoints import write_atomically
@@ -72,6 +74,10 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, object]:
         _score_missing(source, bench, journal, num_workers=options.num_workers)
         summary = summarise(bench, journal, seed=options.seed, scale=scale)
         result = {"model_ckpt": source.model_ckpt, "data_path": options.data_path, "run": identity, **summary}
+        figures = measure([observe(journal.read(name)) for name in journal.rewards]) if journal.rewards else None
+        known = scale or find_model_scale(source.model_ckpt, checkpoint, source.settings)
+        if figures and known and not options.calibrate:
+            result["watch"] = {"signs": find_signs(figures, known), "summary": describe(figures, known)}
         write_csv(output, bench, journal, scale=scale)
         write_atomically(output.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
         if options.report:
@@ -79,7 +85,8 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, object]:
         if options.calibrate:  # at the end: if there is no spread, the results are there
             rewards, data = list(journal.rewards.values()), os.path.basename(options.data_path)
             scale = compute_scale(rewards, data=data, weights=identity["weights"], video=identity["video"])
-            path = save_scale(source.model_ckpt, scale)
+            thoughts = {name: getattr(figures, name) for name in ("agreement", "agreement_error", "faulty")}
+            path = save_scale(source.model_ckpt, replace(scale, **thoughts))
             logger.info("the scale of these rewards, %.4f +- %.4f, is kept in %s", scale.mean, scale.std, path)
     return result
 

@@ -126,6 +126,8 @@ def format_result(result: Mapping[str, Any]) -> str:
     if result["mean_reward"] is not None:
         unit = describe_scale(result["scale"])
         lines.append(f"mean reward {result['mean_reward']:.4f}" + (f", in {unit}" if unit else ""))
+    if watch := result.get("watch"):
+        lines.append(f"signs of reward hacking: {', '.join(watch['signs']) or 'none'}; {watch['summary']}")
     main = choose_main_label(labels)
     if main is not None:
         lines += ["", *build_accuracy_table(labels).format()]

@@ -59,7 +59,8 @@ def choose_budget(checkpoint: PolicyCheckpoint, settings: ScoringSettings) -> Vi
 class RewardScale:
     """(reward - `mean`) / `std`, measured on `num_videos` of `data`. `weights`: fingerprint of the model and its head.
 
-    `video`: the budget that the videos were read with.
+    `video`: the budget that the videos were read with. The rest is of the thoughts, see scoring/watch.py; None if an
+    older version kept the scale.
 
     Example: mean 1.5 and std 0.5 turn a reward of 2.0 into 1.0, one standard deviation above the validation's mean.
     """
@@ -70,6 +71,9 @@ class RewardScale:
     data: str
     weights: str
     video: dict[str, float]
+    agreement: float | None = None
+    agreement_error: float | None = None
+    faulty: float | None = None
 
     def apply(self, reward: float) -> float:
         """The reward on this scale."""
@@ -117,3 +121,11 @@ def load_model_scale(
     if scale.video != budget:
         logger.warning("the scale was measured with videos read with %s, now it is %s", scale.video, budget)
     return scale
+
+
+def find_model_scale(*model: object) -> RewardScale | None:
+    """`load_model_scale`, or None where that raises ValueError."""
+    try:
+        return load_model_scale(*model)
+    except ValueError:
+        return None

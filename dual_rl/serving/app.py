@@ -6,6 +6,8 @@
     GET  /metrics           Prometheus text
     GET  /                  a page to try the model; open to all
 
+`?run=NAME` behind a scoring route says for which of a client's runs it scores; scoring/watch.py watches each.
+
 Both scoring routes answer {"results": [...], "model": ..., "scale": ...}, in order; `scale` is null for the head's own
 rewards. A result is {"reward", "cot", "num_tokens", "is_finished"} or {"error"}; an error of one video concerns no
 other. Every other answer is {"error"}: 400, 415 and 422 for an invalid request, 404 and 405 for other routes and
@@ -29,6 +31,7 @@ from starlette.requests import ClientDisconnect
 
 from scoring.source import RewardScale, apply_scale
 from scoring.types import FailedVideo, Outcome
+from scoring.watch import RunWatch
 from serving.metrics import ServerMetrics
 from serving.requests import (
     MAX_JSON_MB,
@@ -46,6 +49,7 @@ from verl.data.scored_sequence import judge_problem
 
 Answer = dict[str, object]
 PAGE = Path(__file__).with_name("try_page.html")
+MAX_RUN_CHARS = 64
 
 
 @dataclass
@@ -63,6 +67,7 @@ class RewardService:
     metrics: ServerMetrics
     token: str | None = None
     scale: RewardScale | None = None
+    watch: RunWatch = field(default_factory=RunWatch)
     _deadlines: set[asyncio.Timeout] = field(default_factory=set, init=False)
 
     async def require_token(self, request: Request) -> None:
@@ -104,6 +109,7 @@ class RewardService:
 
     async def read_metrics(self) -> Response:
         """`GET /metrics`."""
+        self.metrics.show_runs(self.watch.read())
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     def interrupt(self) -> None:
@@ -158,6 +164,8 @@ class RewardService:
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
+        run = ascii(request.query_params.get("run", "default")[:MAX_RUN_CHARS])[1:-1]  # breaks no line of a log
+        self.watch.add(run, outcomes)
         return outcomes
 
     def _describe(self, outcome: Outcome, video: Video) -> Answer:
