@@ -164,7 +164,7 @@ class RewardService:
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
-        run = ascii(request.query_params.get("run", "default")[:MAX_RUN_CHARS])[1:-1]  # breaks no line of a log
+        run = ascii((request.query_params.get("run") or "default")[:MAX_RUN_CHARS])[1:-1]  # breaks no line of a log
         self.watch.add(run, outcomes)
         return outcomes
 
