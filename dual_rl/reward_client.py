@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 RETRIED_STATUSES = (None, 429, 502, 503, 504)
 """None: the connection failed."""
@@ -77,7 +77,8 @@ class RewardClient:
     after connection errors, 429, 502, 503 and 504, with pauses that double from `first_pause` to `longest_pause`
     seconds, or longer where the server's Retry-After says so. The defaults retry for 3 to 5 minutes. `batch_size`:
     videos per request. `num_connections`: simultaneous requests. `num_thoughts`: drawn for each video, 1 for a greedy
-    one; None for what the server was started with.
+    one; None for what the server was started with. `run`: a name under which the server watches what it scores for
+    signs of reward hacking.
     """
 
     url: str
@@ -89,6 +90,7 @@ class RewardClient:
     batch_size: int = 16
     num_connections: int = 4
     num_thoughts: int | None = None
+    run: str | None = None
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -149,7 +151,8 @@ class RewardClient:
 
     def _retry(self, route: str, body: bytes, content_type: str) -> bytes:
         """The body of a reply with status 200."""
-        route += "" if self.num_thoughts is None else f"?num_thoughts={self.num_thoughts}"
+        asked = {"num_thoughts": self.num_thoughts, "run": self.run}
+        route += "?" + urlencode({name: value for name, value in asked.items() if value is not None})
         start, pause = time.monotonic(), self.first_pause
         for retries_left in reversed(range(self.num_retries + 1)):
             try:

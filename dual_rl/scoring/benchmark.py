@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from scoring.source import (
     choose_budget,
     choose_prompt_length,
     compute_scale,
+    find_calibration,
     find_model,
     load_calibration,
     read_checkpoint,
@@ -39,6 +40,7 @@ from scoring.source import (
 )
 from scoring.thinking import ThinkMargin, calibrate_margin, mask_bench, mix_bench
 from scoring.types import ScoringSettings, require_positive
+from scoring.watch import Figures, describe, find_signs, measure, observe
 from verl.model.precision import resolve_precision
 from verl.model.reward_files import PolicyCheckpoint, find_folder, fingerprint
 from verl.trainer.checkpoints import write_atomically
@@ -78,25 +80,38 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, object]:
             num_thought = sum(item.num_thoughts is None for item in bench.items.values())
             summary |= {"mean_reward": None, "thinking": {"num_thought": num_thought, **asdict(rule)}}
         result = {"model_ckpt": source.model_ckpt, "data_path": options.data_path, "run": identity, **summary}
+        scored = [observe(journal.read(name)) for name in bench.items if name in journal.rewards]
+        figures = measure(scored) if scored else None
+        known = scale or find_calibration(RewardScale, *kept)
+        if figures and known and rule is None and not options.calibrate:
+            result["watch"] = {"signs": find_signs(figures, known), "summary": describe(figures, known)}
         write_csv(output, bench, journal, scale=scale, has_errors=options.num_thoughts > 1)
         write_atomically(output.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
         if options.report:
             write_report(options.report, bench, journal, result)
         if options.calibrate:  # at the end: if there is no spread, the results are there
-            _calibrate(options, bench, journal.rewards, weights=identity["weights"], video=identity["video"])
+            _calibrate(options, bench, journal.rewards, figures, identity)
     return result
 
 
-def _calibrate(options: argparse.Namespace, bench: Bench, rewards: Mapping[str, float], **identity: object) -> None:
+def _calibrate(
+    options: argparse.Namespace,
+    bench: Bench,
+    rewards: Mapping[str, float],
+    figures: Figures | None,
+    identity: Mapping[str, object],
+) -> None:
     """Keep the scale of these rewards, and the margin if it is asked for. Raises ValueError where there is none."""
+    measured_with = {name: identity[name] for name in ("weights", "video")}
     own = [rewards[name] for name in bench.items if name in rewards]
-    scale = compute_scale(own, data=os.path.basename(options.data_path), **identity)
-    path = save_calibration(options.model_ckpt, scale)
+    scale = compute_scale(own, data=os.path.basename(options.data_path), **measured_with)
+    thoughts = {name: getattr(figures, name) for name in ("agreement", "agreement_error", "faulty")}
+    path = save_calibration(options.model_ckpt, replace(scale, **thoughts))
     logger.info("the scale of these rewards, %.4f +- %.4f, is kept in %s", scale.mean, scale.std, path)
     if options.think_agreement is None:
         return
     column = bench.label_columns.index(choose_main_label(bench.label_columns))
-    rule = calibrate_margin(bench, rewards, column, least_agreement=options.think_agreement, **identity)
+    rule = calibrate_margin(bench, rewards, column, least_agreement=options.think_agreement, **measured_with)
     path = save_calibration(options.model_ckpt, rule)
     logger.info(
         "with a margin of %.4f, %.1f%% of the pairs think and %.1f%% of the verdicts are those of always thinking; "

@@ -154,6 +154,8 @@ def format_result(result: Mapping[str, Any]) -> str:
             f"{rule['num_thought']} of {result['num_videos']} videos thought, those of pairs whose rewards without a "
             f"thought differ by at most {rule['margin']:.4f}"
         )
+    if watch := result.get("watch"):
+        lines.append(f"signs of reward hacking: {', '.join(watch['signs']) or 'none'}; {watch['summary']}")
     main = choose_main_label(labels)
     if main is not None:
         lines += ["", *build_accuracy_table(labels).format()]

@@ -58,7 +58,8 @@ def choose_budget(checkpoint: PolicyCheckpoint, settings: ScoringSettings) -> Vi
 class RewardScale:
     """(reward - `mean`) / `std`, measured on `num_videos` of `data`. `weights`: fingerprint of the model and its head.
 
-    `video`: the budget that the videos were read with.
+    `video`: the budget that the videos were read with. The rest is of the thoughts, see scoring/watch.py; None if an
+    older version kept the scale.
 
     Example: mean 1.5 and std 0.5 turn a reward of 2.0 into 1.0, one standard deviation above the validation's mean.
     """
@@ -71,6 +72,9 @@ class RewardScale:
     data: str
     weights: str
     video: dict[str, float]
+    agreement: float | None = None
+    agreement_error: float | None = None
+    faulty: float | None = None
 
     def apply(self, reward: float) -> float:
         """The reward on this scale."""
@@ -130,3 +134,14 @@ def load_calibration(
     if kept.video != budget:
         logger.warning("%s was measured with videos read with %s, now it is %s", kind.FILE, kept.video, budget)
     return kept
+
+
+def find_calibration(kind: type[Kind], model_ckpt: str | os.PathLike, *rest: object) -> Kind | None:
+    """`load_calibration`, or None where there is none or, with a warning, it is of another model."""
+    if not (find_folder(find_model(model_ckpt)) / kind.FILE).is_file():
+        return None
+    try:
+        return load_calibration(kind, model_ckpt, *rest)
+    except ValueError as error:
+        logger.warning("%s", error)
+        return None

@@ -4,6 +4,9 @@
     POST /v1/score/upload   multipart form: files `videos`, fields `prompts`, in the same order
     GET  /health            200 when it takes requests, else 503; open to all
     GET  /metrics           Prometheus text
+    GET  /                  a page to try the model; open to all
+
+`?run=NAME` behind a scoring route says for which of a client's runs it scores; scoring/watch.py watches each.
 
 Both scoring routes answer {"results": [...], "model": ..., "scale": ...}, in order; `scale` is null for the head's own
 rewards. A result is {"reward", "cot", "num_tokens", "is_finished"} or {"error"}; an error of one video concerns no
@@ -23,13 +26,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from scoring.source import RewardScale, apply_scale_to_video
 from scoring.types import FailedVideo, Outcome
+from scoring.watch import RunWatch
 from serving.metrics import ServerMetrics
 from serving.requests import (
     MAX_JSON_MB,
@@ -47,6 +51,8 @@ from serving.scoring_thread import ScoringThread
 from verl.data.scored_sequence import judge_problem
 
 Answer = dict[str, object]
+PAGE = Path(__file__).with_name("try_page.html")
+MAX_RUN_CHARS = 64
 
 
 @dataclass
@@ -64,6 +70,7 @@ class RewardService:
     metrics: ServerMetrics
     token: str | None = None
     scale: RewardScale | None = None
+    watch: RunWatch = field(default_factory=RunWatch)
     _deadlines: set[asyncio.Timeout] = field(default_factory=set, init=False)
 
     async def require_token(self, request: Request) -> None:
@@ -105,6 +112,7 @@ class RewardService:
 
     async def read_metrics(self) -> Response:
         """`GET /metrics`."""
+        self.metrics.show_runs(self.watch.read())
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     def interrupt(self) -> None:
@@ -160,6 +168,8 @@ class RewardService:
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
+        run = ascii((request.query_params.get("run") or "default")[:MAX_RUN_CHARS])[1:-1]  # breaks no line of a log
+        self.watch.add(run, outcomes)
         return outcomes
 
     def _describe(self, outcome: Outcome, video: Video) -> Answer:
@@ -178,6 +188,7 @@ def create_app(service: RewardService) -> FastAPI:
     app.add_api_route("/v1/score", service.score_paths, methods=["POST"], dependencies=guarded)
     app.add_api_route("/v1/score/upload", service.score_uploads, methods=["POST"], dependencies=guarded)
     app.add_api_route("/health", service.health, methods=["GET"])
+    app.add_api_route("/", lambda: FileResponse(PAGE), methods=["GET"])
     app.add_api_route("/metrics", service.read_metrics, methods=["GET"], dependencies=guarded)
 
     @app.exception_handler(HTTPException)

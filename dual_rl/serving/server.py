@@ -19,7 +19,8 @@ from granian.log import LogLevels
 from granian.server.embed import Server
 
 from scoring.options import build_source
-from scoring.source import RewardScale, choose_prompt_length, load_calibration, read_checkpoint
+from scoring.source import RewardScale, choose_prompt_length, find_calibration, load_calibration, read_checkpoint
+from scoring.watch import RunWatch
 from serving.app import RewardService, create_app
 from serving.metrics import ServerMetrics
 from serving.requests import AllowedRoots, ServerLimits
@@ -62,8 +63,9 @@ def build_service(options: argparse.Namespace, folder: Path) -> RewardService:
     choose_prompt_length(checkpoint, source.settings)
     kept = (source.model_ckpt, checkpoint, source.settings)
     scale = load_calibration(RewardScale, *kept) if options.normalize else None
+    watch = RunWatch(scale or find_calibration(RewardScale, *kept))
     scoring = ScoringThread(source.load, max_queue=limits.max_queue, metrics=metrics)
-    return RewardService(scoring, source.model_ckpt, folder, roots, limits, metrics, token, scale)
+    return RewardService(scoring, source.model_ckpt, folder, roots, limits, metrics, token, scale, watch=watch)
 
 
 def read_token(path: str | None) -> str | None:

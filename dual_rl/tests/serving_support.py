@@ -114,12 +114,12 @@ def read_all(connection: socket.socket) -> bytes:
 class Serving:
     """A real server in a thread, around a loaded model."""
 
-    def __init__(self, model, folder: Path, *, roots=(CLIPS[0].parent,), token=None, limits=None, scale=None) -> None:
+    def __init__(self, model, folder: Path, *, roots=(CLIPS[0].parent,), token=None, limits=None, **options) -> None:
         limits, metrics = limits or ServerLimits(), ServerMetrics()
         self.scoring = ScoringThread(lambda: nullcontext(model), max_queue=limits.max_queue, metrics=metrics)
         self.folder = folder
         folder.mkdir()
-        service = RewardService(self.scoring, "small", folder, AllowedRoots(roots), limits, metrics, token, scale)
+        service = RewardService(self.scoring, "small", folder, AllowedRoots(roots), limits, metrics, token, **options)
         self.client = Client(choose_port("127.0.0.1", 0), token)
         self.server = build_server(service, "127.0.0.1", self.client.port, header_seconds=HEADER_SECONDS)
         self.loop = asyncio.new_event_loop()

@@ -4,12 +4,14 @@ Rewards depend on a batch's padding by rounding only: runs that must be bit-equa
 differ in the last digits.
 """
 
+import json
 import math
 import os
 import random
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,18 @@ def test_every_video_is_scored_once_and_reported_in_all_its_rows(desk):
         assert cells == before | dict(zip(added_columns(bench), expected, strict=True))
     assert scored.json["labels"].keys() == {"VQ", "Overall"}
     assert "<h1>videoalign: align.csv</h1>" in (desk.root / "page.html").read_text()
+
+
+def test_runs_of_a_calibrated_model_are_judged_by_its_calibration(desk, bench, finished, tmp_path, capsys):
+    flags = replace(desk, model=shutil.copytree(desk.model, tmp_path / "model")).flags(bench, finished, batch_size=1)
+    assert main([*flags, "--calibrate"]) == 0
+    assert "signs" not in capsys.readouterr().out
+    scale = json.loads((tmp_path / "model" / "reward_scale.json").read_text())
+    assert scale["faulty"] == 1.0
+    assert main(flags) == 0
+    assert f"signs of reward hacking: none; mean {scale['mean']:.3f} ({scale['mean']:.3f}, +0.00 sd), spread " in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_files(desk, bench, whole):
