@@ -3,7 +3,7 @@
 import dataclasses
 import multiprocessing
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +53,8 @@ class Case:
     """One update. `settings` by dotted key, over SETTINGS; `order`: indices into LENGTHS, the pairs of the batch.
 
     `broken`: a response whose advantage is not a number. `has_old`: compute old log-probs first. `load`, `save`:
-    folders of training state. `is_moved`: weights go to host memory and back, as the offload options do.
+    folders of training state. `has_experts`: of a mixture of experts. `is_moved`: weights go to host memory and back,
+    as the offload options do.
     `is_compiled`: layers are compiled, as on GPUs; only on ranks of their own, whose process attends so from then on.
     """
 
@@ -64,6 +65,7 @@ class Case:
     load: Path | None = None
     save: Path | None = None
     num_updates: int = 1
+    has_experts: bool = False
     is_moved: bool = False
     is_compiled: bool = False
 
@@ -144,14 +146,17 @@ def trained(model: PolicyModel) -> dict[str, torch.nn.Parameter]:
 
 
 class Bench:
-    """Runs cases on this rank; runtimes are shared by all cases that need the same."""
+    """Runs cases on this rank; runtimes are shared by all cases that need the same.
 
-    def __init__(self, model: Path, rank: Rank) -> None:
-        self.model, self.rank = model, rank
+    `models`: dense and with experts.
+    """
+
+    def __init__(self, models: Sequence[Path], rank: Rank) -> None:
+        self.models, self.rank = models, rank
         self._built: dict[str, tuple[PolicyRuntime, Tensors]] = {}
 
     def run(self, case: Case) -> Outcome:
-        config = make_config(self.model, case.settings)
+        config = make_config(self.models[case.has_experts], case.settings)
         runtime = self._runtime(config, case)
         parameters = trained(runtime.actor)
         if case.load is not None:
@@ -230,14 +235,16 @@ class Bench:
 class Ranks:
     """Processes that run cases beside the tests; `outcome` waits for one case of one rank."""
 
-    def __init__(self, folder: Path, model: Path, cases: Mapping[str, Case], *, world_size: int = 2) -> None:
+    def __init__(
+        self, folder: Path, models: Sequence[Path], cases: Mapping[str, Case], *, world_size: int = 2
+    ) -> None:
         folder.mkdir()
         self.folder, port = folder, free_port()
         # A fork starts at once; compiling has to see this process's variables.
         is_compiled = any(case.is_compiled for case in cases.values())
         context = multiprocessing.get_context("spawn") if is_compiled else forks()
         self.processes = [
-            context.Process(target=_run_cases, args=(folder, model, dict(cases), rank, world_size, port), daemon=True)
+            context.Process(target=_run_cases, args=(folder, models, dict(cases), rank, world_size, port), daemon=True)
             for rank in range(world_size)
         ]
         for process in self.processes:
@@ -255,8 +262,10 @@ class Ranks:
             process.join()
 
 
-def _run_cases(folder: Path, model: Path, cases: Mapping[str, Case], index: int, world_size: int, port: int) -> None:
-    bench = Bench(model, join_process_group(index=index, world_size=world_size, address="127.0.0.1", port=port))
+def _run_cases(
+    folder: Path, models: Sequence[Path], cases: Mapping[str, Case], index: int, world_size: int, port: int
+) -> None:
+    bench = Bench(models, join_process_group(index=index, world_size=world_size, address="127.0.0.1", port=port))
     for name, case in cases.items():
         torch.save(bench.run(case), folder / f"{name}_{index}.pt")
     dist.destroy_process_group()  # gloo's threads must not outlive it
