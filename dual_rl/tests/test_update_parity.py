@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model_support import make_builder, small_checkpoint, write_small_model
+from model_support import make_builder, small_checkpoint
 from slow_path import compute_separately, load_policy
 from training_support import forks, free_port
 from update_support import (
@@ -29,6 +29,7 @@ from update_support import (
     make_config,
     shift_weights,
     trained,
+    write_models,
 )
 from verl.core.objective import Experience, GlobalCounts, dual_loss
 from verl.core.packing import pack_groups, split_labels
@@ -58,7 +59,7 @@ CPU_OFFLOAD = {"worker.actor.fsdp.enable_cpu_offload": True, "worker.ref.fsdp.en
 HYBRID = {"worker.actor.fsdp.fsdp_size": 1}
 ULYSSES = {"worker.actor.ulysses_size": 2}
 SHUFFLED = (2, 0, 4, 1)
-KINDS = (False, True)  # dense, and with experts
+KINDS = ("dense", "experts")
 BROKEN = Case(broken=ResponseKey(1, "B", 0))
 
 CASES = {
@@ -67,8 +68,10 @@ CASES = {
     "lora": (Case({**KL, **LORA}), HYBRID),
     "rank_without_pairs": (Case({**KL, MICRO: 1}, order=(0,), has_old=True), {}),
     "ulysses": (Case({**KL, **LORA, MICRO: 2}, has_old=True), ULYSSES),
-    "experts": (Case({**KL, MICRO: 1}, has_experts=True), {}),
-    "experts_ulysses": (Case({**KL, **LORA, **CHECKPOINTING}, has_experts=True), ULYSSES),
+    "experts": (Case({**KL, MICRO: 1}, kind="experts"), {}),
+    "tied": (Case(KL, kind="tied"), {}),
+    "tied_lora": (Case({**KL, **LORA}, kind="tied"), HYBRID),
+    "experts_ulysses": (Case({**KL, **LORA, **CHECKPOINTING}, kind="experts"), ULYSSES),
 }
 """What two ranks must do as one does, and how they share the work."""
 FOUR_RANKS = {
@@ -87,9 +90,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(small_model, tmp_path_factory) -> tuple[Path, Path]:
-    """Dense, and with experts."""
-    return small_model, write_small_model(tmp_path_factory.mktemp("experts"), has_experts=True)
+def models(folder) -> dict[str, Path]:
+    return write_models(folder / "models")
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +107,9 @@ def bench(models) -> Iterator[Bench]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(bench, folder) -> dict[bool, Outcome]:
+def one_rank(bench, folder) -> dict[str, Outcome]:
     """A step on one rank, whose state the two ranks load; dense, and with experts."""
-    return {kind: bench.run(Case(KL, save=folder / f"of_one_{kind}", has_experts=kind)) for kind in KINDS}
+    return {kind: bench.run(Case(KL, save=folder / f"of_one_{kind}", kind=kind)) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +117,9 @@ def two_ranks(folder, models, one_rank) -> Iterator[Ranks]:
     cases = {name: case.change(sharing) for name, (case, sharing) in CASES.items()}
     cases["broken"] = BROKEN
     for kind in KINDS:
-        of_one = Case(KL, load=folder / f"of_one_{kind}", has_experts=kind)
+        of_one = Case(KL, load=folder / f"of_one_{kind}", kind=kind)
         cases |= {
-            f"saved_{kind}": Case(KL, save=folder / f"of_two_{kind}", has_experts=kind),
+            f"saved_{kind}": Case(KL, save=folder / f"of_two_{kind}", kind=kind),
             f"loaded_{kind}": of_one.change(num_updates=0),
             f"continued_{kind}": of_one,
         }
@@ -224,21 +226,28 @@ def started(two_ranks) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "kind"),
-    [({**KL, **LORA}, False), (TUNED_SEQ_CAP, False), (FULL_KL, False), ({**KL, **LORA}, True), (TUNED_SEQ_CAP, True)],
-    ids=["lora", "tuned_seq_cap", "full_kl", "experts_lora", "experts_tuned_seq_cap"],
+    [
+        ({**KL, **LORA}, "dense"),
+        (TUNED_SEQ_CAP, "dense"),
+        (FULL_KL, "dense"),
+        ({**KL, **LORA}, "experts"),
+        (TUNED_SEQ_CAP, "experts"),
+        (FULL_KL, "tied"),
+    ],
+    ids=["lora", "tuned_seq_cap", "full_kl", "experts_lora", "experts_tuned_seq_cap", "tied_full_kl"],
 )
 def test_update_equals_the_slow_path(bench, models, settings, kind):
-    case = Case({**settings, MICRO: 2}, has_experts=kind)
+    case = Case({**settings, MICRO: 2}, kind=kind)
     found, slow = bench.run(case), SlowUpdate(models[kind], case)
     metrics, gradient = slow.gradient(slow.rollouts)
     assert largest_error(found.gradients[0], gradient) < BOUND
     assert {name: found.metrics[name] for name in metrics} == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
-def test_several_mini_batches_and_epochs_equal_the_slow_path(bench, small_model):
+def test_several_mini_batches_and_epochs_equal_the_slow_path(bench, models):
     """With clipped gradients, ratios that are clipped, a tie and a pair without a label."""
     case, _ = CASES["several_steps"]
-    found, slow = bench.run(case), SlowUpdate(small_model, case)
+    found, slow = bench.run(case), SlowUpdate(models["dense"], case)
     expected = slow.run()
     assert len(found.gradients) == len(expected) == 4
     for ours, theirs in zip(found.gradients, expected, strict=True):
@@ -297,15 +306,15 @@ def test_responses_of_another_policy_stop_the_run_before_the_weights_change(benc
     assert_bit_equal(outcome.weights, bench.run(Case(num_updates=0)).weights)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["dense", "experts"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_state_moves_between_one_and_two_ranks(bench, folder, one_rank, two_ranks, kind):
     saved, loaded = two_ranks.outcome(f"saved_{kind}"), two_ranks.outcome(f"loaded_{kind}")
     assert_bit_equal(loaded.weights, one_rank[kind].weights)
     assert_bit_equal(loaded.moments, one_rank[kind].moments)
-    back = bench.run(Case(KL, load=folder / f"of_two_{kind}", num_updates=0, has_experts=kind))
+    back = bench.run(Case(KL, load=folder / f"of_two_{kind}", num_updates=0, kind=kind))
     assert_bit_equal(back.weights, saved.weights)
     assert_bit_equal(back.moments, saved.moments)
-    continued = bench.run(Case(KL, load=folder / f"of_one_{kind}", has_experts=kind))
+    continued = bench.run(Case(KL, load=folder / f"of_one_{kind}", kind=kind))
     assert_same_update(two_ranks.outcome(f"continued_{kind}"), continued)
 
 
@@ -324,7 +333,7 @@ def test_four_ranks_equal_one(bench, folder, models):
 def test_two_ranks_with_compiled_layers_equal_one_without(bench, folder, models, monkeypatch):
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # an engine of vLLM in this process sets it
     cases = {"full": Case({**KL, MICRO: 1}), "lora": Case({**KL, **LORA, **CHECKPOINTING})}
-    cases |= {f"{name}_experts": case.change(has_experts=True) for name, case in cases.items()}
+    cases |= {f"{name}_experts": case.change(kind="experts") for name, case in cases.items()}
     compiled = {name: case.change(is_compiled=True) for name, case in cases.items()}
     ranks = Ranks(folder / "compiled", models, compiled)
     try:

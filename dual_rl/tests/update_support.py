@@ -3,7 +3,7 @@
 import dataclasses
 import multiprocessing
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from model_support import make_group, problem_of
+from model_support import make_group, problem_of, write_small_model
 from training_support import forks, free_port
 from verl.config import Config
 from verl.core.balancing import distribute_pairs
@@ -53,7 +53,7 @@ class Case:
     """One update. `settings` by dotted key, over SETTINGS; `order`: indices into LENGTHS, the pairs of the batch.
 
     `broken`: a response whose advantage is not a number. `has_old`: compute old log-probs first. `load`, `save`:
-    folders of training state. `has_experts`: of a mixture of experts. `is_moved`: weights go to host memory and back,
+    folders of training state. `kind`: of the model, see write_models. `is_moved`: weights go to host memory and back,
     as the offload options do.
     `is_compiled`: layers are compiled, as on GPUs; only on ranks of their own, whose process attends so from then on.
     """
@@ -65,7 +65,7 @@ class Case:
     load: Path | None = None
     save: Path | None = None
     num_updates: int = 1
-    has_experts: bool = False
+    kind: str = "dense"
     is_moved: bool = False
     is_compiled: bool = False
 
@@ -145,18 +145,21 @@ def trained(model: PolicyModel) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def write_models(folder: Path) -> dict[str, Path]:
+    """Small models by kind."""
+    kinds = {"dense": {}, "experts": {"has_experts": True}, "tied": {"tied": True}}
+    return {kind: write_small_model(folder / kind, **settings) for kind, settings in kinds.items()}
+
+
 class Bench:
-    """Runs cases on this rank; runtimes are shared by all cases that need the same.
+    """Runs cases on this rank; runtimes are shared by all cases that need the same. `models`: by kind."""
 
-    `models`: dense and with experts.
-    """
-
-    def __init__(self, models: Sequence[Path], rank: Rank) -> None:
+    def __init__(self, models: Mapping[str, Path], rank: Rank) -> None:
         self.models, self.rank = models, rank
         self._built: dict[str, tuple[PolicyRuntime, Tensors]] = {}
 
     def run(self, case: Case) -> Outcome:
-        config = make_config(self.models[case.has_experts], case.settings)
+        config = make_config(self.models[case.kind], case.settings)
         runtime = self._runtime(config, case)
         parameters = trained(runtime.actor)
         if case.load is not None:
@@ -236,7 +239,7 @@ class Ranks:
     """Processes that run cases beside the tests; `outcome` waits for one case of one rank."""
 
     def __init__(
-        self, folder: Path, models: Sequence[Path], cases: Mapping[str, Case], *, world_size: int = 2
+        self, folder: Path, models: Mapping[str, Path], cases: Mapping[str, Case], *, world_size: int = 2
     ) -> None:
         folder.mkdir()
         self.folder, port = folder, free_port()
@@ -263,7 +266,7 @@ class Ranks:
 
 
 def _run_cases(
-    folder: Path, models: Sequence[Path], cases: Mapping[str, Case], index: int, world_size: int, port: int
+    folder: Path, models: Mapping[str, Path], cases: Mapping[str, Case], index: int, world_size: int, port: int
 ) -> None:
     bench = Bench(models, join_process_group(index=index, world_size=world_size, address="127.0.0.1", port=port))
     for name, case in cases.items():
