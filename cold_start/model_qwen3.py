@@ -4,6 +4,8 @@ The `<Reward>` row is a parameter of its own that replaces the embedding at the 
 trainable tokens computes the same, but copies the whole embedding matrix in each forward pass and builds a dense
 gradient of its size in each backward pass. Checkpoints store the row where PEFT looks for it (see checkpoint.py).
 
+Of a mixture of experts, the router's auxiliary loss is left out, as in stage 2: rewards alone decide.
+
 Precision: frozen weights are kept in the compute dtype, everything trained is fp32 (its own master copy) and enters
 matrix products through autocast. The head always computes in fp32.
 """

@@ -197,13 +197,20 @@ def test_a_format_prompt_cannot_run_code(tmp_path, copied):
     assert not trace.exists()
 
 
-def test_other_reward_modes_and_other_models_are_refused(copied):
+def test_other_reward_modes_are_refused(copied):
     values = json.loads((copied / "reward_config.json").read_text())
     (copied / "reward_config.json").write_text(json.dumps({**values, "reward_token": "mean"}))
     with pytest.raises(ValueError, match="--reward_token mean"):
         load_checkpoint(copied, with_weights=False)
     (copied / "reward_config.json").unlink()
     assert load_checkpoint(copied, with_weights=False).video_budget == VideoBudget()
-    (copied / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="Qwen3-VL"):
-        load_checkpoint(copied, with_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"), [("llama", "another family"), ("qwen3_5", "linear attention"), ("qwen2_5_vl", "windows")]
+)
+def test_other_families_are_refused_by_their_config_alone(tmp_path, model_type, reason):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    message = f"is a '{model_type}' model, which is not supported: .*{reason}.* Give a Qwen3-VL one"
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path, with_weights=False)
