@@ -270,9 +270,7 @@ def save_merged(folder: Path, loaded: LoadedReward) -> None:
         rows[loaded.builder.reward_token_id] = loaded.model.reward_embedding.to(rows.dtype)
     generator = loaded.model.generator
     weights = {name: as_in_files(name, tensor).contiguous() for name, tensor in generator.state_dict().items()}
-    generator.save_pretrained(
-        folder, state_dict=weights, save_original_format=False
-    )  # "original" leaves experts as is
+    generator.save_pretrained(folder, state_dict=weights, save_original_format=False)
     _apply_umask(folder)
     loaded.builder.processor.save_pretrained(folder)
     save_head(folder / HEAD_FILE, loaded.model.rm_head.weight)

@@ -10,14 +10,9 @@ from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration, Qwen3
 MODEL_CLASSES = {"qwen3_vl": Qwen3VLForConditionalGeneration, "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration}
 """By the `model_type` of their config."""
 EXPERTS = ".mlp.experts."
-_LINEAR_ATTENTION = "its linear attention carries a state through the tokens, which packed rows cannot yet divide"
-_OLDER = "it numbers frames in another way, and its vision tower attends in windows and has no DeepStack features"
-REASONS = {
-    "qwen2_5_vl": _OLDER,
-    "qwen2_vl": _OLDER,
-    "qwen3_5": _LINEAR_ATTENTION,
-    "qwen3_5_moe": _LINEAR_ATTENTION,
-}
+LINEAR_ATTENTION = "its linear attention carries a state through the tokens, which packed rows cannot yet divide"
+OLDER = "it numbers frames in another way, and its vision tower attends in windows and has no DeepStack features"
+REASONS = {"qwen2_vl": OLDER, "qwen2_5_vl": OLDER, "qwen3_5": LINEAR_ATTENTION, "qwen3_5_moe": LINEAR_ATTENTION}
 """Why models that one might expect to work are refused."""
 
 

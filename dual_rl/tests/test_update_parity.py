@@ -43,12 +43,8 @@ FULL_KL = {**KL, "algorithm.kl_penalty": "full"}
 LORA = {"worker.actor.model.lora.rank": 4, "worker.actor.model.lora.alpha": 8}
 TUNED = {"worker.actor.model.freeze_vision_tower": False}
 CHECKPOINTING = {"worker.actor.model.enable_gradient_checkpointing": True}
-TUNED_SEQ_CAP = {
-    **TUNED,
-    **CHECKPOINTING,
-    "worker.actor.loss_avg_mode": "seq",
-    "worker.actor.importance_sampling_cap": 1.5,
-}
+SEQ_CAP = {"worker.actor.loss_avg_mode": "seq", "worker.actor.importance_sampling_cap": 1.5}
+TUNED_SEQ_CAP = {**TUNED, **CHECKPOINTING, **SEQ_CAP}
 SEVERAL_STEPS = {
     "worker.actor.global_batch_size": 2,
     "worker.actor.ppo_epochs": 2,

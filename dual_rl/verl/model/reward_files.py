@@ -71,8 +71,8 @@ def load_checkpoint(
     `head_path`: an `rm_head.pth` or its folder; None for the one in `model_path`. Raises ValueError that says what is
     missing and how to get it.
     """
-    if os.path.isdir(model_path):
-        _read_config(_find_base(Path(model_path)))  # another family is refused for what it is
+    if (Path(model_path) / "config.json").is_file():
+        _read_config(Path(model_path))  # another family is refused before its processor is read
     with _loading(f"the processor of {model_path}"):
         processor = AutoProcessor.from_pretrained(model_path)
     if REWARD_TOKEN not in processor.tokenizer.get_vocab():
