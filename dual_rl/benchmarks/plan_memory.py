@@ -8,7 +8,6 @@ its activations: a token keeps each layer's input, and WORKING times the widths 
 fitted to the least memory that benchmarks/update_8b.py measured for the 8B update on one H100; not that of experts.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -35,8 +34,7 @@ SIZES = {  # hidden, MLP, layers, heads, key heads, tower, experts; as published
     "32B": (5120, 25600, 64, 64, 8, VISION, {}),
     "30B-A3B": (2048, 6144, 48, 32, 4, VISION, EXPERTS),
 }
-TIED = ("2B", "4B")
-RANK = 64
+TIED, RANK = ("2B", "4B"), 64
 GPUS = (1, 2, 8)
 WORKING = {"hidden": 15, "mlp": 6, "chosen": 6}
 """Numbers per token of the layer at work, by unit of hidden size, of the MLPs' and of the states given to experts."""
@@ -130,12 +128,6 @@ def largest_error() -> float:
     return max(abs(gib - point["least_memory_gib"]) for gib, point in zip(computed, points, strict=True))
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    sys.stdout.write(
-        "\n".join([*map(make_row, SIZES), f"within {largest_error():.1f} GiB of what was measured"]) + "\n"
-    )
-
-
 if __name__ == "__main__":
-    main()
+    lines = [*map(make_row, SIZES), f"within {largest_error():.1f} GiB of what was measured"]
+    sys.stdout.write("\n".join([*lines, ""]))
