@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoProcessor
 
 from arguments import RewardTokenMode
+from descore.base_models import as_in_files
 from descore.format_prompt import FormatPrompt
 from model_qwen3 import (
     EMBEDDING_MODULE,
@@ -304,7 +305,9 @@ def save_merged(folder: Path, loaded: LoadedReward) -> None:
     rows = loaded.model.qwen.get_input_embeddings().weight
     with torch.no_grad():
         rows[loaded.builder.reward_token_id] = loaded.model.reward_embedding.to(rows.dtype)
-    loaded.model.generator.save_pretrained(folder)
+    generator = loaded.model.generator
+    weights = {name: as_in_files(name, tensor).contiguous() for name, tensor in generator.state_dict().items()}
+    generator.save_pretrained(folder, state_dict=weights, save_original_format=False)
     _apply_umask(folder)
     loaded.builder.processor.save_pretrained(folder)
     save_head(folder / HEAD_FILE, loaded.model.rm_head.weight)

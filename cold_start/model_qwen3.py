@@ -4,6 +4,8 @@ The `<Reward>` row is a parameter of its own that replaces the embedding at the 
 trainable tokens computes the same, but copies the whole embedding matrix in each forward pass and builds a dense
 gradient of its size in each backward pass. Checkpoints store the row where PEFT looks for it (see checkpoint.py).
 
+Of a mixture of experts, the router's auxiliary loss is left out, as in stage 2: rewards alone decide.
+
 Precision: frozen weights are kept in the compute dtype, everything trained is fp32 (its own master copy) and enters
 matrix products through autocast. The head always computes in fp32.
 """
@@ -16,7 +18,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoConfig, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, PreTrainedModel
 from transformers.vision_utils import (
     get_vision_attention_seqlens,
     get_vision_interpolation_indices_and_weights,
@@ -25,6 +27,7 @@ from transformers.vision_utils import (
 
 from arguments import ModelArguments, RewardTokenMode
 from attention import use_packed_attention
+from descore.base_models import find_model_class
 from scored_sequence import REWARD_TOKEN, PackedSequences, reward_token_id
 
 LANGUAGE_LINEARS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
@@ -37,7 +40,7 @@ PEFT_PREFIX = "base_model.model."
 class RewardModel(nn.Module):
     """A Qwen3-VL backbone with the `<Reward>` row and the reward head.
 
-    `backbone`: Qwen3VLForConditionalGeneration, or a PEFT model around it. `reward_embedding`: fp32 [hidden].
+    `backbone`: Qwen3-VL, dense or with experts, or a PEFT model around it. `reward_embedding`: fp32 [hidden].
     `rm_head`: bias-free Linear(hidden, num_rewards) in fp32. `autocast_dtype`: of matrix products, None for the
     weights' own.
     """
@@ -62,7 +65,7 @@ class RewardModel(nn.Module):
         nn.init.normal_(self.rm_head.weight, std=1.0 / (hidden_size + 1) ** 0.5)
 
     @property
-    def generator(self) -> Qwen3VLForConditionalGeneration:
+    def generator(self) -> PreTrainedModel:
         """The model with its language head, LoRA layers included."""
         return self.backbone.get_base_model() if hasattr(self.backbone, "get_base_model") else self.backbone
 
@@ -189,14 +192,16 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def require_qwen3_vl(path: str) -> None:
-    """Raise ValueError unless `path` (a folder or a hub name) holds a Qwen3-VL model; reads its config only."""
+def require_qwen3_vl(path: str) -> type[PreTrainedModel]:
+    """The class of the Qwen3-VL model in `path` (a folder or a hub name); reads its config only.
+
+    Raises ValueError that says why another model is refused.
+    """
     try:
-        model_type = AutoConfig.from_pretrained(path).model_type
+        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a model that transformers can load: {str(error).splitlines()[0]}") from error
-    if model_type != "qwen3_vl":
-        raise ValueError(f"{path} is a {model_type!r} checkpoint; this project needs a Qwen3-VL one (qwen3_vl)")
+    return find_model_class(config, path)
 
 
 def add_reward_token(processor) -> int:
@@ -205,10 +210,9 @@ def add_reward_token(processor) -> int:
     return reward_token_id(processor.tokenizer)
 
 
-def load_backbone(path: str, *, dtype: torch.dtype, num_tokens: int) -> Qwen3VLForConditionalGeneration:
+def load_backbone(path: str, *, dtype: torch.dtype, num_tokens: int) -> PreTrainedModel:
     """Load Qwen3-VL with packed attention and at least `num_tokens` embedding rows (the embedding never shrinks)."""
-    require_qwen3_vl(path)
-    backbone = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype)
+    backbone = require_qwen3_vl(path).from_pretrained(path, dtype=dtype)
     use_packed_attention(backbone.config)
     if backbone.get_input_embeddings().num_embeddings < num_tokens:
         backbone.resize_token_embeddings(num_tokens, pad_to_multiple_of=EMBEDDING_ROWS_MULTIPLE, mean_resizing=False)

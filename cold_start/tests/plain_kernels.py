@@ -11,8 +11,8 @@ class PlainKernels:
         """Of each sequence: (queries, keys, query, key, value, scores), [heads, length, ...], keys repeated."""
         groups = query.shape[1] // key.shape[1]
         for (q0, q1), (k0, k1) in zip(*(b.unfold(0, 2, 1).tolist() for b in bounds), strict=True):
-            q = query[q0:q1].transpose(0, 1)
-            k, v = (tensor[k0:k1].repeat_interleave(groups, dim=1).transpose(0, 1) for tensor in (key, value))
+            q = query[q0:q1].transpose(0, 1).float()
+            k, v = (tensor[k0:k1].float().repeat_interleave(groups, dim=1).transpose(0, 1) for tensor in (key, value))
             scores = q @ k.transpose(1, 2) * scaling
             if is_causal:
                 scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), float("-inf"))
@@ -30,9 +30,9 @@ class PlainKernels:
     def backward(cls, gradient, query, key, value, output, lse, bounds, longest, *, is_causal, scaling):
         totals = tuple(torch.zeros_like(tensor) for tensor in (query, key, value))
         for queries, keys, q, k, v, scores in cls.pieces(query, key, value, bounds, is_causal, scaling):
-            to_output = gradient[queries].transpose(0, 1)
+            to_output = gradient[queries].transpose(0, 1).float()
             probabilities = (scores - lse[:, queries].unsqueeze(-1)).exp()
-            delta = (gradient[queries] * output[queries]).sum(-1).t().unsqueeze(-1)
+            delta = (gradient[queries].float() * output[queries]).sum(-1).t().unsqueeze(-1)
             to_scores = probabilities * (to_output @ v.transpose(1, 2) - delta) * scaling
             shares = (to_scores @ k, to_scores.transpose(1, 2) @ q, probabilities.transpose(1, 2) @ to_output)
             for total, tokens, share in zip(totals, (queries, keys, keys), shares, strict=True):

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from checkpoint import RewardConfig
+from experts import with_experts
 from scored_sequence import judge_problem
 from vision_process import VideoBudget
 
@@ -35,7 +36,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def write_small_base(folder: Path, *, tied: bool = False, spare_rows: int = 8) -> Path:
+def write_small_base(folder: Path, *, tied: bool = False, has_experts: bool = False, spare_rows: int = 8) -> Path:
     """A random two-layer Qwen3-VL with the tiny base's processor; `spare_rows` embedding rows beyond its tokens."""
     config = copy.deepcopy(Qwen3VLConfig.from_pretrained(TINY_BASE))
     processor = AutoProcessor.from_pretrained(TINY_BASE)
@@ -49,6 +50,8 @@ def write_small_base(folder: Path, *, tied: bool = False, spare_rows: int = 8) -
     for parameter in model.parameters():  # stock initialisation hardly lets inputs show in the outputs
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.08)
+    if has_experts:
+        model = with_experts(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     RewardConfig(base_model=None, video=SMALL_BUDGET).save(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
 from arguments import ModelArguments
@@ -63,16 +64,18 @@ def rewards_of(model, sequences) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("tied", "spare_rows", "settings"),
+    ("kind", "settings"),
     [
-        (True, 8, {}),
-        (False, 0, {}),
-        (False, 8, {"freeze_vision_tower": True, "vision_lora": True}),
-        (False, 8, {"lora_enable": False}),
+        ({"tied": True}, {}),
+        ({"spare_rows": 0}, {}),
+        ({}, {"freeze_vision_tower": True, "vision_lora": True}),
+        ({}, {"lora_enable": False}),
+        ({"has_experts": True}, {}),
+        ({"has_experts": True, "spare_rows": 0}, {"lora_enable": False}),
     ],
 )
-def test_saved_loaded_and_merged_models_give_the_same_rewards(tmp_path, sequences, tied, spare_rows, settings):
-    base = write_small_base(tmp_path / "base", tied=tied, spare_rows=spare_rows)
+def test_saved_loaded_and_merged_models_give_the_same_rewards(tmp_path, sequences, kind, settings):
+    base = write_small_base(tmp_path / "base", **kind)
     model, processor = make_trained(base, settings)
     expected = rewards_of(model, sequences)
     assert expected.std() > 1e-3
@@ -86,6 +89,9 @@ def test_saved_loaded_and_merged_models_give_the_same_rewards(tmp_path, sequence
     umask = os.umask(0)
     os.umask(umask)
     assert modes == {0o666 & ~umask}
+    for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
+        # As published: [experts, inputs, outputs].
+        assert not name.endswith("experts.down_proj") or tensor.shape[1] > tensor.shape[2]
     merged = load_reward_model(tmp_path / "merged")
     torch.testing.assert_close(rewards_of(merged.model, sequences), expected, **TOLERANCE)
 

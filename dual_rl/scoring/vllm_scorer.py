@@ -18,18 +18,18 @@ from pathlib import Path
 
 import torch
 
+from descore.base_models import find_model_class
 from scoring.types import ScoringEngine, ScoringSettings, ThoughtScore
 from verl.config import RolloutConfig
 from verl.model.reward_files import PolicyCheckpoint
 from verl.rollout.draws import DeviceDraws, can_draw_on
 from verl.rollout.engine import video_seed
 from verl.rollout.shared_prompt import choose_backend
-from verl.rollout.vllm_engine import with_output_layer
+from verl.rollout.vllm_engine import hand_over
 from verl.rollout.vllm_prompts import PromptForm, add_request, require_same_prompt
 from verl.rollout.vllm_start import forbidding, prepare_environment, process_state_kept, start_llm
 from verl.types import VideoPrompt
 
-ARCHITECTURE = "Qwen3VLRewardForConditionalGeneration"
 HEAD_NAME = "rm_head.weight"
 CPU_KV_CACHE_GIB = 2
 PROCESSOR_CACHE_GB = 4
@@ -79,7 +79,7 @@ class VllmScorer(ScoringEngine):
         draws = DeviceDraws(device) if can_draw_on(device) else None
         processors = [forbidding(self.forbidden_token_ids)] + ([draws.logits_processor()] if draws else [])
         with process_state_kept(device):
-            register_reward_model()
+            architecture = register_reward_model(checkpoint.config)
             sharing = choose_backend(config, device) if config.shared_prompt_decoding else {}
             self.llm = start_llm(
                 folder,
@@ -87,7 +87,7 @@ class VllmScorer(ScoringEngine):
                 self.max_model_len,
                 self.forbidden_token_ids,
                 device,
-                hf_overrides={"architectures": [ARCHITECTURE], "reward_token_id": self.reward_token_id},
+                hf_overrides={"architectures": [architecture], "reward_token_id": self.reward_token_id},
                 logprobs_mode="raw_logits",
                 scheduling_policy="priority",
                 mm_processor_cache_gb=PROCESSOR_CACHE_GB,
@@ -99,8 +99,7 @@ class VllmScorer(ScoringEngine):
         self.form = PromptForm(folder, self.llm.get_tokenizer(), device)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        weights = itertools.chain(with_output_layer(weights), [(HEAD_NAME, self.head_weight)])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        hand_over(self.llm, itertools.chain(weights, [(HEAD_NAME, self.head_weight)]))
 
     def submit(self, name: str, prompt: VideoPrompt, num_thoughts: int) -> None:
         self.form.learn(prompt, self.llm)
@@ -184,12 +183,15 @@ class VllmScorer(ScoringEngine):
         )
 
 
-def register_reward_model() -> None:
-    """Register Qwen3-VL with its reward head with vLLM in this process, as `ARCHITECTURE`."""
+def register_reward_model(config) -> str:
+    """Register the Qwen3-VL of `config` with its reward head with vLLM in this process; returns its architecture."""
     from vllm import ModelRegistry
-    from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
+    from vllm.model_executor.models import qwen3_vl, qwen3_vl_moe
 
-    class Qwen3VLRewardForConditionalGeneration(Qwen3VLForConditionalGeneration):
+    name = find_model_class(config, "the model").__name__
+    base = getattr(qwen3_vl, name, None) or getattr(qwen3_vl_moe, name)
+
+    class WithRewardHead(base):
         """Its config's `reward_token_id` says which logit is the reward."""
 
         def __init__(self, *, vllm_config, prefix: str = "model") -> None:
@@ -207,4 +209,6 @@ def register_reward_model() -> None:
             logits[:, self.reward_token_id] = (hidden_states.float() * self.rm_head.weight[0]).sum(dim=1)
             return logits
 
-    ModelRegistry.register_model(ARCHITECTURE, Qwen3VLRewardForConditionalGeneration)
+    architecture = name.replace("For", "RewardFor")
+    ModelRegistry.register_model(architecture, WithRewardHead)
+    return architecture

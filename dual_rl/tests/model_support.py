@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from experts import with_experts
 from slow_path import load_policy
 from verl.config import ModelConfig
 from verl.data.scored_sequence import REWARD_TOKEN, SequenceBuilder, judge_problem
@@ -29,7 +30,9 @@ torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 Group = tuple[VideoPrompt, tuple[Response, ...]]
 
 
-def write_small_model(folder: Path, *, tied: bool = False, has_reward: bool = True, spare_rows: int = 8) -> Path:
+def write_small_model(
+    folder: Path, *, tied: bool = False, has_experts: bool = False, has_reward: bool = True, spare_rows: int = 8
+) -> Path:
     """A random two-layer reward model, merged: Hugging Face files, `rm_head.pth` and `reward_config.json`."""
     config = copy.deepcopy(Qwen3VLConfig.from_pretrained(TINY_BASE))
     processor = AutoProcessor.from_pretrained(TINY_BASE)
@@ -44,6 +47,8 @@ def write_small_model(folder: Path, *, tied: bool = False, has_reward: bool = Tr
     for parameter in model.parameters():  # stock initialisation hardly lets inputs show in the outputs
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.08)
+    if has_experts:
+        model = with_experts(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     if has_reward:

@@ -5,9 +5,15 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    Qwen3VLForConditionalGeneration,
+)
 
+from experts import with_experts
 from model_support import TINY_BASE
 from verl.config import RolloutConfig
 from verl.data.scored_sequence import REWARD_TOKEN, SequenceBuilder, forbidden_token_ids, judge_problem
@@ -21,27 +27,33 @@ WRITING = Sampling(n=3, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=16, see
 GREEDY = Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, max_tokens=16, seed=5)
 
 
-def write_engine_folder(folder: Path) -> Path:
+@cache
+def tiny_model(*, has_experts: bool = False) -> PreTrainedModel:
+    """The trained tiny base in fp32; with experts that vary its MLPs."""
+    model = Qwen3VLForConditionalGeneration.from_pretrained(TINY_BASE, dtype=torch.float32)
+    return with_experts(model, spread=0.2) if has_experts else model
+
+
+def write_engine_folder(folder: Path, *, has_experts: bool = False) -> Path:
     """Config and processor of the tiny base with `<Reward>`; no weights."""
     processor = AutoProcessor.from_pretrained(TINY_BASE)
     processor.tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
     processor.save_pretrained(folder)
-    AutoConfig.from_pretrained(TINY_BASE).save_pretrained(folder)
+    tiny_model(has_experts=has_experts).config.save_pretrained(folder)
     return folder
 
 
-@cache
-def tiny_weights() -> Mapping[str, torch.Tensor]:
+def tiny_weights(*, has_experts: bool = False) -> Mapping[str, torch.Tensor]:
     """Trained weights under Hugging Face names, fp32."""
-    return {name: tensor.float() for name, tensor in load_file(TINY_BASE / "model.safetensors").items()}
+    return tiny_model(has_experts=has_experts).state_dict()
 
 
-def changed_weights() -> dict[str, torch.Tensor]:
+def changed_weights(*, has_experts: bool = False) -> dict[str, torch.Tensor]:
     """Weights that differ in every part of the model: vision tower, merger, text layers, embedding, output."""
     generator = torch.Generator().manual_seed(0)
     return {
         name: tensor + 0.3 * tensor.std(correction=0) * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in tiny_weights().items()
+        for name, tensor in tiny_weights(has_experts=has_experts).items()
     }
 
 
@@ -87,7 +99,7 @@ class Rescorer:
         self.builder = SequenceBuilder(processor)
         self.eos_token_id = processor.tokenizer.eos_token_id
         self.forbidden = forbidden_token_ids(processor, config.text_config.vocab_size)
-        self.model = Qwen3VLForConditionalGeneration(config).eval()
+        self.model = AutoModelForImageTextToText.from_config(config).eval()
         self.model.load_state_dict(dict(weights))
 
     @torch.no_grad()

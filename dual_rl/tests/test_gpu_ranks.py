@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from model_support import write_small_model
 from test_training_runs import assert_same_training
 from training_support import Run, Workplace
 
@@ -21,9 +22,10 @@ ON_GPU = {
 }
 
 
-@pytest.fixture(scope="module")
-def on_one_gpu(tmp_path_factory, small_model) -> tuple[Workplace, Run]:
-    settings = {**ON_GPU, "worker.actor.model.model_path": small_model}
+@pytest.fixture(scope="module", params=[False, True], ids=["dense", "experts"])
+def on_one_gpu(request, tmp_path_factory) -> tuple[Workplace, Run]:
+    model = write_small_model(tmp_path_factory.mktemp("model"), has_experts=request.param)
+    settings = {**ON_GPU, "worker.actor.model.model_path": model}
     workplace = Workplace.make(tmp_path_factory.mktemp("gpu") / "w", **settings)
     run = workplace.run()
     assert run.code == 0, run.output
@@ -36,6 +38,6 @@ def on_one_gpu(tmp_path_factory, small_model) -> tuple[Workplace, Run]:
     ids=["sharded", "Ulysses", "tensor-parallel rollouts"],
 )
 def test_two_gpus_train_as_one(on_one_gpu, workplace, settings):
-    run = workplace.run(settings={**ON_GPU, "trainer.n_gpus_per_node": 2, **settings})
+    run = workplace.run(settings={**on_one_gpu[0].settings, "trainer.n_gpus_per_node": 2, **settings})
     assert run.code == 0, run.output
     assert_same_training(run, workplace, on_one_gpu)

@@ -1,5 +1,8 @@
 """Which layers keep their activations, in both stages: as many as a GPU has room for; none on CPUs."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 from torch import nn
 
 import recompute
+from model_support import DUAL_RL
 from verl.model.recompute import SPARE_BYTES, SPARE_SHARE, WORKING_LAYERS, ActivationPlan
 
 GIB = 2**30
@@ -92,3 +96,12 @@ def test_on_a_cpu_every_layer_recomputes(kind):
     plan = kind([Layer() for _ in range(NUM_LAYERS)], [], torch.device("cpu"))
     plan.prepare(10)
     assert count_kept(plan) == 0
+
+
+@pytest.mark.slow
+def test_the_table_of_other_sizes_is_what_its_script_computes():
+    command, environment = [sys.executable, "benchmarks/plan_memory.py"], os.environ | {"PYTHONPATH": "."}
+    rows = subprocess.run(command, cwd=DUAL_RL, env=environment, capture_output=True, text=True, check=True).stdout
+    *rows, measured = rows.splitlines()
+    assert "\n".join(rows) in (DUAL_RL / "MEASUREMENTS.md").read_text()
+    assert measured == "within 0.5 GiB of what was measured"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from arguments import ModelArguments
 from checkpoint import RewardConfig, build_reward_model, load_reward_model, save_reward_files
@@ -36,7 +37,7 @@ def stage1_checkpoint(folder, base, **settings):
     processor = AutoProcessor.from_pretrained(base)
     add_reward_token(processor)
     torch.manual_seed(3)
-    model = build_reward_model(str(base), processor, reward_token="special", dtype=torch.float32)
+    model = build_reward_model(str(base), processor, RewardConfig(), dtype=torch.float32)
     prepare_for_training(model, ModelArguments(lora_r=8, lora_alpha=24, **settings))
     with torch.no_grad():
         for _, parameter in model.trainable_parameters():
@@ -68,20 +69,22 @@ def rewards_in_stage_1(folder, checkpoint: PolicyCheckpoint) -> torch.Tensor:
         encoded = loaded.builder.encode_prompt(problem_of(number), prompt.video)
         assert torch.equal(encoded.input_ids, prompt.input_ids)
         sequences += [loaded.builder.build(encoded, response.cot_ids) for response in responses]
-    return loaded.model(pack_sequences(sequences))
+    return loaded.model(pack_sequences(sequences))[:, 0]
 
 
 @pytest.mark.parametrize(
-    ("tied", "spare_rows", "settings"),
+    ("kind", "settings"),
     [
-        (True, 8, {}),
-        (False, 0, {"lora_enable": False}),
-        (False, 8, {"freeze_vision_tower": True, "vision_lora": True}),
+        ({"tied": True}, {}),
+        ({"spare_rows": 0}, {"lora_enable": False}),
+        ({}, {"freeze_vision_tower": True, "vision_lora": True}),
+        ({"has_experts": True}, {}),
+        ({"has_experts": True, "spare_rows": 0}, {"lora_enable": False}),
     ],
-    ids=["lora_tied", "full_grown_embedding", "vision_lora"],
+    ids=["lora_tied", "full_grown_embedding", "vision_lora", "lora_experts", "full_experts"],
 )
-def test_stage_1_checkpoint_gives_the_same_rewards_here(tmp_path, tied, spare_rows, settings):
-    base = write_small_model(tmp_path / "base", tied=tied, has_reward=False, spare_rows=spare_rows)
+def test_stage_1_checkpoint_gives_the_same_rewards_here(tmp_path, kind, settings):
+    base = write_small_model(tmp_path / "base", has_reward=False, **kind)
     folder = stage1_checkpoint(tmp_path / "checkpoint-1", base, **settings)
     checkpoint = load_checkpoint(folder, with_weights=True)
     found, expected = rewards_here(checkpoint), rewards_in_stage_1(folder, checkpoint)
@@ -100,9 +103,13 @@ def test_stage_1_checkpoint_gives_the_same_rewards_here(tmp_path, tied, spare_ro
         load_checkpoint(folder, with_weights=False)
 
 
-@pytest.mark.parametrize(("tied", "shard_bytes"), [(False, 10**9), (True, 200_000)], ids=["whole", "tied, in shards"])
-def test_saved_policy_scores_the_same_in_both_stages(tmp_path, tied, shard_bytes):
-    checkpoint = load_checkpoint(write_small_model(tmp_path / "start", tied=tied), with_weights=True)
+@pytest.mark.parametrize(
+    ("kind", "shard_bytes"),
+    [({}, 10**9), ({"tied": True}, 200_000), ({"has_experts": True}, 10**9)],
+    ids=["whole", "tied, in shards", "experts"],
+)
+def test_saved_policy_scores_the_same_in_both_stages(tmp_path, kind, shard_bytes):
+    checkpoint = load_checkpoint(write_small_model(tmp_path / "start", **kind), with_weights=True)
     model = make_policy(checkpoint)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -123,8 +130,11 @@ def test_saved_policy_scores_the_same_in_both_stages(tmp_path, tied, shard_bytes
     again = load_checkpoint(saved, with_weights=True)
     torch.testing.assert_close(rewards_in_stage_1(saved, again), rewards_here(again), rtol=1e-5, atol=1e-5)
     assert torch.equal(again.reward_embedding, model.reward_embedding.detach())
-    stock = Qwen3VLForConditionalGeneration.from_pretrained(saved).state_dict()
+    stock = AutoModelForImageTextToText.from_pretrained(saved).state_dict()
     assert all(torch.equal(stock[name], tensor) for name, tensor in weights.items())
+    for path in saved.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():  # experts as published: [experts, inputs, outputs]
+            assert not name.endswith("experts.down_proj") or tensor.shape[1] > tensor.shape[2]
     assert again.generation_config.to_dict() == checkpoint.generation_config.to_dict()
     assert json.loads((saved / "config.json").read_text())["dtype"] == "float32"
 
@@ -181,13 +191,20 @@ def test_a_format_prompt_cannot_run_code(tmp_path, copied):
     assert not trace.exists()
 
 
-def test_other_reward_modes_and_other_models_are_refused(copied):
+def test_other_reward_modes_are_refused(copied):
     values = json.loads((copied / "reward_config.json").read_text())
     (copied / "reward_config.json").write_text(json.dumps({**values, "reward_token": "mean"}))
     with pytest.raises(ValueError, match="--reward_token mean"):
         load_checkpoint(copied, with_weights=False)
     (copied / "reward_config.json").unlink()
     assert load_checkpoint(copied, with_weights=False).video_budget == VideoBudget()
-    (copied / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="Qwen3-VL"):
-        load_checkpoint(copied, with_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"), [("llama", "another family"), ("qwen3_5", "linear attention"), ("qwen2_5_vl", "windows")]
+)
+def test_other_families_are_refused_by_their_config_alone(tmp_path, model_type, reason):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    message = f"is a '{model_type}' model, which is not supported: .*{reason}.* Give a Qwen3-VL one"
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path, with_weights=False)

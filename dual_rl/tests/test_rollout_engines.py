@@ -211,3 +211,23 @@ def test_hf_draws_follow_the_distribution():
     assert shares[3] == 0
     torch.testing.assert_close(shares[:3], expected, atol=0.03, rtol=0)  # 4 standard deviations
     torch.testing.assert_close(draws.log_probs[0], expected.log()[drawn])
+
+
+def test_both_engines_follow_the_weights_of_experts(engines, tmp_path):
+    """Twice handed over, with sleep in between: log-probs are those of stock transformers."""
+    engines["vllm"].close()  # its process groups are those of a dense model; it is not used again
+    folder = write_engine_folder(tmp_path, has_experts=True)
+    prompts, written = make_prompts(folder), []
+    tiny, changed = tiny_weights(has_experts=True), changed_weights(has_experts=True)
+    rescorers = [Rescorer(folder, weights) for weights in (tiny, changed)]
+    for name in ("hf", "vllm"):
+        engine = make_engine(folder, name, max_num_batched_tokens=MAX_MODEL_LEN)
+        for weights, rescorer in zip((tiny, changed), rescorers, strict=True):
+            engine.load_weights(weights.items())
+            assert largest_difference(rescorer, prompts, engine.generate(prompts, WRITING)) < TOLERANCE
+            written.append(ids_of(engine.generate(prompts, GREEDY)))
+            engine.sleep()
+            engine.wake()
+        engine.close()
+    assert written[:2] == written[2:]
+    assert written[0] != written[1]

@@ -1,25 +1,25 @@
 """vLLM on a GPU: what transformers writes, also after sleep, with new weights in memory that held other things.
 
-A process can have one engine that sleeps, so the numbers' format is one for all: `ROLLOUT_FORMAT=fp8 pytest -m gpu`.
+A process can have one engine that sleeps, so the numbers' format is one for all: `ROLLOUT_FORMAT=fp8 pytest -m gpu`;
+`ROLLOUT_EXPERTS=1` takes a mixture of experts.
 """
 
 import dataclasses
 import importlib.util
 import os
+from functools import partial
 
 import pytest
 import torch
 
+import rollout_support
 from rollout_support import (
     GREEDY,
     WRITING,
     Rescorer,
-    changed_weights,
     ids_of,
     make_engine,
     make_prompts,
-    tiny_weights,
-    write_engine_folder,
 )
 
 pytestmark = [
@@ -28,6 +28,11 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
 ]
 CUDA = torch.device("cuda", 0)
+KIND = {"has_experts": "ROLLOUT_EXPERTS" in os.environ}
+tiny_weights, changed_weights, write_engine_folder = (
+    partial(getattr(rollout_support, name), **KIND)
+    for name in ("tiny_weights", "changed_weights", "write_engine_folder")
+)
 FORMATS = {"bf16": {}, "fp8": {"quantization": "fp8"}, "fp8_cache": {"quantization": "fp8", "kv_cache_dtype": "fp8"}}
 FORMAT = os.environ.get("ROLLOUT_FORMAT", "bf16")
 BOUND = 0.03 if FORMAT == "bf16" else 0.1

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,12 +12,11 @@ import torch
 from transformers import AutoConfig, Qwen3VLVideoProcessor
 
 from model_support import CLIPS as ALL_CLIPS
-from model_support import TINY_BASE
-from rollout_support import write_engine_folder
+from model_support import make_policy
+from rollout_support import tiny_model, write_engine_folder
 from scoring.reward_model import RewardModel
 from scoring.types import ScoredVideo, ScoringSettings, ThoughtScore, VideoTask
-from slow_path import compute_reward, load_policy
-from verl.config import ModelConfig
+from slow_path import compute_reward
 from verl.data.vision_process import VideoError
 from verl.model.policy import PolicyModel
 from verl.model.reward_files import load_checkpoint, save_head
@@ -33,11 +31,10 @@ BACKENDS = ["hf", pytest.param("vllm", marks=pytest.mark.slow)]
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory) -> Path:
+def write_reward_model(folder: Path, *, has_experts: bool = False) -> Path:
     """The tiny base, which has learned to think, with a head that has not learned."""
-    folder = write_engine_folder(tmp_path_factory.mktemp("tiny"))
-    shutil.copy(TINY_BASE / "model.safetensors", folder)
+    tiny_model(has_experts=has_experts).save_pretrained(folder)
+    write_engine_folder(folder, has_experts=has_experts)
     (folder / "reward_config.json").write_text("{}")
     hidden_size = AutoConfig.from_pretrained(folder).text_config.hidden_size
     generator = torch.Generator().manual_seed(3)
@@ -46,9 +43,16 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def load_tiny(tiny_model) -> Callable[..., RewardModel]:
+def tiny_folder(tmp_path_factory) -> Path:
+    return write_reward_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def load_tiny(tiny_folder) -> Callable[..., RewardModel]:
     """Loads it with changed settings."""
-    return lambda **changes: RewardModel.from_pretrained(tiny_model, settings=dataclasses.replace(SETTINGS, **changes))
+    return lambda **changes: RewardModel.from_pretrained(
+        tiny_folder, settings=dataclasses.replace(SETTINGS, **changes)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +71,9 @@ def thoughts(models) -> dict[str, list[ThoughtScore]]:
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_model) -> PolicyModel:
+def policy(tiny_folder) -> PolicyModel:
     """The same weights for the plain slow path."""
-    return load_policy(load_checkpoint(tiny_model, with_weights=True), ModelConfig(model_path="")).eval()
+    return make_policy(load_checkpoint(tiny_folder, with_weights=True)).eval()
 
 
 def encode(model: RewardModel) -> list[VideoPrompt]:
@@ -242,3 +246,16 @@ def test_fp8_scores_drawn_greedy_and_no_thoughts_in_one_batch(load_tiny, policy)
         several = run_engine(model, encode(model) * 3, [3] * 4 + [1] * 4 + [0] * 4)
         for scores in (several[4:8], several[8:], *([group[n : n + 1] for group in several[:4]] for n in range(3))):
             assert_plain_forward(policy, model, [score for (score,) in scores], tolerance=0.5)
+
+
+def test_experts_write_and_score_alike_in_both_engines(models, tmp_path):
+    models["vllm"].close()  # its process groups are those of a dense model
+    folder = write_reward_model(tmp_path, has_experts=True)
+    policy, written = make_policy(load_checkpoint(folder, with_weights=True)).eval(), []
+    for backend in ("hf", "vllm"):
+        settings = dataclasses.replace(SETTINGS, backend=backend, max_new_tokens=40)
+        with RewardModel.from_pretrained(folder, settings=settings) as model:
+            scores = think_and_score(model, encode(model))
+            assert_plain_forward(policy, model, scores)
+            written.append([score.cot_ids for score in scores])
+    assert written[0] == written[1]

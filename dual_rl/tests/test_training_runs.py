@@ -18,8 +18,11 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from model_support import DUAL_RL, write_small_model
+from inference_support import Desk, all_pairs
+from model_support import CLIPS, DUAL_RL, write_small_model
+from stage1_support import write_pairs_csv
 from test_reward_files import rewards_here, rewards_in_stage_1
+from test_training import run as run_stage_1
 from training_support import (
     RUN_TIMEOUT,
     Run,
@@ -141,6 +144,31 @@ def test_a_run_writes_everything_users_expect(workplace, num_ranks):
     assert tracker["best_val"] == max(line["val/gsb_acc"] for line in run.log if line["step"] > 0)
     assert_complete_log(run)
     assert list((run.folder / "tensorboard").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [{"has_experts": True}, {"tied": True}], ids=["experts", "tied"])
+@pytest.mark.parametrize("settings", [{}, {"worker.actor.model.lora.rank": 4}], ids=["full", "lora"])
+def test_a_model_goes_from_stage_1_to_scores(tmp_path, kind, settings):
+    """Two steps of stage 1, merge, two steps of stage 2 with vLLM, and a benchmark, as users start them."""
+    base = write_small_model(tmp_path / "base", has_reward=False, **kind)
+    data, merged = write_pairs_csv(tmp_path / "cold.csv", CLIPS, labels=["A", "B", "A", "B"]), tmp_path / "merged"
+    run_stage_1(data, base, tmp_path / "cold", max_steps=2, accumulation=2)
+    merge = [sys.executable, "-m", "infer_utils.merge", tmp_path / "cold" / "checkpoint-2", merged, "--dtype=float32"]
+    subprocess.run(merge, cwd=DUAL_RL.parent / "cold_start", check=True)
+    workplace = Workplace.make(tmp_path / "work", **{"worker.actor.model.model_path": merged})
+    run = workplace.run(settings={**settings, "worker.rollout.name": "vllm", "trainer.max_steps": 2})
+    assert run.code == 0, run.output
+    assert run.log[-1]["rollout/log_prob_difference_max"] < 1e-4
+    desk = Desk(tmp_path, run.folder / "global_step_2")
+    scored = {
+        backend: desk.run(desk.write(all_pairs()), f"{backend}/scores.csv", backend=backend)
+        for backend in ("hf", "vllm")
+    }
+    rewards, cots = ([each.of_items(name) for each in scored.values()] for name in ("reward", "cot"))
+    assert cots[0] == cots[1]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)
+    assert len(set(rewards[0].values())) > 5
 
 
 def assert_complete_log(run: Run) -> None:

@@ -29,6 +29,7 @@ from update_support import (
     make_config,
     shift_weights,
     trained,
+    write_models,
 )
 from verl.core.objective import Experience, GlobalCounts, dual_loss
 from verl.core.packing import pack_groups, split_labels
@@ -42,6 +43,8 @@ FULL_KL = {**KL, "algorithm.kl_penalty": "full"}
 LORA = {"worker.actor.model.lora.rank": 4, "worker.actor.model.lora.alpha": 8}
 TUNED = {"worker.actor.model.freeze_vision_tower": False}
 CHECKPOINTING = {"worker.actor.model.enable_gradient_checkpointing": True}
+SEQ_CAP = {"worker.actor.loss_avg_mode": "seq", "worker.actor.importance_sampling_cap": 1.5}
+TUNED_SEQ_CAP = {**TUNED, **CHECKPOINTING, **SEQ_CAP}
 SEVERAL_STEPS = {
     "worker.actor.global_batch_size": 2,
     "worker.actor.ppo_epochs": 2,
@@ -52,6 +55,7 @@ CPU_OFFLOAD = {"worker.actor.fsdp.enable_cpu_offload": True, "worker.ref.fsdp.en
 HYBRID = {"worker.actor.fsdp.fsdp_size": 1}
 ULYSSES = {"worker.actor.ulysses_size": 2}
 SHUFFLED = (2, 0, 4, 1)
+KINDS = ("dense", "experts")
 BROKEN = Case(broken=ResponseKey(1, "B", 0))
 
 CASES = {
@@ -60,6 +64,10 @@ CASES = {
     "lora": (Case({**KL, **LORA}), HYBRID),
     "rank_without_pairs": (Case({**KL, MICRO: 1}, order=(0,), has_old=True), {}),
     "ulysses": (Case({**KL, **LORA, MICRO: 2}, has_old=True), ULYSSES),
+    "experts": (Case({**KL, MICRO: 1}, kind="experts"), {}),
+    "tied": (Case(KL, kind="tied"), {}),
+    "tied_lora": (Case({**KL, **LORA}, kind="tied"), HYBRID),
+    "experts_ulysses": (Case({**KL, **LORA, **CHECKPOINTING}, kind="experts"), ULYSSES),
 }
 """What two ranks must do as one does, and how they share the work."""
 FOUR_RANKS = {
@@ -78,33 +86,40 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bench(small_model) -> Iterator[Bench]:
+def models(folder) -> dict[str, Path]:
+    return write_models(folder / "models")
+
+
+@pytest.fixture(scope="module")
+def bench(models) -> Iterator[Bench]:
     """This process as the only rank."""
     forks()  # its server must not see the variables of this rank
     before = dict(os.environ)
     rank = join_process_group(index=0, world_size=1, address="127.0.0.1", port=free_port())
-    yield Bench(small_model, rank)
+    yield Bench(models, rank)
     dist.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
-def one_rank(bench, folder) -> Outcome:
-    """A step on one rank, whose state the two ranks load."""
-    return bench.run(Case(KL, save=folder / "of_one"))
+def one_rank(bench, folder) -> dict[str, Outcome]:
+    """A step on one rank, whose state the two ranks load; dense, and with experts."""
+    return {kind: bench.run(Case(KL, save=folder / f"of_one_{kind}", kind=kind)) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folder, small_model, one_rank) -> Iterator[Ranks]:
+def two_ranks(folder, models, one_rank) -> Iterator[Ranks]:
     cases = {name: case.change(sharing) for name, (case, sharing) in CASES.items()}
-    cases |= {
-        "broken": BROKEN,
-        "saved": Case(KL, save=folder / "of_two"),
-        "loaded": Case(KL, load=folder / "of_one", num_updates=0),
-        "continued": Case(KL, load=folder / "of_one"),
-    }
-    ranks = Ranks(folder / "ranks", small_model, cases)
+    cases["broken"] = BROKEN
+    for kind in KINDS:
+        of_one = Case(KL, load=folder / f"of_one_{kind}", kind=kind)
+        cases |= {
+            f"saved_{kind}": Case(KL, save=folder / f"of_two_{kind}", kind=kind),
+            f"loaded_{kind}": of_one.change(num_updates=0),
+            f"continued_{kind}": of_one,
+        }
+    ranks = Ranks(folder / "ranks", models, cases)
     yield ranks
     ranks.kill()
 
@@ -206,26 +221,29 @@ def started(two_ranks) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "kind"),
     [
-        {**KL, **LORA},
-        {**TUNED, **CHECKPOINTING, "worker.actor.loss_avg_mode": "seq", "worker.actor.importance_sampling_cap": 1.5},
-        FULL_KL,
+        ({**KL, **LORA}, "dense"),
+        (TUNED_SEQ_CAP, "dense"),
+        (FULL_KL, "dense"),
+        ({**KL, **LORA}, "experts"),
+        (TUNED_SEQ_CAP, "experts"),
+        (FULL_KL, "tied"),
     ],
-    ids=["lora", "tuned_seq_cap", "full_kl"],
+    ids=["lora", "tuned_seq_cap", "full_kl", "experts_lora", "experts_tuned_seq_cap", "tied_full_kl"],
 )
-def test_update_equals_the_slow_path(bench, small_model, settings):
-    case = Case({**settings, MICRO: 2})
-    found, slow = bench.run(case), SlowUpdate(small_model, case)
+def test_update_equals_the_slow_path(bench, models, settings, kind):
+    case = Case({**settings, MICRO: 2}, kind=kind)
+    found, slow = bench.run(case), SlowUpdate(models[kind], case)
     metrics, gradient = slow.gradient(slow.rollouts)
     assert largest_error(found.gradients[0], gradient) < BOUND
     assert {name: found.metrics[name] for name in metrics} == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
-def test_several_mini_batches_and_epochs_equal_the_slow_path(bench, small_model):
+def test_several_mini_batches_and_epochs_equal_the_slow_path(bench, models):
     """With clipped gradients, ratios that are clipped, a tie and a pair without a label."""
     case, _ = CASES["several_steps"]
-    found, slow = bench.run(case), SlowUpdate(small_model, case)
+    found, slow = bench.run(case), SlowUpdate(models["dense"], case)
     expected = slow.run()
     assert len(found.gradients) == len(expected) == 4
     for ours, theirs in zip(found.gradients, expected, strict=True):
@@ -284,20 +302,22 @@ def test_responses_of_another_policy_stop_the_run_before_the_weights_change(benc
     assert_bit_equal(outcome.weights, bench.run(Case(num_updates=0)).weights)
 
 
-def test_training_state_moves_between_one_and_two_ranks(bench, folder, one_rank, two_ranks):
-    saved, loaded = two_ranks.outcome("saved"), two_ranks.outcome("loaded")
-    assert_bit_equal(loaded.weights, one_rank.weights)
-    assert_bit_equal(loaded.moments, one_rank.moments)
-    back = bench.run(Case(KL, load=folder / "of_two", num_updates=0))
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_state_moves_between_one_and_two_ranks(bench, folder, one_rank, two_ranks, kind):
+    saved, loaded = two_ranks.outcome(f"saved_{kind}"), two_ranks.outcome(f"loaded_{kind}")
+    assert_bit_equal(loaded.weights, one_rank[kind].weights)
+    assert_bit_equal(loaded.moments, one_rank[kind].moments)
+    back = bench.run(Case(KL, load=folder / f"of_two_{kind}", num_updates=0, kind=kind))
     assert_bit_equal(back.weights, saved.weights)
     assert_bit_equal(back.moments, saved.moments)
-    assert_same_update(two_ranks.outcome("continued"), bench.run(Case(KL, load=folder / "of_one")))
+    continued = bench.run(Case(KL, load=folder / f"of_one_{kind}", kind=kind))
+    assert_same_update(two_ranks.outcome(f"continued_{kind}"), continued)
 
 
 @pytest.mark.slow
-def test_four_ranks_equal_one(bench, folder, small_model):
+def test_four_ranks_equal_one(bench, folder, models):
     cases = {name: case.change(sharing) for name, (case, sharing) in FOUR_RANKS.items()}
-    ranks = Ranks(folder / "four", small_model, cases, world_size=4)
+    ranks = Ranks(folder / "four", models, cases, world_size=4)
     try:
         for name, (case, _) in FOUR_RANKS.items():
             assert_same_on_ranks(bench, ranks, name, case, last_rank=3)
@@ -306,11 +326,12 @@ def test_four_ranks_equal_one(bench, folder, small_model):
 
 
 @pytest.mark.slow
-def test_two_ranks_with_compiled_layers_equal_one_without(bench, folder, small_model, monkeypatch):
+def test_two_ranks_with_compiled_layers_equal_one_without(bench, folder, models, monkeypatch):
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # an engine of vLLM in this process sets it
     cases = {"full": Case({**KL, MICRO: 1}), "lora": Case({**KL, **LORA, **CHECKPOINTING})}
+    cases |= {f"{name}_experts": case.change(kind="experts") for name, case in cases.items()}
     compiled = {name: case.change(is_compiled=True) for name, case in cases.items()}
-    ranks = Ranks(folder / "compiled", small_model, compiled)
+    ranks = Ranks(folder / "compiled", models, compiled)
     try:
         for name, case in cases.items():
             assert_same_update(ranks.outcome(name), bench.run(case))

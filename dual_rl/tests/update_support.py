@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from model_support import make_group, problem_of
+from model_support import make_group, problem_of, write_small_model
 from training_support import forks, free_port
 from verl.config import Config
 from verl.core.balancing import distribute_pairs
@@ -53,7 +53,8 @@ class Case:
     """One update. `settings` by dotted key, over SETTINGS; `order`: indices into LENGTHS, the pairs of the batch.
 
     `broken`: a response whose advantage is not a number. `has_old`: compute old log-probs first. `load`, `save`:
-    folders of training state. `is_moved`: weights go to host memory and back, as the offload options do.
+    folders of training state. `kind`: of the model, see write_models. `is_moved`: weights go to host memory and back,
+    as the offload options do.
     `is_compiled`: layers are compiled, as on GPUs; only on ranks of their own, whose process attends so from then on.
     """
 
@@ -64,6 +65,7 @@ class Case:
     load: Path | None = None
     save: Path | None = None
     num_updates: int = 1
+    kind: str = "dense"
     is_moved: bool = False
     is_compiled: bool = False
 
@@ -143,15 +145,21 @@ def trained(model: PolicyModel) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-class Bench:
-    """Runs cases on this rank; runtimes are shared by all cases that need the same."""
+def write_models(folder: Path) -> dict[str, Path]:
+    """Small models by kind."""
+    kinds = {"dense": {}, "experts": {"has_experts": True}, "tied": {"tied": True}}
+    return {kind: write_small_model(folder / kind, **settings) for kind, settings in kinds.items()}
 
-    def __init__(self, model: Path, rank: Rank) -> None:
-        self.model, self.rank = model, rank
+
+class Bench:
+    """Runs cases on this rank; runtimes are shared by all cases that need the same. `models`: by kind."""
+
+    def __init__(self, models: Mapping[str, Path], rank: Rank) -> None:
+        self.models, self.rank = models, rank
         self._built: dict[str, tuple[PolicyRuntime, Tensors]] = {}
 
     def run(self, case: Case) -> Outcome:
-        config = make_config(self.model, case.settings)
+        config = make_config(self.models[case.kind], case.settings)
         runtime = self._runtime(config, case)
         parameters = trained(runtime.actor)
         if case.load is not None:
@@ -230,14 +238,16 @@ class Bench:
 class Ranks:
     """Processes that run cases beside the tests; `outcome` waits for one case of one rank."""
 
-    def __init__(self, folder: Path, model: Path, cases: Mapping[str, Case], *, world_size: int = 2) -> None:
+    def __init__(
+        self, folder: Path, models: Mapping[str, Path], cases: Mapping[str, Case], *, world_size: int = 2
+    ) -> None:
         folder.mkdir()
         self.folder, port = folder, free_port()
         # A fork starts at once; compiling has to see this process's variables.
         is_compiled = any(case.is_compiled for case in cases.values())
         context = multiprocessing.get_context("spawn") if is_compiled else forks()
         self.processes = [
-            context.Process(target=_run_cases, args=(folder, model, dict(cases), rank, world_size, port), daemon=True)
+            context.Process(target=_run_cases, args=(folder, models, dict(cases), rank, world_size, port), daemon=True)
             for rank in range(world_size)
         ]
         for process in self.processes:
@@ -255,8 +265,10 @@ class Ranks:
             process.join()
 
 
-def _run_cases(folder: Path, model: Path, cases: Mapping[str, Case], index: int, world_size: int, port: int) -> None:
-    bench = Bench(model, join_process_group(index=index, world_size=world_size, address="127.0.0.1", port=port))
+def _run_cases(
+    folder: Path, models: Mapping[str, Path], cases: Mapping[str, Case], index: int, world_size: int, port: int
+) -> None:
+    bench = Bench(models, join_process_group(index=index, world_size=world_size, address="127.0.0.1", port=port))
     for name, case in cases.items():
         torch.save(bench.run(case), folder / f"{name}_{index}.pt")
     dist.destroy_process_group()  # gloo's threads must not outlive it

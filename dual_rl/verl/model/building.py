@@ -10,8 +10,8 @@ import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from transformers import Qwen3VLForConditionalGeneration
 
+from descore.base_models import find_model_class
 from verl.config import ModelConfig
 from verl.data.scored_sequence import forbidden_token_ids, reward_token_id
 from verl.model.attention import use_shared_prompt_attention
@@ -35,11 +35,12 @@ def build_policy(
     # Otherwise the model without its adapter would not be the reference.
     assert not settings.lora.rank or settings.freeze_vision_tower, "LoRA needs a frozen vision tower"
     with init_empty_weights(include_buffers=False):
-        backbone = Qwen3VLForConditionalGeneration(copy.deepcopy(checkpoint.config))
+        config = copy.deepcopy(checkpoint.config)
+        backbone = find_model_class(config, settings.model_path)(config)
         backbone.requires_grad_(False)
         if settings.lora.rank > 0:
-            config = LoraConfig(r=settings.lora.rank, lora_alpha=settings.lora.alpha, target_modules=LANGUAGE_LINEARS)
-            backbone = inject_adapter_in_model(config, backbone, adapter_name=ADAPTER)
+            lora = LoraConfig(r=settings.lora.rank, lora_alpha=settings.lora.alpha, target_modules=LANGUAGE_LINEARS)
+            backbone = inject_adapter_in_model(lora, backbone, adapter_name=ADAPTER)
     use_shared_prompt_attention(backbone.config)
     backbone.generation_config = checkpoint.generation_config
     model = PolicyModel(

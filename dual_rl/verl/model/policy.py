@@ -5,7 +5,8 @@ The module is the root of FSDP2 (`fully_shard` on each text layer, each vision b
 where the root's weights are whole. Weights of the backbone may arrive in bf16 (mixed precision); head, rewards,
 log-probs and entropy are always fp32.
 
-The `<Reward>` row is a parameter of its own that replaces the token's embedding, as in stage 1.
+The `<Reward>` row is a parameter of its own that replaces the token's embedding, as in stage 1. Of a mixture of
+experts, the router's auxiliary loss is left out, as is usual in RL: it would pull the policy off its objective.
 """
 
 import zlib
@@ -17,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from verl.core.objective import PolicyOutput
 from verl.core.packing import PackedGroups
@@ -29,7 +30,7 @@ ADAPTER = "default"
 
 
 class PolicyModel(nn.Module):
-    """`backbone`: Qwen3-VL with shared-prompt attention, LoRA layers injected or not.
+    """`backbone`: Qwen3-VL, dense or with experts, with shared-prompt attention, LoRA layers injected or not.
 
     `reward_embedding`: fp32 [hidden], the row of `reward_token_id`. `rm_head`: bias-free Linear(hidden, 1) in fp32.
     `forbidden_ids`: tokens that the policy can never draw. `sequence_group`: the ranks that share each row, set after
@@ -38,7 +39,7 @@ class PolicyModel(nn.Module):
 
     def __init__(
         self,
-        backbone: Qwen3VLForConditionalGeneration,
+        backbone: PreTrainedModel,
         *,
         reward_token_id: int,
         reward_embedding: torch.Tensor,

@@ -24,8 +24,9 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, GenerationConfig, PreTrainedConfig
 
+from descore.base_models import as_in_files, find_model_class
 from descore.format_prompt import FormatPrompt
 from verl.data.scored_sequence import DEFAULT_FORMAT_PROMPT, REWARD_TOKEN, reward_token_id
 from verl.data.vision_process import VideoBudget
@@ -49,10 +50,10 @@ class PolicyCheckpoint:
 
     `config`: with as many embedding rows as the weights have. `video_budget`, `format_prompt`: of its training.
     `reward_embedding`: fp32 [hidden], the `<Reward>` row. `head_weight`: fp32 [1, hidden]. `weights`: the merged
-    weights under Hugging Face names, on the CPU; None if they were not asked for.
+    weights under Hugging Face names, as they lie in memory, on the CPU; None if they were not asked for.
     """
 
-    config: Qwen3VLConfig
+    config: PreTrainedConfig
     generation_config: GenerationConfig
     processor: object
     video_budget: VideoBudget
@@ -70,6 +71,8 @@ def load_checkpoint(
     `head_path`: an `rm_head.pth` or its folder; None for the one in `model_path`. Raises ValueError that says what is
     missing and how to get it.
     """
+    if (Path(model_path) / "config.json").is_file():
+        _read_config(Path(model_path))  # another family is refused before its processor is read
     with _loading(f"the processor of {model_path}"):
         processor = AutoProcessor.from_pretrained(model_path)
     if REWARD_TOKEN not in processor.tokenizer.get_vocab():
@@ -89,10 +92,7 @@ def load_checkpoint(
 def _describe_model(folder: Path, processor, row: torch.Tensor, head: torch.Tensor) -> PolicyCheckpoint:
     """A checkpoint without weights, of the model in `folder` with the `<Reward>` row and the head given."""
     values, source = _read_reward_config(folder), _find_base(folder)
-    with _loading(source):
-        config = AutoConfig.from_pretrained(source)
-    if config.model_type != "qwen3_vl":
-        raise ValueError(f"{source} is a {config.model_type!r} model. Give a Qwen3-VL one (qwen3_vl).")
+    config = _read_config(source)
     text, num_tokens = config.text_config, len(processor.tokenizer)
     if text.vocab_size < num_tokens:  # as resize_token_embeddings(num_tokens, pad_to_multiple_of=64) does
         text.vocab_size = -(-num_tokens // EMBEDDING_ROWS_MULTIPLE) * EMBEDDING_ROWS_MULTIPLE
@@ -121,7 +121,7 @@ def stream_weights(
     folder = find_folder(model_path)
     source = _find_base(folder)
     with _loading(f"the weights of {source}"):
-        backbone = Qwen3VLForConditionalGeneration.from_pretrained(source, dtype=dtype)
+        backbone = find_model_class(checkpoint.config, source).from_pretrained(source, dtype=dtype)
     if backbone.get_input_embeddings().num_embeddings < checkpoint.config.text_config.vocab_size:
         backbone.resize_token_embeddings(checkpoint.config.text_config.vocab_size, mean_resizing=False)
     if (folder / ADAPTER_CONFIG_FILE).is_file():
@@ -186,6 +186,14 @@ def _read_reward_config(folder: Path) -> dict:
             "it with --reward_token special."
         )
     return values
+
+
+def _read_config(source: Path | str) -> PreTrainedConfig:
+    """The config of a model. Raises ValueError where it is not a Qwen3-VL one."""
+    with _loading(source):
+        config = AutoConfig.from_pretrained(source)
+    find_model_class(config, source)
+    return config
 
 
 def _find_base(folder: Path) -> Path | str:
@@ -272,7 +280,7 @@ def save_policy(
     memory. `checkpoint`: the start of training, for config, processor, video budget and format prompt.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
+    on_host = {name: as_in_files(name, tensor.detach()).cpu().contiguous() for name, tensor in weights}
     save_torch_state_dict(on_host, folder, max_shard_size=shard_bytes, metadata={"format": "pt"})
     umask = os.umask(0)  # safetensors makes files that only their owner can read
     os.umask(umask)
@@ -293,7 +301,7 @@ def save_engine_folder(folder: Path, checkpoint: PolicyCheckpoint, *, dtype: tor
     """Write what an engine needs besides weights: config (of weights in `dtype`), generation config, processor."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(checkpoint.config)
-    config.architectures = [Qwen3VLForConditionalGeneration.__name__]
+    config.architectures = [find_model_class(config, folder).__name__]
     config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
     config.save_pretrained(folder)
     checkpoint.generation_config.save_pretrained(folder)

@@ -36,8 +36,9 @@ class RolloutEngine(Protocol):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy weights in place and drop everything computed with the old ones.
 
-        `weights`: pairs of Hugging Face name and whole (not partitioned) tensor, on any device and in any precision.
-        The iterable is always read to its end, since producing it may be collective. Needs `wake` before.
+        `weights`: pairs of Hugging Face name and whole (not partitioned) tensor, as it lies in transformers' model, on
+        any device and in any precision. The iterable is always read to its end, since producing it may be
+        collective. Needs `wake` before.
         """
 
     def sleep(self) -> None:

@@ -15,13 +15,13 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    Qwen3VLForConditionalGeneration,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from descore.base_models import find_model_class
 from verl.config import RolloutConfig
 from verl.data.scored_sequence import SequenceBuilder
 from verl.model.precision import resolve_precision
@@ -51,8 +51,9 @@ class HfEngine:
         self.forbidden_token_ids = torch.tensor(list(forbidden_token_ids), dtype=torch.long, device=device)
         self.builder = SequenceBuilder(AutoProcessor.from_pretrained(folder))
         with torch.device(device), init_empty_weights(include_buffers=False):
-            self.model = Qwen3VLForConditionalGeneration._from_config(
-                AutoConfig.from_pretrained(folder), dtype=self.dtype, attn_implementation="sdpa"
+            config = AutoConfig.from_pretrained(folder)
+            self.model = find_model_class(config, folder)._from_config(
+                config, dtype=self.dtype, attn_implementation="sdpa"
             )
         self.model.requires_grad_(False).eval()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from descore.base_models import as_in_files
 from verl.config import RolloutConfig
 from verl.rollout.draws import DeviceDraws, can_draw_on
 from verl.rollout.engine import check_lengths, response_seed, video_seed
@@ -70,7 +71,7 @@ class VllmEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See `RolloutEngine`."""
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": with_output_layer(weights)})
+        hand_over(self.llm, weights)
         self._forget()
 
     def sleep(self) -> None:
@@ -164,8 +165,14 @@ class VllmEngine:
         )
 
 
-def with_output_layer(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights, and those of the output layer where they are the embedding's and have no name of their own.
+def hand_over(llm, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Replace the weights of a `vllm.LLM`, in place; `weights` as of `RolloutEngine.load_weights`."""
+    llm.collective_rpc(_forget_packed_experts)
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _as_vllm_reads(weights)})
+
+
+def _as_vllm_reads(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights as in files, and those of the output layer also where they are the embedding's, without a name.
 
     vLLM's reloading treats a tied output layer as one by itself: on CPUs it would keep what it packed at the start.
     """
@@ -174,10 +181,17 @@ def with_output_layer(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[t
         if name == EMBEDDING_NAME:
             embedding = tensor
         has_output_layer |= name == OUTPUT_NAME
-        yield name, tensor
+        yield name, as_in_files(name, tensor)
     if not has_output_layer:
         assert embedding is not None, f"no weights for {EMBEDDING_NAME}"
         yield OUTPUT_NAME, embedding
+
+
+def _forget_packed_experts(worker) -> None:
+    """On CPUs vLLM 0.32 packs the weights of experts for its kernel, but only of a layer that has no kernel yet."""
+    for module in worker.model_runner.model.modules() if worker.device.type == "cpu" else ():
+        if hasattr(method := getattr(module, "quant_method", None), "moe_kernel"):
+            method.moe_kernel = None
 
 
 def _zero_deepstack_buffers(worker) -> None:

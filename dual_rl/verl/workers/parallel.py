@@ -84,6 +84,7 @@ def materialize(
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to_empty(device="cpu" if is_offloaded else rank.device)
+    model.backbone.tie_weights()  # parameters that FSDP does not manage came apart
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer.to(rank.device))
