@@ -73,7 +73,7 @@ def test_batch_holds_both_sequences_of_each_pair_with_its_label(data):
         for index, sequence in ((batch.a_sequences[i], item.sequence_a), (batch.b_sequences[i], item.sequence_b)):
             assert torch.equal(batch.packed.input_ids[bounds[index] : bounds[index + 1]], sequence.input_ids)
     assert batch.labels.preference.tolist() == [[0.0], [1.0], [0.0]]
-    assert batch.labels.is_valid.tolist() == [True, True, False]
+    assert batch.labels.is_valid.tolist() == [[True], [True], [False]]
 
 
 def test_masking_is_shared_by_both_sides_of_a_pair(data):

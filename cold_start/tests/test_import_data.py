@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -9,10 +11,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from infer_utils import import_data
 from infer_utils.public_sets import SETS
 from preference_csv import CsvNeeds, read_pairs
+from stage1_support import STAGE_DIR
 
 PROMPTS = ["a red circle moves left", "a star", "a ring, still", "a blue square", "two dots", "a wave"]
 WEIGHTS = {"1": [0.9, 0.1, 0.5, 0.7, 0.2, 0.6], "2": [0.1, 0.9, 0.5, 0.3, 0.8, 0.4]}
@@ -174,6 +178,21 @@ def test_a_set_of_the_published_form_becomes_pairs(source, clips, tmp_path, monk
     report = json.loads((output / "report.json").read_text())
     assert report["counts"]["train"] == len(expected)
     assert sum(report["labels"][dimensions[0]].values()) == len(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETS)
+def test_an_imported_set_trains_in_all_of_its_dimensions(source, clips, small_base, tmp_path, monkeypatch, name):
+    FORMS[name][0](source, *names_of(clips))
+    output = tmp_path / "out"
+    assert run(monkeypatch, name, "--source", source, "--output", output, "--test", 0, "--val", 0) == 0
+    paths = {"DATA": output / "train.csv", "MODEL_PATH": small_base, "OUTPUT_DIR": tmp_path / "run"}
+    environment = {name: str(value) for name, value in (paths | {"NUM_GPUS": 0, "OMP_NUM_THREADS": 1}).items()}
+    flags = "--max_steps 2 --drop_prob 1 --lora_r 4 --dataloader_num_workers 0 --report_to none --eval_dim"
+    command = ["bash", STAGE_DIR / "train.sh", *flags.split(), *SETS[name].dimensions]
+    subprocess.run(command, env=os.environ | environment, check=True)
+    head = torch.load(tmp_path / "run/checkpoint-2/rm_head.pth", weights_only=True)["rm_head.weight"]
+    assert len(head) == len(SETS[name].dimensions)
 
 
 def test_a_prompt_is_in_one_split_only_and_benchmarks_are_for_testing(source, clips, tmp_path, monkeypatch):
