@@ -213,6 +213,7 @@ def test_hf_draws_follow_the_distribution():
     torch.testing.assert_close(draws.log_probs[0], expected.log()[drawn])
 
 
+@pytest.mark.slow
 def test_both_engines_follow_the_weights_of_experts(engines, tmp_path):
     """Twice handed over, with sleep in between: log-probs are those of stock transformers."""
     engines["vllm"].close()  # its process groups are those of a dense model; it is not used again
