@@ -16,13 +16,14 @@ import asyncio
 import contextlib
 import hmac
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -50,7 +51,8 @@ Answer = dict[str, object]
 class RewardService:
     """What the routes work with. `model_name`: in every answer. `folder`: takes uploads. `token`: None for none.
 
-    `scale`: on which rewards are given, named in every answer; None for the head's own.
+    `scale`: on which rewards are given, named in every answer; None for the head's own. `count_engines`: how many run
+    while the server is ready; it may block.
     """
 
     scoring: ScoringThread
@@ -61,6 +63,7 @@ class RewardService:
     metrics: ServerMetrics
     token: str | None = None
     scale: RewardScale | None = None
+    count_engines: Callable[[], int] = lambda: 1
     _deadlines: set[asyncio.Timeout] = field(default_factory=set, init=False)
 
     async def require_token(self, request: Request) -> None:
@@ -97,12 +100,17 @@ class RewardService:
     async def health(self, response: Response) -> Answer:
         """`GET /health`."""
         state = self.scoring.state
-        response.status_code = 200 if state == "ready" else 503
-        return {"status": state}
+        num_engines = await run_in_threadpool(self._count_ready)
+        response.status_code = 200 if num_engines else 503
+        return {"status": state, "engines": num_engines}
 
     async def read_metrics(self) -> Response:
         """`GET /metrics`."""
+        self.metrics.engines.set(await run_in_threadpool(self._count_ready))
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    def _count_ready(self) -> int:
+        return self.count_engines() if self.scoring.state == "ready" else 0
 
     def interrupt(self) -> None:
         """Refuse the bodies that are still arriving: the server stops."""

@@ -17,3 +17,4 @@ class ServerMetrics:
         )
         self.queue_length = Gauge("descore_queue_length", "Videos that wait.", registry=self.registry)
         self.in_flight = Gauge("descore_in_flight", "Videos that are decoded or scored.", registry=self.registry)
+        self.engines = Gauge("descore_engines", "Engines that run.", registry=self.registry)

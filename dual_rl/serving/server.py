@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from granian.constants import HTTPModes, Interfaces
@@ -40,8 +41,8 @@ logger = logging.getLogger(__name__)
 def serve(options: argparse.Namespace) -> tuple[int, bool]:
     """Serve until a signal; returns the exit status, and whether the engine has ended. Raises ValueError."""
     with temporary_folder("server") as folder:
-        service = build_service(options, folder)
         port = choose_port(options.host, options.port)
+        service = build_service(options, folder, port)
         tempfile.tempdir = str(folder)  # so that arriving bodies and the engine's files go with it
         if service.token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
             logger.warning("without --token_file, everyone who reaches %s can use the server", options.host)
@@ -49,20 +50,30 @@ def serve(options: argparse.Namespace) -> tuple[int, bool]:
         service.scoring.start()
         server = build_server(service, options.host, port)
         asyncio.run(serve_until_stopped(service, server, options.grace_seconds))
-        service.scoring.join(SECONDS_TO_CLOSE if service.scoring.has_model else 0.0)
+        has_ray = options.num_replicas != 1
+        service.scoring.join(SECONDS_TO_CLOSE if service.scoring.has_model or has_ray else 0.0)
     return 0 if service.scoring.failure is None else 1, not service.scoring.is_alive()
 
 
-def build_service(options: argparse.Namespace, folder: Path) -> RewardService:
-    """Everything but the port, after a check of checkpoint and settings. Raises ValueError for mistakes."""
+def build_service(options: argparse.Namespace, folder: Path, port: int) -> RewardService:
+    """Everything but the web server, after a check of checkpoint and settings. Raises ValueError for mistakes."""
     source, metrics = build_source(options), ServerMetrics()
     limits = ServerLimits(**{limit.name: getattr(options, limit.name) for limit in dataclasses.fields(ServerLimits)})
     roots, token = AllowedRoots(options.roots), read_token(options.token_file)
     checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt)
     choose_prompt_length(checkpoint, source.settings)
     scale = load_model_scale(source.model_ckpt, checkpoint, source.settings) if options.normalize else None
-    scoring = ScoringThread(source.load, max_queue=limits.max_queue, metrics=metrics)
-    return RewardService(scoring, source.model_ckpt, folder, roots, limits, metrics, token, scale)
+    replicas = None
+    if options.num_replicas != 1:
+        from serving.replicas import plan_replicas  # takes seconds
+
+        replicas = plan_replicas(source, f"descore-{options.host}-{port}", folder, options.num_replicas)
+    if replicas is None:
+        scoring = ScoringThread(source.load, max_queue=limits.max_queue, metrics=metrics)
+        return RewardService(scoring, source.model_ckpt, folder, roots, limits, metrics, token, scale)
+    load = partial(replicas.start, lambda: not scoring.ended.done())
+    scoring = ScoringThread(load, max_queue=limits.max_queue, metrics=metrics)
+    return RewardService(scoring, source.model_ckpt, folder, roots, limits, metrics, token, scale, replicas.count)
 
 
 def read_token(path: str | None) -> str | None:

@@ -146,14 +146,14 @@ class Serving:
 class ServingProcess:
     """`python serve.py` as users start it; its temporary files lie in `root/tmp`."""
 
-    def __init__(self, root: Path, arguments: Sequence[object]) -> None:
+    def __init__(self, root: Path, arguments: Sequence[object], **options: object) -> None:
         self.temporary, self.console = root / "tmp", root / "console"
         self.temporary.mkdir(parents=True, exist_ok=True)
         variables = {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary), "PYTHONPATH": str(DUAL_RL)}
         command = [sys.executable, DUAL_RL / "serve.py", "--port", "0", *map(str, arguments)]
         with self.console.open("wb") as console:
             self.process = subprocess.Popen(
-                command, stdout=console, stderr=subprocess.STDOUT, env=os.environ | variables
+                command, stdout=console, stderr=subprocess.STDOUT, env=os.environ | variables, **options
             )
 
     def client(self, token: str | None = None, *, wanted: str = "\nready") -> Client:
