@@ -20,11 +20,15 @@ from granian.log import LogLevels
 from granian.server.embed import Server
 
 from scoring.options import build_source
-from scoring.source import choose_prompt_length, load_model_scale, read_checkpoint
+from scoring.source import choose_budget, choose_prompt_length, load_model_scale, read_checkpoint
 from serving.app import RewardService, create_app
 from serving.metrics import ServerMetrics
+from serving.protocols import FrameSampler
 from serving.requests import AllowedRoots, ServerLimits
 from serving.scoring_thread import ScoringThread
+from verl.data.scored_sequence import SequenceBuilder
+from verl.data.vision_process import VideoBudget, sample_frames
+from verl.model.reward_files import PolicyCheckpoint
 from verl.temporary import temporary_folder
 
 HEADER_SECONDS = 10
@@ -63,17 +67,25 @@ def build_service(options: argparse.Namespace, folder: Path, port: int) -> Rewar
     checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt)
     choose_prompt_length(checkpoint, source.settings)
     scale = load_model_scale(source.model_ckpt, checkpoint, source.settings) if options.normalize else None
+    sample = build_sampler(choose_budget(checkpoint, source.settings), checkpoint)
     replicas = None
     if options.num_replicas != 1:
         from serving.replicas import plan_replicas  # takes seconds
 
         replicas = plan_replicas(source, f"descore-{options.host}-{port}", folder, options.num_replicas)
     if replicas is None:
-        scoring = ScoringThread(source.load, max_queue=limits.max_queue, metrics=metrics)
-        return RewardService(scoring, source.model_ckpt, folder, roots, limits, metrics, token, scale)
-    load = partial(replicas.start, lambda: not scoring.ended.done())
+        load, count_engines = source.load, None
+    else:
+        load, count_engines = partial(replicas.start, lambda: not scoring.ended.done()), replicas.count
     scoring = ScoringThread(load, max_queue=limits.max_queue, metrics=metrics)
-    return RewardService(scoring, source.model_ckpt, folder, roots, limits, metrics, token, scale, replicas.count)
+    names = (source.model_ckpt, folder, roots, limits, metrics, sample)
+    return RewardService(scoring, *names, token=token, scale=scale, count_engines=count_engines)
+
+
+def build_sampler(budget: VideoBudget, checkpoint: PolicyCheckpoint) -> FrameSampler:
+    """Takes and resizes frames in memory as the model's are."""
+    builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
+    return partial(sample_frames, budget=budget, size_factor=builder.size_factor)
 
 
 def read_token(path: str | None) -> str | None:

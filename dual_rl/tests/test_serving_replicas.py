@@ -15,6 +15,7 @@ from serving_support import PROMPTS, TOLERANCE, ServingProcess, results, wait_fo
 
 pytest_plugins = ["serving_fixtures"]
 FLAGS = ["--backend", "hf", "--batch_size", "4", "--num_threads", "1", "--max_new_tokens", "8", "--num_replicas", "2"]
+SCORED = 'descore_videos_total{outcome="scored"}'
 NUM_CLIENTS, CLIPS_EACH = 64, 3
 
 
@@ -40,9 +41,6 @@ def test_a_replica_killed_under_load_leaves_no_request_unanswered_and_comes_back
     client = server.client()
     killed, other = find_replicas(client.port)
 
-    def num_scored() -> float:
-        return client.metric('descore_videos_total{outcome="scored"}')
-
     def ask(number: int) -> list[tuple[int, float, str]]:
         chosen = [(number + offset) % len(CLIPS) for offset in range(CLIPS_EACH)]
         videos = [ServerPath(CLIPS[index]) if number % 2 else CLIPS[index].read_bytes() for index in chosen]
@@ -54,12 +52,13 @@ def test_a_replica_killed_under_load_leaves_no_request_unanswered_and_comes_back
 
     with ThreadPoolExecutor(NUM_CLIENTS) as pool:
         answers = [pool.submit(ask, number) for number in range(NUM_CLIENTS)]
-        wait_for(lambda: client.metric("descore_queue_length") > 0 and num_scored() >= 16, "both replicas full", 60)
+        wait_for(lambda: client.metric("descore_queue_length") > 0, "both replicas full", 60)
+        wait_for(lambda: SCORED in client.get("/metrics").text, "first rewards", 60)
         os.kill(killed, signal.SIGKILL)
         for index, reward, cot in (scored for answer in answers for scored in answer.result()):
             assert (reward, cot) == (pytest.approx(offline[index]["reward"], abs=TOLERANCE), offline[index]["cot"])
     assert "a replica died" in server.console.read_text()
-    assert num_scored() == NUM_CLIENTS * CLIPS_EACH
+    assert client.metric(SCORED) == NUM_CLIENTS * CLIPS_EACH
     wait_for(lambda: client.get("/health").json()["engines"] == 2, "a new replica", 120)
     assert client.metric("descore_engines") == 2
     assert find_replicas(client.port) > {other}
