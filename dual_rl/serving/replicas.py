@@ -57,7 +57,7 @@ class Engine:
         while self._scoring.state == "loading":
             time.sleep(STEP_SECONDS)
         if self._scoring.failure is not None:
-            raise RuntimeError(self._scoring.failure)
+            raise RuntimeError(self._scoring.failure)  # Serve keeps the text
         self._scoring.ended.add_done_callback(self._exit_after_failure)
 
     def _exit_after_failure(self, _: Future[None]) -> None:
@@ -179,7 +179,8 @@ class Replicas:
     def _wait(self, is_wanted: Callable[[], bool]) -> None:
         while is_wanted() and (found := serve.status().applications[self.name]).status != "RUNNING":
             if found.status == "DEPLOY_FAILED":
-                raise RuntimeError("; ".join(deployment.message for deployment in found.deployments.values()))
+                (deployment,) = found.deployments.values()
+                raise RuntimeError(f"a replica cannot start: {deployment.message.rstrip().splitlines()[-1]}")
             time.sleep(STEP_SECONDS)
 
 
