@@ -2,7 +2,8 @@
 
     POST /v1/score          {"videos": [{"path": "/data/a.mp4"}], "prompts": ["a cat runs"]}, paths on the server
     POST /v1/score/upload   multipart form: files `videos`, fields `prompts`, in the same order
-    POST /flow_grpo, POST /score, GET /rewards       trainers' own protocols, see protocols.py
+    POST /flow_grpo         these are Flow-GRPO's and
+    POST /score             UniRL's protocols: see protocols.py
     GET  /health            200 when it takes requests, else 503; open to all
     GET  /metrics           Prometheus text
 
@@ -122,10 +123,6 @@ class RewardService:
                 asked = await run_in_threadpool(UnirlRequest, body, self.limits, self.roots, Path(folder))
                 return asked.write((await self._score(request, asked.videos, asked.prompts))["results"])
 
-    async def list_rewards(self) -> Answer:
-        """`GET /rewards`."""
-        return {"rewards": [REWARD_NAME]}
-
     async def _read(self, request: Request) -> tuple[Request, bytes]:
         """The request, limited, and its body. Raises HTTPException."""
         self.scoring.require_room()
@@ -221,7 +218,6 @@ def create_app(service: RewardService) -> FastAPI:
     app.add_api_route("/v1/score/upload", service.score_uploads, methods=["POST"], dependencies=guarded)
     app.add_api_route("/flow_grpo", service.score_flow_grpo, methods=["POST"], dependencies=guarded)
     app.add_api_route("/score", service.score_unirl, methods=["POST"], dependencies=guarded)
-    app.add_api_route("/rewards", service.list_rewards, methods=["GET"], dependencies=guarded)
     app.add_api_route("/health", service.health, methods=["GET"])
     app.add_api_route("/metrics", service.read_metrics, methods=["GET"], dependencies=guarded)
 

@@ -5,7 +5,6 @@
                       those here, or an array of frames.
     POST /score       UniRL's RewardService, protocol version 1 (unirl-reward-service/reward_service/schemas.py): JSON
                       with a base64 file per video, answered by {"results", "errors", "identities"}
-    GET  /rewards     UniRL: the names of the rewards
 
 Flow-GRPO's answer has no place for the error of one video: it is refused as a whole, with the reason.
 """
@@ -46,15 +45,7 @@ def _empty_array(kind: type, shape: tuple[int, ...], typecode: bytes) -> np.ndar
     return np.ndarray(shape, np.int8)
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")  # older pickles write bytes so
-
-
-_PICKLED = {
-    ("numpy", "ndarray"): _ArrayType,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _encode,
-}
+_PICKLED = {("numpy", "ndarray"): _ArrayType, ("numpy", "dtype"): np.dtype}
 for _core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
     _PICKLED[f"{_core}.multiarray", "_reconstruct"] = _empty_array
     _PICKLED[f"{_core}.multiarray", "scalar"] = np._core.multiarray.scalar

@@ -42,6 +42,8 @@ STEP_SECONDS = 0.02
 """After which videos that have come in the meantime are sent."""
 HEALTH_SECONDS = 2.0
 """Between Serve's looks whether a replica lives."""
+SECONDS_TO_CLOSE = 5.0
+"""For a replica to end by itself, after its last answer or while it loads."""
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +166,7 @@ class Replicas:
             ray_actor_options={"num_cpus": 1, "num_gpus": self.num_gpus, "runtime_env": environment},
             health_check_period_s=HEALTH_SECONDS,
             graceful_shutdown_wait_loop_s=STEP_SECONDS,
+            graceful_shutdown_timeout_s=SECONDS_TO_CLOSE,
             max_constructor_retry_count=1,
             logging_config=quiet,
         )

@@ -61,9 +61,9 @@ def test_flow_grpo_gets_the_rewards_of_the_frames_that_it_pickles(serving, rewar
         (np.stack(clips), expected),
         (list(floats), expected),
     ):
-        for protocol in (2, 4, 5):
+        for protocol in (3, 4, 5):
             body = pickle.dumps({"images": images, "prompts": split, "fps": FPS}, protocol)
-            if protocol == 2:
+            if protocol == 3:
                 body = body.replace(b"numpy._core", b"numpy.core")  # of numpy 1
             reply = client.post("/flow_grpo", content=body)
             assert reply.status_code == 200, reply.text
@@ -146,7 +146,6 @@ def test_unirl_gets_rewards_and_errors_by_name_and_its_identities_back(serving, 
     expected = [{"request_id": f"r{number}", "idempotency_key": "k", **echo} for number in range(5)]
     assert (answer["identities"], answer["protocol_version"]) == (expected, "1")
     assert client.get("/health").json()["rewards"] == {"descore": ["ready"]}
-    assert client.get("/rewards").json() == {"rewards": ["descore"]}
     client.auth = ("descore", "guess")
     assert client.post("/score", content=unirl_body(*turns)).status_code == 401
 

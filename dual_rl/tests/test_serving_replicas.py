@@ -36,10 +36,13 @@ def ray_folder(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_replica_killed_under_load_leaves_no_request_unanswered_and_comes_back(small_model, tmp_path, offline):
+def test_a_replica_killed_under_load_leaves_no_request_unanswered_and_comes_back(
+    small_model, tmp_path, offline, request
+):
     """64 clients that do not retry get the offline rewards; then Ctrl-C at the terminal lets running requests end."""
     arguments = ["--model_ckpt", small_model, "--roots", CLIPS[0].parent, *FLAGS]
     server = ServingProcess(tmp_path / "server", arguments, start_new_session=True)
+    request.addfinalizer(server.process.kill)  # and Ray with it
     client = server.client()
     killed, other = find_replicas(client.port)
 
