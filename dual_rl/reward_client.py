@@ -122,6 +122,25 @@ class RewardClient:
                 scores.update(zip(batch, results, strict=True))
         return [scores[index] for index in range(len(videos))]
 
+    def reward(
+        self,
+        video_paths: Sequence[Video],
+        prompts: Sequence[str],
+        fps=None,
+        num_frames=None,
+        max_pixels=None,
+        use_norm=True,
+    ) -> list[dict[str, float]]:
+        """As DanceGRPO calls its scorer, VideoAlign's: the one reward under each of the names that it reads.
+
+        Frames are taken, and rewards scaled, as the server does: the other arguments are not read. Raises
+        RewardServerError if a video has no reward.
+        """
+        scores = self.score(video_paths, prompts)
+        if errors := [score.error for score in scores if score.error is not None]:
+            raise RewardServerError("\n".join(["videos could not be scored", *errors]))
+        return [dict.fromkeys(("VQ", "MQ", "TA", "Overall"), score.reward) for score in scores]
+
     def is_ready(self) -> bool:
         """Whether the server takes requests now."""
         try:

@@ -2,8 +2,10 @@
 
     python serve.py --model_ckpt CHECKPOINT --roots /data/videos
     python serve.py --model_ckpt CHECKPOINT --host 0.0.0.0 --token_file token.txt      for other machines
+    python serve.py --model_ckpt CHECKPOINT --num_replicas auto                         one engine on each GPU
 
-The model is on one GPU, the first that CUDA_VISIBLE_DEVICES names. Clients: reward_client.py.
+The model is on one GPU, the first that CUDA_VISIBLE_DEVICES names, or a copy of it on each of several GPUs of this
+machine, or of the Ray cluster that RAY_ADDRESS names. Clients: reward_client.py.
 """
 
 import argparse
@@ -25,9 +27,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--roots", nargs="+", default=[], metavar="DIR", help="folders whose videos clients may name by path")
     add("--token_file", help="file with the token that clients must give")
     add("--grace_seconds", type=float, default=60.0, help="to finish what was accepted after SIGTERM")
+    add("--num_replicas", type=read_count, default=1, help="engines, by Ray Serve if several; auto: one per free GPU")
     add_settings(parser, ServerLimits)
     add_model_flags(parser)
     return parser.parse_args(argv)
+
+
+def read_count(text: str) -> int | None:
+    """A positive number, or None for auto. Raises ValueError."""
+    if text == "auto":
+        return None
+    if (count := int(text)) < 1:
+        raise ValueError
+    return count
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,11 +1,13 @@
 """Throughput of the reward server against offline scoring, one after the other.
 
     PYTHONPATH=. python benchmarks/serve_8b.py --work /tmp/work --output results/serve_h100.json
+    PYTHONPATH=. python benchmarks/serve_8b.py --work /tmp/work --num_replicas 2 --videos 512 --clients 64
 
 `--work` is what benchmarks/make_work.py wrote; any reward model and CSV of pairs will do (`--model`, `--data`). Both
 score the same videos with the same flags: offline `RewardModel`, as inference.py uses it; then serve.py in a process
 of its own, asked for one batch each over several connections at a time, by paths on the server. Each round has its own
-prompts, so that no cache helps; the median round counts. Rewards must agree.
+prompts, so that no cache helps; the median round counts. Rewards must agree. `--num_replicas N` adds a third part, a
+server with so many engines; give each of them several batches (`--videos`).
 """
 
 import argparse
@@ -26,7 +28,7 @@ from verl.data.pair_csv import read_pairs
 
 SERVE = Path(__file__).resolve().parents[1] / "serve.py"
 WARMUP_VIDEOS = 4
-SHARED = ("videos", "rounds", "clients", "batch_size", "max_new_tokens")
+SHARED = ("videos", "rounds", "clients", "batch_size", "max_new_tokens", "num_replicas")
 
 
 def read_videos(options: argparse.Namespace) -> list[str]:
@@ -55,9 +57,10 @@ def score_offline(options: argparse.Namespace) -> dict:
         return run_rounds(lambda videos, prompts: model.score(videos, prompts).rewards, options)
 
 
-def score_by_server(options: argparse.Namespace) -> dict:
+def score_by_server(options: argparse.Namespace, num_replicas: int = 1) -> dict:
     """By a server that starts with the same flags."""
     flags = {name: str(getattr(options, name)) for name in ("port", "batch_size", "max_new_tokens")}
+    flags |= {"num_replicas": str(num_replicas)}
     flags |= {"model_ckpt": str(options.model), "roots": str(Path(read_videos(options)[0]).parent)}
     server = subprocess.Popen([sys.executable, SERVE, *(f"--{name}={value}" for name, value in flags.items())])
     share = -(-options.videos // options.clients)
@@ -75,10 +78,14 @@ def score_by_server(options: argparse.Namespace) -> dict:
         return run_rounds(ask, options)
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait(90)
 
 
-PARTS = {"offline": score_offline, "server": score_by_server}
+def score_by_replicas(options: argparse.Namespace) -> dict:
+    return score_by_server(options, options.num_replicas)
+
+
+PARTS = {"offline": score_offline, "server": score_by_server, "replicas": score_by_replicas}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -91,6 +98,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--max_new_tokens", type=int, default=400)
+    parser.add_argument("--num_replicas", type=int, default=1)
     parser.add_argument("--port", type=int, default=8765)
     options = parser.parse_args()
     options.model = options.model or options.work / "model"
@@ -101,8 +109,11 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
-        parts = dict(run_parts(PARTS, PARTS, options, Path(folder)))
-    distances = [abs(a - b) for a, b in zip(parts["offline"]["rewards"], parts["server"]["rewards"], strict=True)]
+        chosen = list(PARTS)[: 3 if options.num_replicas > 1 else 2]
+        parts = dict(run_parts(PARTS, chosen, options, Path(folder)))
+    served = [reward for name in chosen[1:] for reward in parts[name]["rewards"]]
+    offline = parts["offline"]["rewards"] * (len(chosen) - 1)
+    distances = [abs(a - b) for a, b in zip(offline, served, strict=True)]
     rates = {name: options.videos / statistics.median(part["seconds"]) for name, part in parts.items()}
     result = {
         **describe_machine(),
@@ -110,6 +121,7 @@ def main() -> None:
         "seconds": {name: part["seconds"] for name, part in parts.items()},
         "videos_per_second": rates,
         "server_by_offline": rates["server"] / rates["offline"],
+        **({"replicas_by_server": rates["replicas"] / rates["server"]} if "replicas" in rates else {}),
         "largest_distance_of_rewards": max(distances),
     }
     write_result(result, options.output)

@@ -2,6 +2,8 @@
 
     POST /v1/score          {"videos": [{"path": "/data/a.mp4"}], "prompts": ["a cat runs"]}, paths on the server
     POST /v1/score/upload   multipart form: files `videos`, fields `prompts`, in the same order
+    POST /flow_grpo         these are Flow-GRPO's and
+    POST /score             UniRL's protocols: see protocols.py
     GET  /health            200 when it takes requests, else 503; open to all
     GET  /metrics           Prometheus text
     GET  /                  a page to try the model; open to all
@@ -18,16 +20,18 @@ failed, 503 with Retry-After while it cannot take more.
 """
 
 import asyncio
+import base64
 import contextlib
 import hmac
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -35,6 +39,7 @@ from scoring.source import RewardScale, apply_scale_to_video
 from scoring.types import FailedVideo, Outcome
 from scoring.watch import RunWatch
 from serving.metrics import ServerMetrics
+from serving.protocols import REWARD_NAME, FrameSampler, UnirlRequest, read_flow_grpo, write_flow_grpo
 from serving.requests import (
     MAX_JSON_MB,
     RETRY_SOON,
@@ -49,6 +54,7 @@ from serving.requests import (
 )
 from serving.scoring_thread import ScoringThread
 from verl.data.scored_sequence import judge_problem
+from verl.data.vision_process import VideoFrames
 
 Answer = dict[str, object]
 PAGE = Path(__file__).with_name("try_page.html")
@@ -59,7 +65,8 @@ MAX_RUN_CHARS = 64
 class RewardService:
     """What the routes work with. `model_name`: in every answer. `folder`: takes uploads. `token`: None for none.
 
-    `scale`: on which rewards are given, named in every answer; None for the head's own.
+    `sample`: makes VideoFrames of frames. `scale`: on which rewards are given, named in every answer; None for the
+    head's own. `count_engines`: how many run while the server is ready, which may block; None for one.
     """
 
     scoring: ScoringThread
@@ -68,9 +75,11 @@ class RewardService:
     roots: AllowedRoots
     limits: ServerLimits
     metrics: ServerMetrics
+    sample: FrameSampler
     token: str | None = None
     scale: RewardScale | None = None
     watch: RunWatch = field(default_factory=RunWatch)
+    count_engines: Callable[[], int] | None = None
     _deadlines: set[asyncio.Timeout] = field(default_factory=set, init=False)
 
     async def require_token(self, request: Request) -> None:
@@ -78,7 +87,11 @@ class RewardService:
         if self.token is None:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.token.encode()):
+        given, kind = given.strip().encode(), kind.lower()
+        if kind == "basic":  # http://user:TOKEN@host, for clients that know no tokens
+            with contextlib.suppress(ValueError):
+                kind, given = "bearer", base64.b64decode(given).partition(b":")[2]
+        if kind != "bearer" or not hmac.compare_digest(given, self.token.encode()):
             message = "give the server's token: `Authorization: Bearer TOKEN`"
             raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
 
@@ -104,16 +117,46 @@ class RewardService:
                     videos, prompts = await read_form(request, self.limits, Path(folder))
                 return await self._score(request, videos, prompts)
 
+    async def score_flow_grpo(self, request: Request) -> Response:
+        """`POST /flow_grpo`."""
+        with self.metrics.request_seconds.labels("flow_grpo").time():
+            request, body = await self._read(request)
+            videos, prompts = await run_in_threadpool(read_flow_grpo, body, self.limits, self.sample)
+            answer = await self._score(request, videos, prompts)
+            return Response(write_flow_grpo(answer["results"]), media_type="application/octet-stream")
+
+    async def score_unirl(self, request: Request) -> Answer:
+        """`POST /score`."""
+        with self.metrics.request_seconds.labels("unirl").time():
+            request, body = await self._read(request)
+            with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as folder:
+                asked = await run_in_threadpool(UnirlRequest, body, self.limits, self.roots, Path(folder))
+                return asked.write((await self._score(request, asked.videos, asked.prompts))["results"])
+
+    async def _read(self, request: Request) -> tuple[Request, bytes]:
+        """The request, limited, and its body. Raises HTTPException."""
+        self.scoring.require_room()
+        request = limit_body(request, self.limits.max_body_mb)
+        async with self._receive():
+            return request, await request.body()
+
     async def health(self, response: Response) -> Answer:
         """`GET /health`."""
         state = self.scoring.state
-        response.status_code = 200 if state == "ready" else 503
-        return {"status": state}
+        num_engines = await run_in_threadpool(self._count_ready)
+        response.status_code = 200 if num_engines else 503
+        return {"status": state, "engines": num_engines, "rewards": {REWARD_NAME: ["ready"] * num_engines}}
 
     async def read_metrics(self) -> Response:
         """`GET /metrics`."""
         self.metrics.show_runs(self.watch.read())
+        self.metrics.engines.set(await run_in_threadpool(self._count_ready))
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    def _count_ready(self) -> int:
+        if self.scoring.state != "ready":
+            return 0
+        return 1 if self.count_engines is None else self.count_engines()
 
     def interrupt(self) -> None:
         """Refuse the bodies that are still arriving: the server stops."""
@@ -142,14 +185,16 @@ class RewardService:
         """Results in order; a string in place of a video is its error. Raises ClientDisconnect."""
         pairs = zip(videos, prompts, strict=True)
         number = read_num_thoughts(request, self.limits)
-        tasks = [(video.path, judge_problem(prompt), number) for video, prompt in pairs if isinstance(video, Video)]
+        tasks = [(video.source, judge_problem(prompt), number) for video, prompt in pairs if isinstance(video, Video)]
         outcomes = iter(await self._outcomes(request, tasks))
         results = [
             self._describe(next(outcomes), video) if isinstance(video, Video) else {"error": video} for video in videos
         ]
         return {"results": results, "model": self.model_name, "scale": self.scale and asdict(self.scale)}
 
-    async def _outcomes(self, request: Request, tasks: Sequence[tuple[str, str, int | None]]) -> list[Outcome]:
+    async def _outcomes(
+        self, request: Request, tasks: Sequence[tuple[str | VideoFrames, str, int | None]]
+    ) -> list[Outcome]:
         """When the client leaves, what waits is dropped; what was started is finished before its files go."""
         futures = self.scoring.submit(tasks)
         answers = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
@@ -175,7 +220,8 @@ class RewardService:
     def _describe(self, outcome: Outcome, video: Video) -> Answer:
         """The outcome as JSON, its reward on `scale`, with the client's name for the video in place of our path."""
         if isinstance(outcome, FailedVideo):
-            return {"error": outcome.error.replace(video.path, video.name)}
+            ours = video.source if isinstance(video.source, str) else "frames in memory"
+            return {"error": outcome.error.replace(ours, video.name)}
         described = asdict(apply_scale_to_video(outcome, self.scale))
         hidden = ("name",) if outcome.thoughts else ("name", "standard_error", "thoughts")
         return {name: value for name, value in described.items() if name not in hidden}
@@ -187,6 +233,8 @@ def create_app(service: RewardService) -> FastAPI:
     guarded = [Depends(service.require_token)]
     app.add_api_route("/v1/score", service.score_paths, methods=["POST"], dependencies=guarded)
     app.add_api_route("/v1/score/upload", service.score_uploads, methods=["POST"], dependencies=guarded)
+    app.add_api_route("/flow_grpo", service.score_flow_grpo, methods=["POST"], dependencies=guarded)
+    app.add_api_route("/score", service.score_unirl, methods=["POST"], dependencies=guarded)
     app.add_api_route("/health", service.health, methods=["GET"])
     app.add_api_route("/", lambda: FileResponse(PAGE), methods=["GET"])
     app.add_api_route("/metrics", service.read_metrics, methods=["GET"], dependencies=guarded)

@@ -20,6 +20,7 @@ class ServerMetrics:
         )
         self.queue_length = Gauge("descore_queue_length", "Videos that wait.", registry=self.registry)
         self.in_flight = Gauge("descore_in_flight", "Videos that are decoded or scored.", registry=self.registry)
+        self.engines = Gauge("descore_engines", "Engines that run.", registry=self.registry)
         self.runs = Gauge("descore_run", "A run's last videos.", ["run", "figure"], registry=self.registry)
 
     def show_runs(self, runs: Mapping[str, Mapping[str, float | None]]) -> None:

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from scoring.types import setting
+from verl.data.vision_process import VideoFrames
 
 MEGABYTE = 1 << 20
 MAX_JSON_MB = 4
@@ -78,9 +79,9 @@ class ScoreRequest(BaseModel):
 
 
 class Video(NamedTuple):
-    """A file to score, and the client's name for it."""
+    """A file to score, or its sampled frames, and the client's name for it."""
 
-    path: str
+    source: str | VideoFrames
     name: str
 
 
@@ -118,11 +119,15 @@ async def read_json(request: Request, limits: ServerLimits) -> tuple[list[str], 
     try:
         asked = ScoreRequest.model_validate_json(await request.body())
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field_name = ".".join(map(str, first["loc"]))
-        raise refuse(422, f"the body is not a request to score: {field_name}: {first['msg']}") from error
+        raise refuse(422, f"the body is not a request to score: {describe_invalid(error)}") from error
     limits.check(len(asked.videos), asked.prompts)
     return [video.path for video in asked.videos], asked.prompts
+
+
+def describe_invalid(error: ValidationError) -> str:
+    """The first field that is invalid, and why, without its content."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 async def read_form(request: Request, limits: ServerLimits, folder: Path) -> tuple[list[Video], list[str]]:

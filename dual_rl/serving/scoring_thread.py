@@ -19,6 +19,7 @@ from scoring.reward_model import WINDOW, RewardModel
 from scoring.types import Outcome, ScoredVideo, VideoTask
 from serving.metrics import ServerMetrics
 from serving.requests import RETRY_LATER, RETRY_SOON, refuse
+from verl.data.vision_process import VideoFrames
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,8 @@ class ScoringThread(threading.Thread):
             message = f"the queue is full: {len(self._waiting)} of {self.max_queue} videos wait"
             raise refuse(503, message, retry_after=RETRY_SOON)
 
-    def submit(self, videos: Sequence[tuple[str, str, int | None]]) -> list[Future[Outcome]]:
-        """Queue all of these paths, problems and numbers of thoughts, or raise HTTPException and queue none."""
+    def submit(self, videos: Sequence[tuple[str | VideoFrames, str, int | None]]) -> list[Future[Outcome]]:
+        """Queue all of these videos, problems and numbers of thoughts, or raise HTTPException and queue none."""
         with self._changed:
             self.require_room(len(videos))
             entries = [(VideoTask(str(next(self._numbers)), *video), Future()) for video in videos]

@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from granian.constants import HTTPModes, Interfaces
@@ -19,12 +20,23 @@ from granian.log import LogLevels
 from granian.server.embed import Server
 
 from scoring.options import build_source
-from scoring.source import RewardScale, choose_prompt_length, find_calibration, load_calibration, read_checkpoint
+from scoring.source import (
+    RewardScale,
+    choose_budget,
+    choose_prompt_length,
+    find_calibration,
+    load_calibration,
+    read_checkpoint,
+)
 from scoring.watch import RunWatch
 from serving.app import RewardService, create_app
 from serving.metrics import ServerMetrics
+from serving.protocols import FrameSampler
 from serving.requests import AllowedRoots, ServerLimits
 from serving.scoring_thread import ScoringThread
+from verl.data.scored_sequence import SequenceBuilder
+from verl.data.vision_process import VideoBudget, sample_frames
+from verl.model.reward_files import PolicyCheckpoint
 from verl.temporary import temporary_folder
 
 HEADER_SECONDS = 10
@@ -41,8 +53,8 @@ logger = logging.getLogger(__name__)
 def serve(options: argparse.Namespace) -> tuple[int, bool]:
     """Serve until a signal; returns the exit status, and whether the engine has ended. Raises ValueError."""
     with temporary_folder("server") as folder:
-        service = build_service(options, folder)
         port = choose_port(options.host, options.port)
+        service = build_service(options, folder, port)
         tempfile.tempdir = str(folder)  # so that arriving bodies and the engine's files go with it
         if service.token is None and options.host not in ("127.0.0.1", "::1", "localhost"):
             logger.warning("without --token_file, everyone who reaches %s can use the server", options.host)
@@ -50,12 +62,13 @@ def serve(options: argparse.Namespace) -> tuple[int, bool]:
         service.scoring.start()
         server = build_server(service, options.host, port)
         asyncio.run(serve_until_stopped(service, server, options.grace_seconds))
-        service.scoring.join(SECONDS_TO_CLOSE if service.scoring.has_model else 0.0)
+        has_ray = options.num_replicas != 1
+        service.scoring.join(SECONDS_TO_CLOSE if service.scoring.has_model or has_ray else 0.0)
     return 0 if service.scoring.failure is None else 1, not service.scoring.is_alive()
 
 
-def build_service(options: argparse.Namespace, folder: Path) -> RewardService:
-    """Everything but the port, after a check of checkpoint and settings. Raises ValueError for mistakes."""
+def build_service(options: argparse.Namespace, folder: Path, port: int) -> RewardService:
+    """Everything but the web server, after a check of checkpoint and settings. Raises ValueError for mistakes."""
     source, metrics = build_source(options), ServerMetrics()
     limits = ServerLimits(**{limit.name: getattr(options, limit.name) for limit in dataclasses.fields(ServerLimits)})
     roots, token = AllowedRoots(options.roots), read_token(options.token_file)
@@ -64,8 +77,25 @@ def build_service(options: argparse.Namespace, folder: Path) -> RewardService:
     kept = (source.model_ckpt, checkpoint, source.settings)
     scale = load_calibration(RewardScale, *kept) if options.normalize else None
     watch = RunWatch(scale or find_calibration(RewardScale, *kept))
-    scoring = ScoringThread(source.load, max_queue=limits.max_queue, metrics=metrics)
-    return RewardService(scoring, source.model_ckpt, folder, roots, limits, metrics, token, scale, watch=watch)
+    sample = build_sampler(choose_budget(checkpoint, source.settings), checkpoint)
+    replicas = None
+    if options.num_replicas != 1:
+        from serving.replicas import plan_replicas  # takes seconds
+
+        replicas = plan_replicas(source, f"descore-{options.host}-{port}", folder, options.num_replicas)
+    if replicas is None:
+        load, count_engines = source.load, None
+    else:
+        load, count_engines = partial(replicas.start, lambda: not scoring.ended.done()), replicas.count
+    scoring = ScoringThread(load, max_queue=limits.max_queue, metrics=metrics)
+    names = (source.model_ckpt, folder, roots, limits, metrics, sample)
+    return RewardService(scoring, *names, token=token, scale=scale, watch=watch, count_engines=count_engines)
+
+
+def build_sampler(budget: VideoBudget, checkpoint: PolicyCheckpoint) -> FrameSampler:
+    """Takes and resizes frames in memory as the model's are."""
+    builder = SequenceBuilder(checkpoint.processor, format_prompt=checkpoint.format_prompt)
+    return partial(sample_frames, budget=budget, size_factor=builder.size_factor)
 
 
 def read_token(path: str | None) -> str | None:

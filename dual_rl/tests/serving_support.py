@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -20,6 +21,7 @@ from serving.metrics import ServerMetrics
 from serving.requests import AllowedRoots, ServerLimits
 from serving.scoring_thread import ScoringThread
 from serving.server import build_server, choose_port
+from verl.data.vision_process import sample_frames
 
 PROMPTS = [f"a shape, number {number}" for number in range(len(CLIPS))]
 SECONDS = 30.0
@@ -119,7 +121,9 @@ class Serving:
         self.scoring = ScoringThread(lambda: nullcontext(model), max_queue=limits.max_queue, metrics=metrics)
         self.folder = folder
         folder.mkdir()
-        service = RewardService(self.scoring, "small", folder, AllowedRoots(roots), limits, metrics, token, **options)
+        sample = partial(sample_frames, budget=model.loader.budget, size_factor=model.builder.size_factor)
+        allowed = AllowedRoots(roots)
+        service = RewardService(self.scoring, "small", folder, allowed, limits, metrics, sample, token, **options)
         self.client = Client(choose_port("127.0.0.1", 0), token)
         self.server = build_server(service, "127.0.0.1", self.client.port, header_seconds=HEADER_SECONDS)
         self.loop = asyncio.new_event_loop()
@@ -146,14 +150,14 @@ class Serving:
 class ServingProcess:
     """`python serve.py` as users start it; its temporary files lie in `root/tmp`."""
 
-    def __init__(self, root: Path, arguments: Sequence[object]) -> None:
+    def __init__(self, root: Path, arguments: Sequence[object], **options: object) -> None:
         self.temporary, self.console = root / "tmp", root / "console"
         self.temporary.mkdir(parents=True, exist_ok=True)
         variables = {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary), "PYTHONPATH": str(DUAL_RL)}
         command = [sys.executable, DUAL_RL / "serve.py", "--port", "0", *map(str, arguments)]
         with self.console.open("wb") as console:
             self.process = subprocess.Popen(
-                command, stdout=console, stderr=subprocess.STDOUT, env=os.environ | variables
+                command, stdout=console, stderr=subprocess.STDOUT, env=os.environ | variables, **options
             )
 
     def client(self, token: str | None = None, *, wanted: str = "\nready") -> Client:
