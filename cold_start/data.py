@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from arguments import DataArguments, TrainingArguments
+from descore.csv_table import CsvError
 from losses import AGREEMENT_LOSSES, SCORE_LOSSES, PairLabels
 from preference_csv import INVALID_LABEL, PREFERENCES, CsvNeeds, Judgement, PreferencePair, load_checked_pairs
 from scored_sequence import PackedSequences, ScoredSequence, SequenceBuilder, pack_sequences
@@ -187,4 +188,7 @@ def load_checked_data(
         cots=data.mask_probability < 1.0,
     )
     pairs = load_checked_pairs(path, needs, budget, builder=builder, max_length=data.max_length)
+    for index, name in enumerate(data.dimensions):
+        if all(pair.judgements[index].label == INVALID_LABEL for pair in pairs):
+            raise CsvError(path, [f"{name} labels no pair; leave it out of --eval_dim, or label some"])
     return PairDataset(pairs, builder, budget)

@@ -90,12 +90,15 @@ def summarise(records: Sequence[dict], modes: Sequence[str]) -> dict[str, dict[s
 def format_table(results: dict[str, dict]) -> str:
     """Accuracies as text: one row per mode, one column per result."""
     modes = [mode for mode in MODES if all(mode in result["accuracy"] for result in results.values())]
-    lines = ["held-out pair accuracy " + "".join(f"{name:>26}" for name in results)]
+    width = max(26, *(len(name) + 2 for name in results))
+    lines = ["held-out pair accuracy " + "".join(f"{name:>{width}}" for name in results)]
     for mode in modes:
         cells = [result["accuracy"][mode] for result in results.values()]
-        row = "".join(f"{'{accuracy:.3f}  [{low:.3f}, {high:.3f}]'.format(**cell):>26}" for cell in cells)
+        row = "".join(f"{'{accuracy:.3f}  [{low:.3f}, {high:.3f}]'.format(**cell):>{width}}" for cell in cells)
         lines.append(f"{MODES[mode]:<23}{row}")
-    lines.append(f"{cells[0]['num_pairs']} pairs with a preference; 95% intervals; chance is 0.5")
+    counts = [str(cell["num_pairs"]) for cell in cells]
+    count = counts[0] if len(set(counts)) == 1 else ", ".join(counts)
+    lines.append(f"{count} pairs with a preference; 95% intervals; chance is 0.5")
     return "\n".join(lines)
 
 

@@ -101,6 +101,8 @@ def main(argv: Sequence[str]) -> int:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         outcomes, rule, contenders = {}, None, {task.name for task in tasks}
         if options.think_when_unsure:
+            if options.mask_cot:
+                raise ValueError("--think_when_unsure needs thoughts. Leave out --mask_cot.")
             checkpoint = read_checkpoint(options.model_ckpt, options.rm_ckpt)
             rule = load_calibration(ThinkMargin, options.model_ckpt, checkpoint, source.settings)
         with source.load() as model:

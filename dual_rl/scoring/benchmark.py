@@ -72,6 +72,7 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, object]:
     kept = (source.model_ckpt, checkpoint, source.settings)
     scale = load_calibration(RewardScale, *kept) if options.normalize else None
     rule = load_calibration(ThinkMargin, *kept) if options.think_when_unsure else None
+    known = scale or find_calibration(RewardScale, *kept)
     path = output.with_suffix(JOURNAL_SUFFIX)
     with Journal(path, identity, overwrite=options.overwrite, save_every=options.save_every) as journal:
         bench = _score_missing(source, bench, journal, options, rule)
@@ -82,7 +83,6 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, object]:
         result = {"model_ckpt": source.model_ckpt, "data_path": options.data_path, "run": identity, **summary}
         scored = [observe(journal.read(name)) for name in bench.items if name in journal.rewards]
         figures = measure(scored) if scored else None
-        known = scale or find_calibration(RewardScale, *kept)
         if figures and known and rule is None and not options.calibrate:
             result["watch"] = {"signs": find_signs(figures, known), "summary": describe(figures, known)}
         write_csv(output, bench, journal, scale=scale, has_errors=options.num_thoughts > 1)
@@ -106,7 +106,7 @@ def _calibrate(
     own = [rewards[name] for name in bench.items if name in rewards]
     scale = compute_scale(own, data=os.path.basename(options.data_path), **measured_with)
     thoughts = {name: getattr(figures, name) for name in ("agreement", "agreement_error", "faulty")}
-    path = save_calibration(options.model_ckpt, replace(scale, **thoughts))
+    path = save_calibration(options.model_ckpt, replace(scale, mask_cot=options.mask_cot, **thoughts))
     logger.info("the scale of these rewards, %.4f +- %.4f, is kept in %s", scale.mean, scale.std, path)
     if options.think_agreement is None:
         return
@@ -177,11 +177,13 @@ def _score_missing(
     source: ModelSource, bench: Bench, journal: Journal, options: argparse.Namespace, rule: ThinkMargin | None
 ) -> Bench:
     """Score what the journal lacks; returns the benchmark that is reported: by a rule, some pairs do not think."""
-    num_gpus, num_missing = torch.cuda.device_count(), len(_find_missing(bench, journal))
+    needs_masked = rule is not None or options.think_agreement is not None
+    benches = [mask_bench(bench), bench] if needs_masked else [bench]
+    num_gpus, num_missing = torch.cuda.device_count(), sum(len(_find_missing(each, journal)) for each in benches)
     num_workers = min(options.num_workers or max(1, num_gpus), max(1, num_missing))
     with Engines(source, num_gpus=num_gpus, num_workers=num_workers) as engines:
-        if rule is not None or options.think_agreement is not None:
-            _score_items(engines, mask_bench(bench), journal)
+        if needs_masked:
+            _score_items(engines, benches[0], journal)
         if rule is not None:
             bench = mix_bench(bench, journal.rewards, rule.margin)
         _score_items(engines, bench, journal)

@@ -61,11 +61,11 @@ class Engines:
     def __enter__(self) -> "Engines":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         self._engine.close()
         if self.num_workers > 1:
-            closing = [actor.close.remote() for actor in self._actors]
-            if closing:
+            if self._actors and kind is None:  # else they are dead or busy
+                closing = [actor.close.remote() for actor in self._actors]
                 ray.wait(closing, num_returns=len(closing), timeout=SECONDS_TO_CLOSE)
             ray.shutdown()
 
@@ -78,9 +78,9 @@ class _Engine:
 
     def score(self, tasks: Sequence[VideoTask]) -> Iterator[Outcome]:
         """Outcomes as they become ready."""
-        if self._model is None:
+        if self._model is None and tasks:
             self._model = self._stack.enter_context(self._source.load())
-        for outcome in self._model.score_stream(tasks):  # noqa: UP028, Ray sends values, which lists do not take
+        for outcome in self._model.score_stream(tasks) if tasks else ():  # noqa: UP028, Ray sends values, which lists do not take
             yield outcome
 
     def close(self) -> None:

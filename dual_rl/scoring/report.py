@@ -51,7 +51,8 @@ def write_csv(
             scored = [None if video is None else apply_scale_to_video(video, scale) for video in found]
             cells = ["" if video is None else repr(video.reward) for video in scored]
             cells += ["" if video is None else video.cot for video in scored]
-            cells += ["" if video is None else repr(video.standard_error) for video in scored] if has_errors else []
+            errors = [None if video is None else video.standard_error for video in scored] if has_errors else []
+            cells += ["" if error is None else repr(error) for error in errors]
             writer.writerow(row.cells | dict(zip(columns, cells, strict=True)))
     os.replace(temporary, path)
 

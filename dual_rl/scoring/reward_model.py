@@ -43,6 +43,7 @@ from scoring.types import (
     Thought,
     ThoughtScore,
     VideoTask,
+    require_positive,
 )
 from verl.data.loading import VideoLoader
 from verl.data.scored_sequence import SequenceBuilder, judge_problem
@@ -147,6 +148,7 @@ class RewardModel:
         generated from. `num_thoughts`: as of `VideoTask`; the same video, prompt and seed give the same thoughts in
         any call. Raises VideoError that lists every video that cannot be scored.
         """
+        require_positive("num_thoughts", num_thoughts)
         rates = list(fps) if isinstance(fps, Sequence) else [fps] * len(videos)
         tasks = [  # with new names: an earlier call that was interrupted may have left videos in progress
             VideoTask(f"video {next(self._numbers)}", self._prepare(video, rate), judge_problem(prompt), num_thoughts)
@@ -236,7 +238,7 @@ class RewardModel:
     def _outcome(self, name: str, scores: Sequence[ThoughtScore]) -> Outcome:
         rewards = [score.reward for score in scores]
         if not all(map(math.isfinite, rewards)):
-            return FailedVideo(name, f"{self._sources[name]}: the reward is {fmean(rewards)}, not a number")
+            return FailedVideo(name, f"{self._sources[name]}: not all of its rewards are numbers: {rewards}")
         thoughts = [
             Thought(
                 reward=score.reward,

@@ -58,8 +58,8 @@ def choose_budget(checkpoint: PolicyCheckpoint, settings: ScoringSettings) -> Vi
 class RewardScale:
     """(reward - `mean`) / `std`, measured on `num_videos` of `data`. `weights`: fingerprint of the model and its head.
 
-    `video`: the budget that the videos were read with. The rest is of the thoughts, see scoring/watch.py; None if an
-    older version kept the scale.
+    `video`: the budget that the videos were read with. `mask_cot`: whether there were no thoughts. The rest is of the
+    thoughts, see scoring/watch.py; None if an older version kept the scale.
 
     Example: mean 1.5 and std 0.5 turn a reward of 2.0 into 1.0, one standard deviation above the validation's mean.
     """
@@ -72,6 +72,7 @@ class RewardScale:
     data: str
     weights: str
     video: dict[str, float]
+    mask_cot: bool | None = None
     agreement: float | None = None
     agreement_error: float | None = None
     faulty: float | None = None
@@ -127,9 +128,14 @@ def load_calibration(
         raise ValueError(
             f"{path.parent} has no {kind.FILE}: make it with inference.py --calibrate on a validation CSV"
         )
-    kept = kind(**json.loads(path.read_text()))
+    try:
+        kept = kind(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Run inference.py --calibrate again.") from error
     if kept.weights != fingerprint(model, checkpoint):
         raise ValueError(f"{path} was measured with other weights or another head: run --calibrate again")
+    if getattr(kept, "mask_cot", None) not in (None, settings.mask_cot):
+        raise ValueError(f"{path} was measured with mask_cot={kept.mask_cot}, another scale: run --calibrate again")
     budget = asdict(choose_budget(checkpoint, settings))
     if kept.video != budget:
         logger.warning("%s was measured with videos read with %s, now it is %s", kind.FILE, kept.video, budget)

@@ -23,7 +23,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from descore.answers import JUDGEMENT_KEY, extract_judgement, parse_score
+from descore.answers import JUDGEMENT_KEY, LARGEST_OVERALL, extract_judgement, parse_score
 from scoring.source import RewardScale
 from scoring.types import Outcome, ScoredVideo
 
@@ -55,7 +55,7 @@ def observe(video: ScoredVideo) -> Seen:
     """What is kept of a video. One that was scored without a thought is not faulty."""
     scores = (extract_judgement(video.cot) or {}).get(JUDGEMENT_KEY)
     parsed = map(parse_score, scores.values() if isinstance(scores, dict) else ())
-    numbers = [score for score in parsed if isinstance(score, int | float)]
+    numbers = [score for score in parsed if isinstance(score, int | float) and abs(score) < LARGEST_OVERALL]
     is_faulty = video.num_tokens > 0 and not (numbers and video.is_finished)
     return video.reward, fmean(numbers) if numbers else math.nan, is_faulty
 

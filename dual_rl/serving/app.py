@@ -58,6 +58,7 @@ from verl.data.vision_process import VideoFrames
 
 Answer = dict[str, object]
 PAGE = Path(__file__).with_name("try_page.html")
+UNFRAMED = {"Content-Security-Policy": "frame-ancestors 'none'"}  # which the page itself cannot say
 MAX_RUN_CHARS = 64
 
 
@@ -236,7 +237,7 @@ def create_app(service: RewardService) -> FastAPI:
     app.add_api_route("/flow_grpo", service.score_flow_grpo, methods=["POST"], dependencies=guarded)
     app.add_api_route("/score", service.score_unirl, methods=["POST"], dependencies=guarded)
     app.add_api_route("/health", service.health, methods=["GET"])
-    app.add_api_route("/", lambda: FileResponse(PAGE), methods=["GET"])
+    app.add_api_route("/", lambda: FileResponse(PAGE, headers=UNFRAMED), methods=["GET"])
     app.add_api_route("/metrics", service.read_metrics, methods=["GET"], dependencies=guarded)
 
     @app.exception_handler(HTTPException)

@@ -80,6 +80,11 @@ def test_pairs_think_where_they_are_close_without_a_thought(desk, capsys):
     assert f"{len(thinking)} of 24 videos thought" in capsys.readouterr().out
     files = mixed.files
     assert score(desk, bench, "out/mixed.csv", think_when_unsure=True).files == files
+    several = score(desk, bench, "out/several.csv", think_when_unsure=True, num_thoughts=2)
+    assert {bool(row["CoT_A"]) == bool(row["StandardError_A"]) for row in several.rows} == {True}
+    (desk.model / "think_margin.json").write_text('{"margin": 1.0}')
+    score(desk, bench, "out/mixed.csv", code=1, think_when_unsure=True)
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_several_thoughts_resume_to_the_same_and_carry_their_standard_error(desk, capsys):

@@ -56,6 +56,12 @@ def test_the_agreement_is_the_share_of_pairs_that_head_and_thought_order_alike(v
     assert scale.agreement_error == pytest.approx(spread, rel=0.25)
 
 
+def test_sub_scores_that_are_no_numbers_to_work_with_are_faulty():
+    for value in ("-1e400", '"1e400"', "1" + "0" * 400, "1e308", '"a lot"', "NaN"):
+        answer = f'<answer>{{"dimensional_scores": {{"subject": {value}, "camera": {value}}}}}</answer>'
+        assert observe(ScoredVideo("a", 1.0, answer, 9, True))[2], value
+
+
 def test_the_videos_of_the_calibration_are_no_sign_in_any_order_nor_when_most_are_good(videos, scale, caplog):
     watch = RunWatch(scale)
     for seed in range(40):
