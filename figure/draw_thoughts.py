@@ -93,7 +93,7 @@ def draw(result: dict) -> None:
     right.plot(shares, agreements, color=AMBER, linestyle="--", label="verdict of always thinking")
     right.plot(shares, accuracies, color=BLUE, label="accuracy")
     right.axhline(0.5, color="gray", linewidth=0.8)
-    right.set(xlabel="share of videos that think, the closest pairs first", ylim=(0.4, 1.02))
+    right.set(xlabel="share of pairs that think, the closest first", ylim=(0.4, 1.02))
     for ax in (left, right):
         ax.grid(alpha=0.3)
         ax.legend(frameon=False, loc="upper left")

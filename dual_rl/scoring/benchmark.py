@@ -72,7 +72,8 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, object]:
     kept = (source.model_ckpt, checkpoint, source.settings)
     scale = load_calibration(RewardScale, *kept) if options.normalize else None
     rule = load_calibration(ThinkMargin, *kept) if options.think_when_unsure else None
-    known = scale or find_calibration(RewardScale, *kept)
+    is_watched = rule is None and not options.calibrate
+    known = scale or (find_calibration(RewardScale, *kept) if is_watched else None)
     path = output.with_suffix(JOURNAL_SUFFIX)
     with Journal(path, identity, overwrite=options.overwrite, save_every=options.save_every) as journal:
         bench = _score_missing(source, bench, journal, options, rule)
@@ -80,10 +81,12 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, object]:
         if rule is not None:
             num_thought = sum(item.num_thoughts is None for item in bench.items.values())
             summary |= {"mean_reward": None, "thinking": {"num_thought": num_thought, **asdict(rule)}}
+            for values in summary["labels"].values():  # thresholds would compare two scales
+                values |= dict.fromkeys(("with_ties", "threshold", "sweep"))
         result = {"model_ckpt": source.model_ckpt, "data_path": options.data_path, "run": identity, **summary}
         scored = [observe(journal.read(name)) for name in bench.items if name in journal.rewards]
         figures = measure(scored) if scored else None
-        if figures and known and rule is None and not options.calibrate:
+        if figures and known:
             result["watch"] = {"signs": find_signs(figures, known), "summary": describe(figures, known)}
         write_csv(output, bench, journal, scale=scale, has_errors=options.num_thoughts > 1)
         write_atomically(output.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
@@ -106,13 +109,15 @@ def _calibrate(
     own = [rewards[name] for name in bench.items if name in rewards]
     scale = compute_scale(own, data=os.path.basename(options.data_path), **measured_with)
     thoughts = {name: getattr(figures, name) for name in ("agreement", "agreement_error", "faulty")}
-    path = save_calibration(options.model_ckpt, replace(scale, mask_cot=options.mask_cot, **thoughts))
+    how = {name: getattr(options, name) for name in ("num_thoughts", "quantization")}
+    path = save_calibration(options.model_ckpt, replace(scale, mask_cot=options.mask_cot, **how, **thoughts))
     logger.info("the scale of these rewards, %.4f +- %.4f, is kept in %s", scale.mean, scale.std, path)
     if options.think_agreement is None:
         return
+    (path.parent / ThinkMargin.FILE).unlink(missing_ok=True)  # no old one stays where this one is refused
     column = bench.label_columns.index(choose_main_label(bench.label_columns))
     rule = calibrate_margin(bench, rewards, column, least_agreement=options.think_agreement, **measured_with)
-    path = save_calibration(options.model_ckpt, rule)
+    path = save_calibration(options.model_ckpt, replace(rule, **how))
     logger.info(
         "with a margin of %.4f, %.1f%% of the pairs think and %.1f%% of the verdicts are those of always thinking; "
         "kept in %s", rule.margin, 100 * rule.share_thinking, 100 * rule.agreement, path,

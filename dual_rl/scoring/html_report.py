@@ -142,7 +142,7 @@ def write_report(path: str | os.PathLike, bench: Bench, journal: Journal, result
             "verdicts": VERDICTS if bench.label_columns else VERDICTS[3:],
             "tables": [asdict(build_accuracy_table(result["labels"]))] if result["labels"] else [],
             "main": bench.label_columns.index(main) if main else 0,
-            "views": _build_views(bench, margins, rows, result["labels"]),
+            "views": _build_views(bench, margins, rows, result["labels"], has_two_scales="thinking" in result),
             "prompts": list(map(_unwrap_prompt, prompts)),
             "items": list(items.values()),
             "rows": rows,
@@ -185,14 +185,21 @@ def _judge_row(row: Json, margin: float | None, label: int | None) -> str:
 
 
 def _build_views(
-    bench: Bench, margins: Sequence[float | None], rows: Sequence[Json], summaries: Mapping[str, Mapping]
+    bench: Bench,
+    margins: Sequence[float | None],
+    rows: Sequence[Json],
+    summaries: Mapping[str, Mapping],
+    *,
+    has_two_scales: bool,
 ) -> list[Json]:
+    """`has_two_scales`: some rewards are of no thought, which no chart shows beside others."""
     title, x_label = ("Margins", "reward of A minus reward of B") if bench.is_paired else ("Rewards", "reward")
     values, views = [row["numbers"][0] for row in rows], []
     for column, name in enumerate(bench.label_columns or ("",)):
         labels = [row.labels[column] if bench.label_columns else None for row in bench.rows]
         verdicts = [_judge_row(*each) for each in zip(rows, margins, labels, strict=True)]
         charts = [build_histogram(title, x_label, values, verdicts), build_calibration(margins, labels)]
+        charts = [] if has_two_scales else charts
         models = summaries[name]["models"] if name in summaries else ()
         tables = [asdict(build_model_table(name, models))] if models else []
         views.append({"name": name, "labels": labels, "verdicts": verdicts, "tables": tables, "charts": charts})

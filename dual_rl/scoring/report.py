@@ -143,7 +143,7 @@ def format_result(result: Mapping[str, Any]) -> str:
         lines.append(f"... and {len(failures) - NUM_FAILURES_SHOWN} more, see the JSON")
     lines.append(
         f"{result['num_rows']} rows, {result['num_videos']} videos: {result['num_scored']} scored, "
-        f"{len(failures)} failed, {result['num_cut']} thoughts cut at the length limit"
+        f"{len(failures)} failed, {result['num_cut']} with a thought cut at the length limit"
     )
     if result["mean_reward"] is not None:
         unit = describe_scale(result["scale"])

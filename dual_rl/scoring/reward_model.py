@@ -43,7 +43,6 @@ from scoring.types import (
     Thought,
     ThoughtScore,
     VideoTask,
-    require_positive,
 )
 from verl.data.loading import VideoLoader
 from verl.data.scored_sequence import SequenceBuilder, judge_problem
@@ -148,7 +147,8 @@ class RewardModel:
         generated from. `num_thoughts`: as of `VideoTask`; the same video, prompt and seed give the same thoughts in
         any call. Raises VideoError that lists every video that cannot be scored.
         """
-        require_positive("num_thoughts", num_thoughts)
+        if num_thoughts is not None and num_thoughts < 0:
+            raise ValueError(f"num_thoughts is {num_thoughts}; it must not be negative")
         rates = list(fps) if isinstance(fps, Sequence) else [fps] * len(videos)
         tasks = [  # with new names: an earlier call that was interrupted may have left videos in progress
             VideoTask(f"video {next(self._numbers)}", self._prepare(video, rate), judge_problem(prompt), num_thoughts)

@@ -58,8 +58,8 @@ def choose_budget(checkpoint: PolicyCheckpoint, settings: ScoringSettings) -> Vi
 class RewardScale:
     """(reward - `mean`) / `std`, measured on `num_videos` of `data`. `weights`: fingerprint of the model and its head.
 
-    `video`: the budget that the videos were read with. `mask_cot`: whether there were no thoughts. The rest is of the
-    thoughts, see scoring/watch.py; None if an older version kept the scale.
+    `video`: the budget that the videos were read with. `mask_cot`: whether there were no thoughts. `num_thoughts`,
+    `quantization`: as of `ScoringSettings`. The rest is of the thoughts, see scoring/watch.py. None: not recorded.
 
     Example: mean 1.5 and std 0.5 turn a reward of 2.0 into 1.0, one standard deviation above the validation's mean.
     """
@@ -73,6 +73,8 @@ class RewardScale:
     weights: str
     video: dict[str, float]
     mask_cot: bool | None = None
+    num_thoughts: int | None = None
+    quantization: str | None = None
     agreement: float | None = None
     agreement_error: float | None = None
     faulty: float | None = None
@@ -136,9 +138,11 @@ def load_calibration(
         raise ValueError(f"{path} was measured with other weights or another head: run --calibrate again")
     if getattr(kept, "mask_cot", None) not in (None, settings.mask_cot):
         raise ValueError(f"{path} was measured with mask_cot={kept.mask_cot}, another scale: run --calibrate again")
-    budget = asdict(choose_budget(checkpoint, settings))
-    if kept.video != budget:
-        logger.warning("%s was measured with videos read with %s, now it is %s", kind.FILE, kept.video, budget)
+    now = {name: getattr(settings, name) for name in ("num_thoughts", "quantization")}
+    now["video"] = asdict(choose_budget(checkpoint, settings))
+    for name, value in now.items():
+        if getattr(kept, name) not in (None, value):
+            logger.warning("%s was measured with %s=%s, now it is %s", kind.FILE, name, getattr(kept, name), value)
     return kept
 
 

@@ -22,7 +22,7 @@ class ThinkMargin:
     """Pairs think if their rewards without a thought differ by at most `margin`. Kept beside a checkpoint.
 
     On the `num_pairs` pairs of `data` that gives the verdict of always thinking for a share `agreement`, and a share
-    `thinking` of the pairs thinks. `accuracy`: of rewards without a thought. `weights`, `video`: as of `RewardScale`.
+    `thinking` of the pairs thinks. `accuracy`: of rewards without a thought. The rest is as of `RewardScale`.
     """
 
     FILE: ClassVar[str] = "think_margin.json"
@@ -35,6 +35,8 @@ class ThinkMargin:
     data: str
     weights: str
     video: dict[str, float]
+    num_thoughts: int | None = None
+    quantization: str | None = None
 
 
 def choose_margin(

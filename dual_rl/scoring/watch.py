@@ -33,8 +33,8 @@ MAX_RUNS = 16
 MAX_SHIFT, MIN_SPREAD, MIN_CHANGE, MIN_ERRORS = 2.0, 0.25, 0.05, 4.0
 MIN_DIFFERENT, MAX_COMPARED = 20, 2000
 """Videos with other sub-scores than most, for an agreement; and videos that are compared in pairs, evenly spaced."""
-Seen = tuple[float, float, bool]
-"""Of a video: the head's own reward, the mean of the thought's sub-scores (NaN without any), whether it is faulty."""
+Seen = tuple[float, float, float]
+"""Of a video: the head's own reward, the mean of its thought's sub-scores (NaN without any), the share of faulty ones."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,16 @@ class Figures:
 
 def observe(video: ScoredVideo) -> Seen:
     """What is kept of a video. One that was scored without a thought is not faulty."""
-    scores = (extract_judgement(video.cot) or {}).get(JUDGEMENT_KEY)
+    thoughts = video.thoughts or (video,)
+    faulty = fmean(each.num_tokens > 0 and not (each.is_finished and _read_scores(each.cot)) for each in thoughts)
+    scores = _read_scores(video.cot)
+    return video.reward, fmean(scores) if scores else math.nan, faulty
+
+
+def _read_scores(cot: str) -> list[float]:
+    scores = (extract_judgement(cot) or {}).get(JUDGEMENT_KEY)
     parsed = map(parse_score, scores.values() if isinstance(scores, dict) else ())
-    numbers = [score for score in parsed if isinstance(score, int | float) and abs(score) < LARGEST_OVERALL]
-    is_faulty = video.num_tokens > 0 and not (numbers and video.is_finished)
-    return video.reward, fmean(numbers) if numbers else math.nan, is_faulty
+    return [score for score in parsed if isinstance(score, int | float) and abs(score) < LARGEST_OVERALL]
 
 
 def measure(videos: Sequence[Seen]) -> Figures:

@@ -131,7 +131,9 @@ def test_the_summary_counts_as_by_hand(bench, journal):
     rows = [("sora", 3, 2 / 3, 2 / 3, 1.0), ("kling", 3, 2 / 3, 1 / 3, 0.0), ("wan", 0, None, None, None)]
     assert overall["models"] == [dict(zip(names, row, strict=True)) for row in rows]
     console = format_result(summarise(bench, journal, seed=0))
-    assert "6 rows, 5 videos: 4 scored, 1 failed, 1 thoughts cut at the length limit\nmean reward 2.0000" in console
+    assert (
+        "6 rows, 5 videos: 4 scored, 1 failed, 1 with a thought cut at the length limit\nmean reward 2.0000" in console
+    )
     assert re.search(r"Overall +0\.667 \[.*\] +0\.750 \[.*\] +0\.0000 +0\.750 +3 \+ 1 +1$", console, re.MULTILINE)
     assert re.search(r"sora +3 +0\.667 +0\.667 +1\.000$", console, re.MULTILINE)
 

@@ -17,7 +17,7 @@ import pytest
 from model_support import CLIPS
 from reward_client import RewardClient, ServerPath
 from scoring.source import RewardScale, compute_scale
-from scoring.types import ScoredVideo
+from scoring.types import ScoredVideo, Thought
 from scoring.watch import MAX_RUNS, MIN_VIDEOS, WINDOW, RunWatch, compute_agreement, measure, observe
 from serving_support import PROMPTS, TOLERANCE
 
@@ -59,7 +59,13 @@ def test_the_agreement_is_the_share_of_pairs_that_head_and_thought_order_alike(v
 def test_sub_scores_that_are_no_numbers_to_work_with_are_faulty():
     for value in ("-1e400", '"1e400"', "1" + "0" * 400, "1e308", '"a lot"', "NaN"):
         answer = f'<answer>{{"dimensional_scores": {{"subject": {value}, "camera": {value}}}}}</answer>'
-        assert observe(ScoredVideo("a", 1.0, answer, 9, True))[2], value
+        assert observe(ScoredVideo("a", 1.0, answer, 9, True))[2] == 1, value
+
+
+def test_of_several_thoughts_the_share_of_faulty_ones_counts(videos):
+    good, cut = (Thought(1.0, videos[0].cot, 9, is_finished) for is_finished in (True, False))
+    several = replace(videos[0], is_finished=False, thoughts=(good, good, good, cut))
+    assert observe(several)[2] == 0.25
 
 
 def test_the_videos_of_the_calibration_are_no_sign_in_any_order_nor_when_most_are_good(videos, scale, caplog):
