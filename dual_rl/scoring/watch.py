@@ -34,7 +34,7 @@ MAX_SHIFT, MIN_SPREAD, MIN_CHANGE, MIN_ERRORS = 2.0, 0.25, 0.05, 4.0
 MIN_DIFFERENT, MAX_COMPARED = 20, 2000
 """Videos with other sub-scores than most, for an agreement; and videos that are compared in pairs, evenly spaced."""
 Seen = tuple[float, float, float]
-"""The head's own reward of a video, the mean of its thought's sub-scores (NaN without any), the faulty thoughts' share."""
+"""Of a video: the head's own reward, the mean of its sub-scores (NaN without any), the share of faulty thoughts."""
 
 logger = logging.getLogger(__name__)
 
