@@ -136,7 +136,7 @@ def test_a_model_scores_on_its_scale_which_is_refused_for_another_head(small_mod
     assert scaled == pytest.approx([(reward - fmean(raw)) / stdev(raw) for reward in raw], abs=1e-4)
     assert "was measured" not in caplog.text
     assert load_calibration(RewardScale, folder, checkpoint, dataclasses.replace(SETTINGS, video_fps=3.0)) == scale
-    assert "reward_scale.json was measured with videos read with" in caplog.text
+    assert "reward_scale.json was measured with video=" in caplog.text
     save_head(folder / "rm_head.pth", torch.load(folder / "rm_head.pth", weights_only=True)["rm_head.weight"] * 1.01)
     with pytest.raises(ValueError, match="other weights or another head"):
         load_calibration(RewardScale, folder, read_checkpoint(folder), SETTINGS)
