@@ -171,7 +171,8 @@ class RewardClient:
     def _retry(self, route: str, body: bytes, content_type: str) -> bytes:
         """The body of a reply with status 200."""
         asked = {"num_thoughts": self.num_thoughts, "run": self.run}
-        route += "?" + urlencode({name: value for name, value in asked.items() if value is not None})
+        if query := urlencode({name: value for name, value in asked.items() if value is not None}):
+            route += f"?{query}"
         start, pause = time.monotonic(), self.first_pause
         for retries_left in reversed(range(self.num_retries + 1)):
             try:

@@ -34,12 +34,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def read_count(text: str) -> int | None:
-    """A positive number, or None for auto. Raises ValueError."""
-    if text == "auto":
-        return None
-    if (count := int(text)) < 1:
-        raise ValueError
-    return count
+    """A positive number, or None for auto."""
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text} is neither a positive number nor auto")
+    return None if text == "auto" else int(text)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -84,8 +84,8 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, object]:
             for values in summary["labels"].values():  # thresholds would compare two scales
                 values |= dict.fromkeys(("with_ties", "threshold", "sweep"))
         result = {"model_ckpt": source.model_ckpt, "data_path": options.data_path, "run": identity, **summary}
-        scored = [observe(journal.read(name)) for name in bench.items if name in journal.rewards]
-        figures = measure(scored) if scored else None
+        names = [name for name in bench.items if name in journal.rewards] if known or options.calibrate else []
+        figures = measure([observe(journal.read(name)) for name in names]) if names else None
         if figures and known:
             result["watch"] = {"signs": find_signs(figures, known), "summary": describe(figures, known)}
         write_csv(output, bench, journal, scale=scale, has_errors=options.num_thoughts > 1)
@@ -105,19 +105,22 @@ def _calibrate(
     identity: Mapping[str, object],
 ) -> None:
     """Keep the scale of these rewards, and the margin if it is asked for. Raises ValueError where there is none."""
-    measured_with = {name: identity[name] for name in ("weights", "video")}
-    own = [rewards[name] for name in bench.items if name in rewards]
-    scale = compute_scale(own, data=os.path.basename(options.data_path), **measured_with)
+    measured = {
+        "data": os.path.basename(options.data_path),
+        "weights": identity["weights"],
+        "video": identity["video"],
+    }
+    measured |= {name: getattr(options, name) for name in ("num_thoughts", "quantization")}
+    scale = compute_scale([rewards[name] for name in bench.items if name in rewards], **measured)
     thoughts = {name: getattr(figures, name) for name in ("agreement", "agreement_error", "faulty")}
-    how = {name: getattr(options, name) for name in ("num_thoughts", "quantization")}
-    path = save_calibration(options.model_ckpt, replace(scale, mask_cot=options.mask_cot, **how, **thoughts))
+    path = save_calibration(options.model_ckpt, replace(scale, mask_cot=options.mask_cot, **thoughts))
     logger.info("the scale of these rewards, %.4f +- %.4f, is kept in %s", scale.mean, scale.std, path)
     if options.think_agreement is None:
         return
     (path.parent / ThinkMargin.FILE).unlink(missing_ok=True)  # no old one stays where this one is refused
     column = bench.label_columns.index(choose_main_label(bench.label_columns))
-    rule = calibrate_margin(bench, rewards, column, least_agreement=options.think_agreement, **measured_with)
-    path = save_calibration(options.model_ckpt, replace(rule, **how))
+    rule = calibrate_margin(bench, rewards, column, least_agreement=options.think_agreement, **measured)
+    path = save_calibration(options.model_ckpt, rule)
     logger.info(
         "with a margin of %.4f, %.1f%% of the pairs think and %.1f%% of the verdicts are those of always thinking; "
         "kept in %s", rule.margin, 100 * rule.share_thinking, 100 * rule.agreement, path,

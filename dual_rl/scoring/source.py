@@ -54,12 +54,28 @@ def choose_budget(checkpoint: PolicyCheckpoint, settings: ScoringSettings) -> Vi
     return checkpoint.video_budget.replace(fps=settings.video_fps, max_pixels=settings.max_pixels)
 
 
-@dataclass(frozen=True)
-class RewardScale:
-    """(reward - `mean`) / `std`, measured on `num_videos` of `data`. `weights`: fingerprint of the model and its head.
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What was measured on the validation CSV `data`, in a file FILE beside the model.
 
-    `video`: the budget that the videos were read with. `mask_cot`: whether there were no thoughts. `num_thoughts`,
-    `quantization`: as of `ScoringSettings`. The rest is of the thoughts, see scoring/watch.py. None: not recorded.
+    `weights`: fingerprint of the model and its head. `video`: the budget that the videos were read with.
+    `num_thoughts`, `quantization`: as of `ScoringSettings`; None where older versions did not record them.
+    """
+
+    FILE: ClassVar[str]
+
+    data: str
+    weights: str
+    video: dict[str, float]
+    num_thoughts: int | None = None
+    quantization: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardScale(Calibration):
+    """(reward - `mean`) / `std`, measured on `num_videos`.
+
+    `mask_cot`: whether there were no thoughts. The rest is of the thoughts, see scoring/watch.py. None: not recorded.
 
     Example: mean 1.5 and std 0.5 turn a reward of 2.0 into 1.0, one standard deviation above the validation's mean.
     """
@@ -69,12 +85,7 @@ class RewardScale:
     mean: float
     std: float
     num_videos: int
-    data: str
-    weights: str
-    video: dict[str, float]
     mask_cot: bool | None = None
-    num_thoughts: int | None = None
-    quantization: str | None = None
     agreement: float | None = None
     agreement_error: float | None = None
     faulty: float | None = None
@@ -97,20 +108,19 @@ def apply_scale_to_video(video: ScoredVideo, scale: RewardScale | None) -> Score
     )
 
 
-def compute_scale(rewards: Sequence[float], *, data: str, weights: str, video: dict[str, float]) -> RewardScale:
-    """Mean and unbiased standard deviation. Raises ValueError if there is no spread to divide by."""
+def compute_scale(rewards: Sequence[float], *, data: str, **measured: object) -> RewardScale:
+    """Mean and unbiased standard deviation; the rest as of `Calibration`. Raises ValueError if there is no spread."""
     if len(rewards) < 2 or min(rewards) == max(rewards):
         raise ValueError(
             f"{len(set(rewards))} distinct reward(s) on {data} give no scale: calibrate on more, and different, videos"
         )
-    return RewardScale(fmean(rewards), stdev(rewards), len(rewards), data, weights, dict(video))
+    return RewardScale(mean=fmean(rewards), std=stdev(rewards), num_videos=len(rewards), data=data, **measured)
 
 
-Kind = TypeVar("Kind")
-"""A frozen dataclass that is measured on a validation set, with FILE, `weights` and `video` as of `RewardScale`."""
+Kind = TypeVar("Kind", bound=Calibration)
 
 
-def save_calibration(model_ckpt: str | os.PathLike, calibration: object) -> Path:
+def save_calibration(model_ckpt: str | os.PathLike, calibration: Calibration) -> Path:
     """Write its file into the model's folder, complete or not at all; returns its path."""
     path = find_folder(find_model(model_ckpt)) / calibration.FILE
     write_atomically(path, json.dumps(asdict(calibration), indent=2) + "\n")
@@ -120,7 +130,7 @@ def save_calibration(model_ckpt: str | os.PathLike, calibration: object) -> Path
 def load_calibration(
     kind: type[Kind], model_ckpt: str | os.PathLike, checkpoint: PolicyCheckpoint, settings: ScoringSettings
 ) -> Kind:
-    """What is kept with a model; warns if videos are now read with another budget.
+    """What is kept with a model; warns if it was measured with other settings.
 
     Raises ValueError if there is none, or it was measured with other weights.
     """

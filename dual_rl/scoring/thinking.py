@@ -4,7 +4,6 @@ How close is calibrated: on a validation set, the pairs that do not think must g
 enough. Rewards without a thought and after one are not on the same scale: a pair is judged by two of the same kind.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -13,16 +12,17 @@ import numpy as np
 
 from scoring.accuracy import compute_pair_accuracy
 from scoring.bench_csv import Bench, BenchRow
+from scoring.source import Calibration
 
 CHANCE = 0.5
 
 
-@dataclass(frozen=True)
-class ThinkMargin:
-    """Pairs think if their rewards without a thought differ by at most `margin`. Kept beside a checkpoint.
+@dataclass(frozen=True, kw_only=True)
+class ThinkMargin(Calibration):
+    """Pairs think if their rewards without a thought differ by at most `margin`.
 
-    On the `num_pairs` pairs of `data` that gives the verdict of always thinking for a share `agreement`, and a share
-    `thinking` of the pairs thinks. `accuracy`: of rewards without a thought. The rest is as of `RewardScale`.
+    On `num_pairs` pairs that gives the verdict of always thinking for a share `agreement`, and a share
+    `thinking` of the pairs thinks. `accuracy`: of rewards without a thought.
     """
 
     FILE: ClassVar[str] = "think_margin.json"
@@ -32,11 +32,6 @@ class ThinkMargin:
     share_thinking: float
     accuracy: float
     num_pairs: int
-    data: str
-    weights: str
-    video: dict[str, float]
-    num_thoughts: int | None = None
-    quantization: str | None = None
 
 
 def choose_margin(
@@ -70,10 +65,11 @@ def calibrate_margin(
     column: int,
     *,
     least_agreement: float,
-    weights: str,
-    video: Mapping[str, float],
+    **measured: object,
 ) -> ThinkMargin:
     """The margin for a paired benchmark whose videos have both `rewards`, by the labels of `column`.
+
+    `measured`: as of `Calibration`.
 
     Raises ValueError where rewards without a thought are no better than chance, or as `choose_margin`.
     """
@@ -83,17 +79,17 @@ def calibrate_margin(
     ]
     pairs = [pair for pair in pairs if None not in pair[:2]]
     labelled = [(masked, label) for masked, _, label in pairs if label is not None]
-    accuracy, data = compute_pair_accuracy(*zip(*labelled, strict=True)).without_ties if labelled else None, bench.path
+    accuracy = compute_pair_accuracy(*zip(*labelled, strict=True)).without_ties if labelled else None
     if accuracy is None or accuracy.low <= CHANCE:
         raise ValueError(
-            f"without a thought, {accuracy or 'none'} of the pairs of {data} agree with people, no better than "
+            f"without a thought, {accuracy or 'none'} of the pairs of {bench.path} agree with people, no better than "
             "chance: no margin is kept. Always think with this model, or calibrate on more pairs."
         )
     margin, agreement, thinking = choose_margin(
         *([pair[kind] for pair in pairs] for kind in (0, 1)), least_agreement=least_agreement
     )
-    name = os.path.basename(data)
-    return ThinkMargin(margin, agreement, thinking, accuracy.value, len(pairs), name, weights, dict(video))
+    found = {"margin": margin, "agreement": agreement, "share_thinking": thinking}
+    return ThinkMargin(**found, accuracy=accuracy.value, num_pairs=len(pairs), **measured)
 
 
 def mask_bench(bench: Bench) -> Bench:

@@ -10,10 +10,10 @@
 
 `?run=NAME` behind a scoring route says for which of a client's runs it scores; scoring/watch.py watches each.
 
-Both scoring routes answer {"results": [...], "model": ..., "scale": ...}, in order; `scale` is null for the head's own
+The first two answer {"results": [...], "model": ..., "scale": ...}, in order; `scale` is null for the head's own
 rewards. A result is {"reward", "cot", "num_tokens", "is_finished"} or {"error"}; an error of one video concerns no
-other. With `?num_thoughts=8` behind either route a reward is the mean over 8 drawn thoughts, and a result also has its
-"standard_error" and "thoughts", a list of such results; serve.py --num_thoughts is the default. Every other answer is
+other. With `?num_thoughts=8` behind any scoring route a reward is the mean over 8 drawn thoughts, and a result also has
+its "standard_error" and "thoughts", a list of such results; serve.py --num_thoughts is the default. Every other answer is
 {"error"}: 400, 415 and 422 for an invalid request, 404 and 405 for other routes and methods, 401 without the token,
 403 for paths when the server has no roots, 408 and 413 for bodies that are too slow or too large, 500 when the engine
 failed, 503 with Retry-After while it cannot take more.
@@ -66,7 +66,7 @@ MAX_RUN_CHARS = 64
 class RewardService:
     """What the routes work with. `model_name`: in every answer. `folder`: takes uploads. `token`: None for none.
 
-    `sample`: makes VideoFrames of frames. `scale`: on which rewards are given, named in every answer; None for the
+    `sample`: makes VideoFrames of frames. `mask_cot`: no video thinks. `scale`: on which rewards are given, named in every answer; None for the
     head's own. `count_engines`: how many run while the server is ready, which may block; None for one.
     """
 
@@ -79,6 +79,7 @@ class RewardService:
     sample: FrameSampler
     token: str | None = None
     scale: RewardScale | None = None
+    mask_cot: bool = False
     watch: RunWatch = field(default_factory=RunWatch)
     count_engines: Callable[[], int] | None = None
     _deadlines: set[asyncio.Timeout] = field(default_factory=set, init=False)
@@ -123,6 +124,7 @@ class RewardService:
         with self.metrics.request_seconds.labels("flow_grpo").time():
             request, body = await self._read(request)
             videos, prompts = await run_in_threadpool(read_flow_grpo, body, self.limits, self.sample)
+            del body  # not to be kept while the videos wait
             answer = await self._score(request, videos, prompts)
             return Response(write_flow_grpo(answer["results"]), media_type="application/octet-stream")
 
@@ -132,6 +134,7 @@ class RewardService:
             request, body = await self._read(request)
             with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as folder:
                 asked = await run_in_threadpool(UnirlRequest, body, self.limits, self.roots, Path(folder))
+                del body
                 return asked.write((await self._score(request, asked.videos, asked.prompts))["results"])
 
     async def _read(self, request: Request) -> tuple[Request, bytes]:
@@ -139,7 +142,7 @@ class RewardService:
         self.scoring.require_room()
         request = limit_body(request, self.limits.max_body_mb)
         async with self._receive():
-            return request, await request.body()
+            return request, b"".join([chunk async for chunk in request.stream()])  # body() would keep it
 
     async def health(self, response: Response) -> Answer:
         """`GET /health`."""
@@ -186,6 +189,8 @@ class RewardService:
         """Results in order; a string in place of a video is its error. Raises ClientDisconnect."""
         pairs = zip(videos, prompts, strict=True)
         number = read_num_thoughts(request, self.limits)
+        if self.mask_cot and number is not None:
+            raise refuse(422, "the server scores without thoughts (--mask_cot): leave out num_thoughts")
         tasks = [(video.source, judge_problem(prompt), number) for video, prompt in pairs if isinstance(video, Video)]
         outcomes = iter(await self._outcomes(request, tasks))
         results = [

@@ -10,10 +10,11 @@ Flow-GRPO's answer has no place for the error of one video: it is refused as a w
 """
 
 import base64
-import binascii
 import io
 import math
 import pickle
+import pickletools
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +23,23 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ValidationError, model_validator
 
-from serving.requests import AllowedRoots, ServerLimits, Video, describe_invalid, refuse
+from serving.requests import RETRY_LATER, AllowedRoots, ServerLimits, Video, describe_invalid, refuse
 from verl.data.vision_process import VideoError, VideoFrames
 
 REWARD_NAME = "descore"
 DEFAULT_FPS = 16.0
 """Of frames that come without a rate: Wan 2.1's."""
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_CLIP_PIXELS = 1 << 29
+"""Of all frames of a clip that comes as images: 250 of 1080p, in 1.5 GiB."""
+MAX_OPCODES = 1 << 20
+"""Of a pickle, each takes about a microsecond to look at; a frame is two or three."""
+
+NOT_A_REQUEST = (
+    pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError,
+    MemoryError,
+)  # fmt: skip
+"""What reading a pickle of something else raises."""
 
 FrameSampler = Callable[..., VideoFrames]
 """`sample_frames` for the model: of all frames, uint8 [num_frames, height, width, 3], and `fps`."""
@@ -45,10 +56,17 @@ def _empty_array(kind: type, shape: tuple[int, ...], typecode: bytes) -> np.ndar
     return np.ndarray(shape, np.int8)
 
 
+def _scalar(kind: np.dtype, data: bytes) -> np.generic:
+    """A number or text. numpy's own would allocate any amount of memory where there are no data."""
+    if kind.kind not in "biufU":
+        raise pickle.UnpicklingError(f"it holds a scalar of type {kind}")
+    return np._core.multiarray.scalar(kind, data)
+
+
 _PICKLED = {("numpy", "ndarray"): _ArrayType, ("numpy", "dtype"): np.dtype}
 for _core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
     _PICKLED[f"{_core}.multiarray", "_reconstruct"] = _empty_array
-    _PICKLED[f"{_core}.multiarray", "scalar"] = np._core.multiarray.scalar
+    _PICKLED[f"{_core}.multiarray", "scalar"] = _scalar
     _PICKLED[f"{_core}.numeric", "_frombuffer"] = np._core.numeric._frombuffer
 
 
@@ -62,6 +80,16 @@ class PlainUnpickler(pickle.Unpickler):
         return _PICKLED[module, name]
 
 
+def _unpickle(body: bytes) -> Any:
+    """What is pickled in `body`. Raises UnpicklingError or ValueError for more memory than its bytes account for."""
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(body)):  # also finds false lengths
+        if number > MAX_OPCODES or (
+            "PUT" in opcode.name and argument > number
+        ):  # the memo is as long as its last index
+            raise pickle.UnpicklingError("it is not written as pickle.dumps does")
+    return PlainUnpickler(io.BytesIO(body)).load()
+
+
 def read_flow_grpo(body: bytes, limits: ServerLimits, sample: FrameSampler) -> tuple[list[Video], list[str]]:
     """Sampled videos and prompts of a pickled request. Raises HTTPException for anything else.
 
@@ -70,15 +98,26 @@ def read_flow_grpo(body: bytes, limits: ServerLimits, sample: FrameSampler) -> t
     or one each. Other keys are ignored.
     """
     try:
-        asked = PlainUnpickler(io.BytesIO(body)).load()
-        clips = list(asked["videos"] if "videos" in asked else asked["images"])
-        prompts = [str(prompt) for prompt in asked["prompts"]]
+        asked = _unpickle(body)
+        clips = _read_list(asked["videos"] if "videos" in asked else asked["images"], limits)
+        prompts = _read_list(asked["prompts"], limits)
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("prompts are not text")
         limits.check(len(clips), prompts)
-        rates = np.broadcast_to(np.asarray(asked.get("fps", DEFAULT_FPS), float), len(clips)).tolist()
+        fps = asked.get("fps", DEFAULT_FPS)
+        rates = [fps] * len(clips) if isinstance(fps, int | float | np.number) else _read_list(fps, limits)
         names = [f"videos[{index}]" for index in range(len(clips))]
-    except (pickle.UnpicklingError, EOFError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+        clips = list(zip(names, clips, map(float, rates), strict=True))
+    except NOT_A_REQUEST as error:
         raise refuse(422, f"the body is not a pickled dict of images and prompts: {error}") from error
-    return [Video(_sample(*clip, sample), clip[0]) for clip in zip(names, clips, rates, strict=True)], prompts
+    return [Video(_sample(*clip, sample), clip[0]) for clip in clips], prompts
+
+
+def _read_list(values: Any, limits: ServerLimits) -> list:
+    """The values, at most as many as videos in a request. Arrays without data can be of any length."""
+    if len(values) > limits.max_videos:
+        raise ValueError(f"{len(values)} videos, prompts or rates. Send at most {limits.max_videos}")
+    return list(values)
 
 
 def _sample(name: str, clip: Any, fps: float, sample: FrameSampler) -> VideoFrames:
@@ -86,15 +125,17 @@ def _sample(name: str, clip: Any, fps: float, sample: FrameSampler) -> VideoFram
         if not 0 < fps < math.inf:
             raise ValueError(f"fps is {fps}. Give the frames per second")
         return sample(_to_frames(clip), fps=fps)
-    except (OSError, ValueError, Image.DecompressionBombError, VideoError) as error:
-        raise refuse(422, f"{name}: {error}") from error
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError, VideoError) as error:
+        raise refuse(422, f"{name}: {error}") from error  # SyntaxError and struct.error: PIL's, of damaged files
 
 
 def _to_frames(clip: Any) -> np.ndarray:
     """uint8 [num_frames, height, width, 3]. Raises ValueError, and what PIL raises."""
     if isinstance(clip, list | tuple) and clip and all(isinstance(frame, bytes) for frame in clip):
-        images = [Image.open(io.BytesIO(frame), formats=IMAGE_FORMATS).convert("RGB") for frame in clip]
-        clip = np.stack([np.asarray(image) for image in images])
+        images = [Image.open(io.BytesIO(frame), formats=IMAGE_FORMATS) for frame in clip]  # no pixels are read yet
+        if sum(image.width * image.height for image in images) > MAX_CLIP_PIXELS:
+            raise ValueError(f"its frames have over {MAX_CLIP_PIXELS} pixels. Send fewer or smaller ones")
+        clip = np.stack([np.asarray(image.convert("RGB")) for image in images])
     if not isinstance(clip, np.ndarray) or clip.ndim != 4 or clip.dtype.kind not in "uf":
         raise ValueError("it is not a video. Send an array of frames, or a list of JPEG or PNG bytes")
     if clip.shape[-1] != 3:
@@ -166,11 +207,14 @@ class UnirlRequest:
     def _find(turn: _Turn, index: int, roots: AllowedRoots, folder: Path) -> Video | str:
         if turn.video_path is not None:
             return roots.find(turn.video_path) or f"no file below the server's --roots: {turn.video_path}"
-        path = folder / f"video_{index}"
+        path, content = folder / f"video_{index}", turn.video_b64
+        turn.video_b64 = None  # nothing of the body is kept while the video waits
         try:
-            path.write_bytes(base64.b64decode(turn.video_b64, validate=True))
-        except (binascii.Error, ValueError) as error:
+            path.write_bytes(base64.b64decode(content, validate=True))
+        except ValueError as error:
             return f"requests[{index}]: video_b64 is not base64: {error}"
+        except OSError as error:
+            raise refuse(503, f"the video cannot be kept: {error.strerror}", retry_after=RETRY_LATER) from error
         return Video(str(path), f"requests[{index}]")
 
     def write(self, results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -62,8 +62,8 @@ def serve(options: argparse.Namespace) -> tuple[int, bool]:
         service.scoring.start()
         server = build_server(service, options.host, port)
         asyncio.run(serve_until_stopped(service, server, options.grace_seconds))
-        has_ray = options.num_replicas != 1
-        service.scoring.join(SECONDS_TO_CLOSE if service.scoring.has_model or has_ray else 0.0)
+        has_replicas = service.count_engines is not None
+        service.scoring.join(SECONDS_TO_CLOSE if service.scoring.has_model or has_replicas else 0.0)
     return 0 if service.scoring.failure is None else 1, not service.scoring.is_alive()
 
 
@@ -71,6 +71,8 @@ def build_service(options: argparse.Namespace, folder: Path, port: int) -> Rewar
     """Everything but the web server, after a check of checkpoint and settings. Raises ValueError for mistakes."""
     source, metrics = build_source(options), ServerMetrics()
     limits = ServerLimits(**{limit.name: getattr(options, limit.name) for limit in dataclasses.fields(ServerLimits)})
+    if source.settings.num_thoughts > limits.max_thoughts:
+        raise ValueError(f"num_thoughts={source.settings.num_thoughts} is over max_thoughts={limits.max_thoughts}")
     roots, token = AllowedRoots(options.roots), read_token(options.token_file)
     checkpoint = read_checkpoint(source.model_ckpt, source.rm_ckpt)
     choose_prompt_length(checkpoint, source.settings)
@@ -82,14 +84,23 @@ def build_service(options: argparse.Namespace, folder: Path, port: int) -> Rewar
     if options.num_replicas != 1:
         from serving.replicas import plan_replicas  # takes seconds
 
-        replicas = plan_replicas(source, f"descore-{options.host}-{port}", folder, options.num_replicas)
+        name = f"descore-{socket.gethostname()}-{options.host}-{port}"  # other machines of a cluster have servers, too
+        replicas = plan_replicas(source, name, folder, options.num_replicas)
     if replicas is None:
         load, count_engines = source.load, None
     else:
         load, count_engines = partial(replicas.start, lambda: not scoring.ended.done()), replicas.count
     scoring = ScoringThread(load, max_queue=limits.max_queue, metrics=metrics)
     names = (source.model_ckpt, folder, roots, limits, metrics, sample)
-    return RewardService(scoring, *names, token=token, scale=scale, watch=watch, count_engines=count_engines)
+    return RewardService(
+        scoring,
+        *names,
+        token=token,
+        scale=scale,
+        mask_cot=source.settings.mask_cot,
+        watch=watch,
+        count_engines=count_engines,
+    )
 
 
 def build_sampler(budget: VideoBudget, checkpoint: PolicyCheckpoint) -> FrameSampler:

@@ -85,8 +85,9 @@ def test_best_of_n_ranks_clips_and_lists_failures_and_incomplete_folders(small_m
     assert example.main([*flags, "--backend", "hf", "--mask_cot"]) == 0
     first, second = (float(row["reward"]) for row in read_table(output)[:2])
     margin, checkpoint = first - second + 1e-4, read_checkpoint(model)
-    rule = {"weights": fingerprint(model, checkpoint), "video": dataclasses.asdict(checkpoint.video_budget)}
-    save_calibration(model, ThinkMargin(margin, 1.0, 0.5, 1.0, 10, "val.csv", **rule))
+    measured = {"weights": fingerprint(model, checkpoint), "video": dataclasses.asdict(checkpoint.video_budget)}
+    rule = {"margin": margin, "agreement": 1.0, "share_thinking": 0.5, "accuracy": 1.0, "num_pairs": 10}
+    save_calibration(model, ThinkMargin(**rule, data="val.csv", **measured))
     capsys.readouterr()
     assert example.main([*flags, "--backend", "hf", "--max_new_tokens", "6", "--think_when_unsure"]) == 0
     thought = [row for row in read_table(output) if row["cot"]]

@@ -188,7 +188,7 @@ def test_the_page_shows_what_was_scored(tmp_path):
         assert shown in page
     assert re.findall(r'<option value="(\w+)">\1</option>', page) == ["kling", "sora", "wan"]
 
-    scale = RewardScale(1.0, 2.0, 9, "val.csv", "w", {"fps": 2.0})  # of rewards, not of probabilities
+    scale = RewardScale(mean=1.0, std=2.0, num_videos=9, data="val.csv", weights="w", video={"fps": 2.0})
     page = report(tmp_path, bench_of(tmp_path), scale=scale)
     data = read_data(page)
     assert data["rows"][0]["numbers"] == [1.0, 1.0, 1.0, 0.0]

@@ -57,7 +57,7 @@ def test_a_request_asks_for_several_thoughts(serving, reward_model):
 
 
 def test_rewards_are_on_the_scale_that_the_answer_names(serving, offline):
-    scale = RewardScale(0.5, 2.0, 10, "val.csv", "w", {"fps": 2.0})
+    scale = RewardScale(mean=0.5, std=2.0, num_videos=10, data="val.csv", weights="w", video={"fps": 2.0})
     reply = serving(scale=scale).client.score_paths(CLIPS)
     assert reply.json()["scale"] == asdict(scale)
     assert_scored(results(reply), [{**result, "reward": (result["reward"] - 0.5) / 2.0} for result in offline])

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from starlette.exceptions import HTTPException
 
 from model_support import CLIPS, DUAL_RL
 from reward_client import RewardClient, RewardServerError
-from serving.protocols import DEFAULT_FPS
+from serving import protocols
+from serving.protocols import DEFAULT_FPS, read_flow_grpo
+from serving.requests import ServerLimits
 from serving_support import PROMPTS, TOLERANCE, Client
 
 pytest_plugins = ["serving_fixtures"]
@@ -102,6 +105,8 @@ def test_what_flow_grpo_must_not_send_is_refused_and_never_run(serving, scored_p
         send(images=[clip.astype(np.float32)]): "not all in [0, 1]",
         send(images=[np.full((4, 64, 64, 3), np.nan)]): "not all in [0, 1]",
         send(fps=0): "fps is 0",
+        send(fps=[8.0, 8.0]): "longer than",
+        send(fps=10**400): "not a pickled dict",
         send(images=[clip, clip], prompts=["a", "b <Reward>"]): "videos[1]: ",
     }
     for body, message in refused.items():
@@ -109,6 +114,37 @@ def test_what_flow_grpo_must_not_send_is_refused_and_never_run(serving, scored_p
         assert (reply.status_code, message in reply.json()["error"]) == (422, True), reply.text
     assert not (tmp_path / "run").exists()
     assert len(scored_paths) == 2  # of the last one
+
+
+def shared_lists() -> list:
+    """A few bytes in a pickle, and 10**7 letters as text."""
+    value: object = "a"
+    for _ in range(7):
+        value = [value] * 10
+    return value
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x02Nr\xff\xff\xff\x00.", "not written as pickle.dumps does"),  # None, memorised as the 2**24th
+        ({"prompts": [shared_lists()]}, "prompts are not text"),
+        ({"fps": [shared_lists()]}, "must be a string or a real number"),
+        ({"images": np.zeros((10**7, 0), np.uint8)}, "10000000 videos"),
+        ({"fps": Attack(np._core.multiarray.scalar, np.dtype("V20000000"))}, "required positional argument"),
+        ({"images": [encode(np.zeros((10, 8, 8, 3), np.uint8), "PNG")]}, "over 600 pixels"),
+    ],
+    ids=["memo", "text", "rates", "no data", "scalar", "pixels"],
+)
+def test_a_small_pickle_takes_little_memory(content, message, monkeypatch):
+    """The first five stand for gigabytes; the last is over a limit of the test's own."""
+    monkeypatch.setattr(protocols, "MAX_CLIP_PIXELS", 600)
+    request = {"images": [np.zeros((4, 8, 8, 3), np.uint8)], "prompts": ["a"]}
+    body = content if isinstance(content, bytes) else pickle.dumps(request | content)
+    assert len(body) < 4000
+    with pytest.raises(HTTPException, match=re.escape(message)) as refusal:
+        read_flow_grpo(body, ServerLimits(), None)
+    assert refusal.value.status_code == 422
 
 
 def unirl_body(*turns: str, more: str = "") -> str:

@@ -95,7 +95,8 @@ def test_each_drift_gives_its_sign_in_one_warning_with_the_figures(videos, scale
 def test_the_server_watches_each_run_that_clients_name(serving, offline, caplog):
     rewards = [result["reward"] for result in offline]
     mean, std = fmean(rewards), stdev(rewards)
-    watch = RunWatch(RewardScale(mean + 5 * std, std, 100, "val.csv", "w", {}, faulty=1.0))
+    scale = {"mean": mean + 5 * std, "std": std, "num_videos": 100, "faulty": 1.0}
+    watch = RunWatch(RewardScale(**scale, data="val.csv", weights="w", video={}))
     for reward in (rewards * MIN_VIDEOS)[: MIN_VIDEOS - 2]:
         watch.add("grpo 7", [ScoredVideo("", reward, "", 8, False)])
     client = serving(watch=watch).client
