@@ -105,11 +105,8 @@ def _calibrate(
     identity: Mapping[str, object],
 ) -> None:
     """Keep the scale of these rewards, and the margin if it is asked for. Raises ValueError where there is none."""
-    measured = {
-        "data": os.path.basename(options.data_path),
-        "weights": identity["weights"],
-        "video": identity["video"],
-    }
+    measured = {"data": os.path.basename(options.data_path)}
+    measured |= {name: identity[name] for name in ("weights", "video")}
     measured |= {name: getattr(options, name) for name in ("num_thoughts", "quantization")}
     scale = compute_scale([rewards[name] for name in bench.items if name in rewards], **measured)
     thoughts = {name: getattr(figures, name) for name in ("agreement", "agreement_error", "faulty")}

@@ -12,11 +12,11 @@
 
 The first two answer {"results": [...], "model": ..., "scale": ...}, in order; `scale` is null for the head's own
 rewards. A result is {"reward", "cot", "num_tokens", "is_finished"} or {"error"}; an error of one video concerns no
-other. With `?num_thoughts=8` behind any scoring route a reward is the mean over 8 drawn thoughts, and a result also has
-its "standard_error" and "thoughts", a list of such results; serve.py --num_thoughts is the default. Every other answer is
-{"error"}: 400, 415 and 422 for an invalid request, 404 and 405 for other routes and methods, 401 without the token,
-403 for paths when the server has no roots, 408 and 413 for bodies that are too slow or too large, 500 when the engine
-failed, 503 with Retry-After while it cannot take more.
+other. With `?num_thoughts=8` behind any scoring route a reward is the mean over 8 drawn thoughts, and these results
+also have "standard_error" and "thoughts", a list of such results; serve.py --num_thoughts is the default. Every other
+answer is {"error"}: 400, 415 and 422 for an invalid request, 404 and 405 for other routes and methods, 401 without the
+token, 403 for paths when the server has no roots, 408 and 413 for bodies that are too slow or too large, 500 when the
+engine failed, 503 with Retry-After while it cannot take more.
 """
 
 import asyncio
@@ -66,8 +66,9 @@ MAX_RUN_CHARS = 64
 class RewardService:
     """What the routes work with. `model_name`: in every answer. `folder`: takes uploads. `token`: None for none.
 
-    `sample`: makes VideoFrames of frames. `mask_cot`: no video thinks. `scale`: on which rewards are given, named in every answer; None for the
-    head's own. `count_engines`: how many run while the server is ready, which may block; None for one.
+    `sample`: makes VideoFrames of frames. `scale`: on which rewards are given, named in every answer; None for the
+    head's own. `mask_cot`: no video thinks. `count_engines`: how many run while the server is ready, which may block;
+    None for one.
     """
 
     scoring: ScoringThread

@@ -36,8 +36,8 @@ MAX_OPCODES = 1 << 20
 """Of a pickle, each takes about a microsecond to look at; a frame is two or three."""
 
 NOT_A_REQUEST = (
-    pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError,
-    MemoryError,
+    pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError, OverflowError,
+    RecursionError, MemoryError,
 )  # fmt: skip
 """What reading a pickle of something else raises."""
 
@@ -82,10 +82,9 @@ class PlainUnpickler(pickle.Unpickler):
 
 def _unpickle(body: bytes) -> Any:
     """What is pickled in `body`. Raises UnpicklingError or ValueError for more memory than its bytes account for."""
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(body)):  # also finds false lengths
-        if number > MAX_OPCODES or (
-            "PUT" in opcode.name and argument > number
-        ):  # the memo is as long as its last index
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(body)):  # it finds false lengths itself
+        has_long_memo = "PUT" in opcode.name and argument > number  # which is as long as its last index
+        if number > MAX_OPCODES or has_long_memo:
             raise pickle.UnpicklingError("it is not written as pickle.dumps does")
     return PlainUnpickler(io.BytesIO(body)).load()
 

@@ -22,7 +22,8 @@ from pathlib import Path
 import ray
 import torch
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
@@ -131,7 +132,10 @@ class ReplicatedModel:
                 except RayActorError:
                     logger.warning("a replica died; what it held goes to another")
             error = f"its engine died {MAX_ATTEMPTS} times"
-        except (OSError, RayTaskError) as failure:
+        except RayTaskError as failure:  # its own text is a traceback with the paths of this server
+            logger.warning("%s", failure)
+            error = f"{type(failure.cause).__name__} in its replica"
+        except (OSError, RayServeException) as failure:
             error = str(failure)
         return FailedVideo(task.name, f"{video if isinstance(video, str) else 'frames in memory'}: {error}")
 
@@ -147,8 +151,12 @@ class Replicas:
     num_gpus: int
 
     def count(self) -> int:
-        """Those that run now."""
-        deployments = serve.status().applications[self.name].deployments
+        """Those that run now; none while Serve itself does not answer."""
+        try:
+            application = serve.status().applications.get(self.name)
+        except (RayError, RayServeException):
+            application = None
+        deployments = application.deployments if application else {}
         return sum(deployment.replica_states.get("RUNNING", 0) for deployment in deployments.values())
 
     @contextmanager
@@ -203,7 +211,11 @@ def plan_replicas(source: ModelSource, name: str, folder: Path, num_replicas: in
     ranks = 1 if is_cluster else num_replicas
     connect(TrainerConfig(n_gpus_per_node=ranks if num_gpus else 0, n_cpu_ranks_per_node=ranks))
     if is_cluster:
+        if name in serve.status().applications:  # of a server on this address that was killed
+            serve.delete(name)
         num_gpus = int(ray.available_resources().get("GPU", 0))
+        if not num_gpus and ray.cluster_resources().get("GPU"):
+            raise ValueError("no GPU of the Ray cluster is free. Wait for one, or end what uses them.")
         num_replicas = num_replicas or max(1, num_gpus)
         _require_gpus(num_replicas, num_gpus)
     return Replicas(source, name, folder, num_replicas, int(num_gpus > 0))

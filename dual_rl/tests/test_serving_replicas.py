@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,7 @@ NUM_CLIENTS, CLIPS_EACH = 64, 3
 
 def find_replicas(port: int) -> set[int]:
     """Processes that Serve runs for the server on this port; Ray writes the name into their command lines."""
-    mark = f"ServeReplica:descore-127.0.0.1-{port}:".encode()
+    mark = f"ServeReplica:descore-{socket.gethostname()}-127.0.0.1-{port}:".encode()
     return {int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if mark in path.read_bytes()}
 
 
